@@ -1,0 +1,1127 @@
+"""common.py: the plumbing that all rawtune scripts share, and nothing that a reader came for.
+
+Processes, command line, run folders, data files, loading models, checkpoints. The loops, losses, collators, metrics
+and `deepspeed.initialize` are in the scripts; nothing here calls back into them. Units: a "step" is an optimizer step.
+Every function that talks to other processes says "collective": all ranks must call it.
+"""
+
+import argparse
+import contextlib
+import datetime
+import difflib
+import fcntl
+import gzip
+import hashlib
+import importlib
+import json
+import logging
+import logging.handlers
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from transformers.integrations import HfDeepSpeedConfig
+
+__version__ = "0.1.0"  # each script names the version that it was written for
+HERE = pathlib.Path(__file__).resolve().parent
+COMPLETE = "COMPLETE"  # marker file, written last: a folder without it is unfinished
+EXIT_SAVED = 75  # stopped by a signal or --max_hours after saving; the same command continues (EX_TEMPFAIL)
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def adopt_launcher():
+    """Give srun's variables the names that torchrun, accelerate and deepspeed use; alone, be rank 0 of 1."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env.get("SLURM_LOCALID", "0")
+        env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
+        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as free:  # a free port, so that two runs on one machine do not meet
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size():
+    """Processes of this job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
+
+
+def setup_distributed():
+    """Collective. Start the process group (nccl on GPUs, gloo without); returns this process's device."""
+    # Never build DeepSpeed's shared-memory op: it needs a compiler, and a build that is killed leaves a lock file on
+    # which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    idle = torch.cuda.device_count() - local_world_size() if on_gpu else 0
+    if idle > 0 and world_size() == 1:
+        log.info(f"using GPU {device.index}; {idle} more are idle. All of them: deepspeed --num_gpus {idle + 1} "
+                 + shlex.join(sys.argv))
+    return device
+
+
+def all_reduce_sum(values, device):
+    """Collective. Element-wise sum of a list of numbers over all processes, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def broadcast(thing, device):
+    """Collective. Rank 0's (picklable) object, on every rank."""
+    box = [thing]
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
+def derive_seed(*keys):
+    """A 63-bit seed from any keys: the same on every machine, unrelated for different keys."""
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Stopper:
+    """Why this process should save and leave: SIGTERM or SIGUSR1, --max_hours, or a launcher that is gone.
+
+    A SIGTERM to the single-node `deepspeed` command ends the command but not the ranks; they see it here.
+    """
+
+    def __init__(self, max_hours):
+        self.end = time.monotonic() + max_hours * 3600 if max_hours else math.inf
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+        self.launchers = self._launchers()
+
+    def _remember(self, number, frame):
+        self.signal = signal.Signals(number).name
+
+    @staticmethod
+    def _launchers():
+        """Process ids of the torchrun / deepspeed / accelerate commands above this process (Linux)."""
+        found, pid = [], os.getppid()
+        with contextlib.suppress(OSError, IndexError, ValueError):  # no /proc: no launcher known, signals still work
+            while pid > 1:
+                command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                if not any(re.search(r"deepspeed|torchrun|torch\.distributed|accelerate", word) for word in command[:4]):
+                    break
+                found.append(pid)
+                pid = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return found
+
+    def reason(self):
+        if self.signal:
+            return self.signal
+        if time.monotonic() > self.end:
+            return "--max_hours"
+        if self.launchers and self._launchers() != self.launchers:
+            return "the launcher is gone"
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+class _ThroughTqdm(logging.Handler):
+    """Print above a progress bar instead of through it; only rank 0 prints."""
+
+    def emit(self, record):
+        if rank() == 0:
+            tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+            sys.stdout.flush()
+
+
+class _Format(logging.Formatter):
+    def format(self, record):
+        return ("WARNING " if record.levelno >= logging.WARNING else "") + record.getMessage()
+
+
+log = logging.getLogger("rawtune")
+
+
+def start_log():
+    """Lines of `log` go to the screen now, and to <run folder>/log.txt once `start_run` has made it."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
+    later = logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    for handler in (_ThroughTqdm(), later):
+        handler.setFormatter(_Format())
+        log.addHandler(handler)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def fail(problems, only_here=False):
+    """Print what the user has to mend and leave with exit code 2.
+
+    Every rank finds the same problems, so rank 0 speaks; the others wait for the launcher to end them, lest it end
+    rank 0 before it has spoken. only_here: something that only this rank knows, say at once.
+    """
+    problems = [problems] if isinstance(problems, str) else list(problems)
+    if rank() and not only_here:
+        time.sleep(float(os.environ.get("RAWTUNE_FAIL_WAIT", 20)))
+    where = f"rank {rank()}: " if only_here and world_size() > 1 else ""
+    shown = problems[:40] + ([f"... and {len(problems) - 40} more problems"] if len(problems) > 40 else [])
+    tqdm.write("\n".join(f"ERROR {where}{problem}" for problem in shown), file=sys.stderr)
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; unknown flags are refused with the nearest match; @file presets."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, fromfile_prefix_chars="@", formatter_class=_HelpFormatter, **options)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def parse_args(self, argv=None, namespace=None):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        for i, word in enumerate(argv):  # @presets/x is also found beside the script
+            if word.startswith("@") and not os.path.exists(word[1:]) and (HERE / word[1:]).exists():
+                argv[i] = "@" + str(HERE / word[1:])
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            lines = []
+            for word in unknown:
+                near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5) if word.startswith("-") else []
+                lines.append(f"unknown argument {word!r}" + (f": did you mean {near[0]}?" if near else ""))
+            self.error("; ".join(lines))
+        return args
+
+    def error(self, message):
+        fail([f"{message} (all flags: python {self.prog} -h)"])
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _get_help_string(self, action):
+        off = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if off or action.required else super()._get_help_string(action)
+
+
+PRECISIONS = {  # every accepted spelling -> the four that exist; None: refused by check_shared_args
+    "fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-true": "bf16", "bf16-mixed": "bf16-mixed",
+    "fp16": "fp16", "16-true": "fp16", "16-mixed": None, "fp64": "fp64", "64": "fp64", "64-true": "fp64",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32, "fp16": torch.float16,
+          "fp64": torch.float64}
+
+
+def add_shared_args(parser):
+    """The flags that every trainer has, in fixed groups, so that they cannot drift apart."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_init_name", help="folder under models/ [name]")
+    group.add_argument("--model_init_path", help="folder or hub id; wins over --model_init_name [path]")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id [name]")
+    group.add_argument("--trust_remote_code", action="store_true", help="run model code that a hub id brings along")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_name", "--data", nargs="+", default=["data"], metavar="NAME[:AMOUNT]",
+                       help="data sets under data/ (.json, .jsonl, .gz of both), or paths; NAME:0.05 = that fraction, "
+                       "NAME:500 = that many examples, drawn anew each epoch")
+    group.add_argument("--eval_fraction", type=float, default=0.0,
+                       help="hold out this share of a training set that brings no eval split [0-1], 0 = off")
+    group.add_argument("--mount_dir", help="where models/ and data/ are [path], default: ./mount if it holds one of "
+                       "them, else .")
+    group.add_argument("--cache_dir", help="where tokenised data is kept [path], default: data/.cache under --mount_dir")
+
+    group = parser.add_argument_group("batch and steps")
+    group.add_argument("--train_batch_size", type=int, default=16,
+                       help="examples in one forward step, all processes together [examples]")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="forward steps per optimizer step; effective batch = train_batch_size x this [count]")
+    group.add_argument("--max_steps", type=int, help="training length [optimizer steps], default: --num_epochs")
+    group.add_argument("--num_epochs", type=float, default=4, help="training length where --max_steps is not given")
+    group.add_argument("--max_hours", type=float, default=0.0,
+                       help=f"save and leave with exit code {EXIT_SAVED} after this time [hours], 0 = off")
+    group.add_argument("--seed", type=int, default=0, help="of data order, dropout, sampling and new weights [integer]")
+
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak, reached after warm-up [no unit]")
+    group.add_argument("--lr_scheduler_type", choices=["linear", "cosine", "constant", "constant_with_warmup"],
+                       default="linear", help="shape after warm-up; constant has no warm-up")
+    group.add_argument("--warmup_steps", type=int,
+                       help="linear warm-up [optimizer steps], default: min(2000, max_steps / 10), 0 = off")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices only [no unit], 0 = off")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm, 0 = off")
+
+    group = parser.add_argument_group("precision and ZeRO")
+    group.add_argument("--precision", default="auto", help="fp32 | bf16 (bf16 weights, fp32 masters) | bf16-mixed "
+                       "(fp32 weights, autocast) | fp64 | fp16 (not for T5); auto = bf16 where the GPU has it, else fp32")
+    group.add_argument("--ds_config", default="auto", help="DeepSpeed JSON: a name in ds_configs/ or a path; auto = the "
+                       "lowest stage whose estimate fits")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, ~30 %% slower")
+    group.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPU); not with ZeRO-3")
+    group.add_argument("--estimate", action="store_true", help="print the memory table and leave; loads no weights")
+    group.add_argument("--peak_tflops", type=float, help="of one GPU, for mfu [TFLOP/s], default: measured by a matrix product")
+    group.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_steps", type=int, help="evaluation interval [optimizer steps], default: once per epoch; "
+                       "also before training and at the end")
+    group.add_argument("--eval_batch_size", type=int, default=32,
+                       help="rows in one evaluation batch of one process [examples]; a batch is never split, so results "
+                       "do not depend on the number of processes")
+    group.add_argument("--metric_for_best", help="keep and export the checkpoint that is best by this metric [name]")
+    group.add_argument("--early_stopping_patience", type=int, default=0,
+                       help="stop after this many evaluations without a better --metric_for_best [count], 0 = off")
+    group.add_argument("--no_train", action="store_true", help="evaluate only")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--training_run_name", help="run folder under models/ [name], default: <model>_<data>_<seed>")
+    group.add_argument("--save_steps", type=int, help="checkpoint interval [optimizer steps], default: once per epoch; "
+                       "0 = only at the end")
+    group.add_argument("--save_total_limit", type=int, default=2, help="newest checkpoints kept, besides the best [count]")
+    group.add_argument("--resume", action="store_true", help="continue a finished run, for instance with more --max_steps "
+                       "(an unfinished run continues by itself)")
+    group.add_argument("--overwrite", action="store_true", help="start anew; the old run folder becomes <run>.old-N")
+    group.add_argument("--force", nargs="+", default=[], choices=["fp16", "changed_flags"],
+                       help="fp16: train T5 in fp16; changed_flags: with --resume, continue under other flags")
+    group.add_argument("--logging_steps", type=int, default=10, help="interval of metric rows [optimizer steps]")
+    group.add_argument("--report_to", choices=["none", "wandb", "tensorboard"], default="none", help="besides metrics.jsonl")
+    group.add_argument("--wandb_project", default="rawtune", help="[name]")
+    group.add_argument("--wandb_entity", help="[name]")
+    group.add_argument("--debug", action="store_true", help="10 steps, 100 evaluation rows")
+
+
+def check_shared_args(args, problems):
+    """Append every problem of the shared flags to `problems`; no side effects."""
+    for name, low in dict(train_batch_size=1, gradient_accumulation_steps=1, eval_batch_size=1, logging_steps=1, max_steps=1,
+                          warmup_steps=0, eval_steps=1, save_steps=0, save_total_limit=1, early_stopping_patience=0,
+                          max_hours=0, weight_decay=0, max_grad_norm=0, seed=0, peak_tflops=0).items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            problems.append(f"--{name} {value}: expected {low} or more")
+    if not 0 < args.learning_rate < math.inf:
+        problems.append(f"--learning_rate {args.learning_rate}: expected a positive number")
+    if not 0 < args.num_epochs < math.inf:
+        problems.append(f"--num_epochs {args.num_epochs}: expected a positive number")
+    if not 0 <= args.eval_fraction < 1:
+        problems.append(f"--eval_fraction {args.eval_fraction}: expected a share between 0 and 1")
+    if args.train_batch_size % world_size():
+        problems.append(f"--train_batch_size {args.train_batch_size} counts the examples of all processes together and "
+                        f"cannot be divided by {world_size()} processes; nearest: "
+                        f"{max(1, round(args.train_batch_size / world_size())) * world_size()}")
+    if args.precision not in ("auto", *PRECISIONS):
+        problems.append(f"--precision {args.precision}: expected auto, {', '.join(PRECISIONS)}")
+    elif args.precision != "auto" and PRECISIONS[args.precision] is None:
+        problems.append(f"--precision {args.precision}: fp16 autocast is not offered (T5 overflows in it); use bf16-mixed")
+    if not args.model_init_name and not args.model_init_path:
+        problems.append("no model: give --model_init_name (a folder under models/) or --model_init_path (a folder or hub id)")
+    if args.training_run_name and (args.training_run_name.startswith("/") or ".." in args.training_run_name.split("/")):
+        problems.append(f"--training_run_name {args.training_run_name}: expected a name under models/, not a path elsewhere")
+    if args.early_stopping_patience and not args.metric_for_best:
+        problems.append("--early_stopping_patience needs --metric_for_best")
+    if args.resume and args.overwrite:
+        problems.append("--resume and --overwrite exclude each other")
+    if args.report_to != "none":
+        try:
+            importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(args.report_to, args.report_to))
+        except ImportError:
+            problems.append(f"--report_to {args.report_to}: package {args.report_to!r} is not installed")
+    for name in ("revision", "wandb_project", "wandb_entity", "mount_dir", "cache_dir", "training_run_name"):
+        if getattr(args, name) == "":
+            problems.append(f"--{name}: empty")
+
+
+def resolve_precision(args):
+    if args.precision != "auto":
+        return PRECISIONS[args.precision]
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+# ------------------------------------------------------------------------------------------------ places
+
+
+def mount_dir(args):
+    if args.mount_dir:
+        return pathlib.Path(args.mount_dir)
+    has_mount = os.path.isdir("mount/models") or os.path.isdir("mount/data")
+    return pathlib.Path("mount" if has_mount else ".")
+
+
+def find_input(args, kind, name, endings, problems):
+    """The path of models/<name> or data/<name><ending>: under the mount, else here, else beside the script."""
+    hits = {}
+    for root in (mount_dir(args), pathlib.Path(".")):
+        for ending in endings:
+            path = root / kind / (name + ending)
+            if path.exists():
+                hits.setdefault(path.resolve(), path)
+    if not hits:  # the demo's model and data lie beside the script
+        hits = {path: path for path in (HERE / kind / (name + ending) for ending in endings) if path.exists()}
+    if len(hits) > 1:
+        problems.append(f"{kind}/{name} is ambiguous: {' and '.join(map(str, hits.values()))}; rename one")
+    if not hits:
+        folder = mount_dir(args) / kind
+        there = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+        near = difflib.get_close_matches(name, [t.split(".")[0] for t in there], 1)
+        problems.append(f"{folder / name}{endings[0]}: not found" + (f"; did you mean {near[0]}?" if near else "")
+                        + f" ({folder} has: {', '.join(there[:12]) or 'nothing'})")
+        return None
+    return next(iter(hits.values()))
+
+
+def write_json(path, thing):
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = pathlib.Path(f"{path}.tmp")
+    aside.write_text(json.dumps(thing, indent=2, ensure_ascii=False, default=str) + "\n")
+    os.replace(aside, path)
+
+
+def move_aside(path):
+    """Rename to <path>.old-N; nothing a user made is overwritten."""
+    n = next(n for n in range(1, 10**6) if not os.path.exists(f"{path}.old-{n}"))
+    os.rename(path, f"{path}.old-{n}")
+    return f"{path}.old-{n}"
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+
+# Flags that may change between stop and resume, because they do not change the mathematics. The batch split may
+# change as long as the effective batch stays (see `start_of_run`).
+FREE_FLAGS = {"local_rank", "mount_dir", "cache_dir", "max_hours", "eval_batch_size", "save_steps", "save_total_limit", "resume",
+              "overwrite", "force", "logging_steps", "report_to", "wandb_project", "wandb_entity", "estimate", "peak_tflops",
+              "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "ds_config", "eval_steps",
+              "training_run_name", "model_init_name", "model_init_path"}  # model: compared resolved, in `identity`
+LENGTH_FLAGS = {"max_steps", "num_epochs"}  # --resume alone may change these
+
+
+def start_of_run(args, run_dir, identity, problems):
+    """What is in the run folder: None (start at 0) or the path of the checkpoint to continue from. Reads only.
+
+    identity: what must not change besides flags (resolved model, data hashes, effective batch, precision).
+    """
+    if not run_dir.exists() or args.overwrite or not any(run_dir.iterdir()):
+        return None
+    record = run_dir / "args.json"
+    if not record.exists():
+        problems.append(f"{run_dir} exists but is no run folder (no args.json): choose another --training_run_name, "
+                        "or --overwrite (renames it)")
+        return None
+    before = json.loads(record.read_text())
+    now = {**vars(args), **identity}
+    changed = {key: (before.get(key), value) for key, value in json.loads(json.dumps(now, default=str)).items()
+               if key not in FREE_FLAGS and before.get(key) != value}
+    text = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+    if (run_dir / COMPLETE).exists() and not args.resume:
+        problems.append(f"{run_dir} is a finished run: --resume continues it (with more --max_steps), --overwrite starts "
+                        "anew (the old folder is renamed), or choose another --training_run_name")
+    elif changed and not args.resume:
+        problems.append(f"{run_dir} is an unfinished run with other flags ({text}): give the old flags to continue, "
+                        "--overwrite to start anew (the old folder is renamed), or another --training_run_name")
+    elif set(changed) - LENGTH_FLAGS and "changed_flags" not in args.force:
+        problems.append(f"--resume: flags that change the mathematics differ ({text}); --force changed_flags continues anyway")
+    elif changed:
+        log.warning(f"continuing {run_dir} with other flags: {text}")
+    return latest_checkpoint(run_dir)
+
+
+def start_run(args, run_dir, identity, script):
+    """Rank 0: make the run folder, write args.json, env.json and code/; `log` goes to log.txt from here."""
+    if args.overwrite and run_dir.exists() and any(run_dir.iterdir()):
+        log.info(f"{run_dir} was renamed to {move_aside(run_dir)}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in run_dir.glob("*.tmp"):  # of a killed process; no finished file has this ending
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    (run_dir / COMPLETE).unlink(missing_ok=True)
+    write_json(run_dir / "args.json", {**vars(args), **identity})
+    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    env = {"command": shlex.join([sys.executable, *sys.argv]), "time": datetime.datetime.now().isoformat(timespec="seconds"),
+           "host": socket.gethostname(), "python": sys.version.split()[0], "torch": torch.__version__,
+           "transformers": transformers.__version__, "deepspeed": deepspeed.__version__, "rawtune": __version__,
+           "rawtune_commit": git.stdout.strip() if git and git.returncode == 0 else None, "world_size": world_size(),
+           "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+    write_json(run_dir / "env.json", env)
+    (run_dir / "code").mkdir(exist_ok=True)
+    for source in (script, __file__):
+        shutil.copyfile(source, run_dir / "code" / os.path.basename(source))
+    for handler in [h for h in log.handlers if isinstance(h, logging.handlers.MemoryHandler)]:
+        to_file = logging.FileHandler(run_dir / "log.txt")
+        to_file.setFormatter(_Format())
+        handler.setTarget(to_file)
+        handler.flush()
+        log.removeHandler(handler)
+        log.addHandler(to_file)
+
+
+def rewind_metrics(run_dir, step):
+    """Rank 0: rows past the checkpoint that we continue from move to metrics.replaced.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        with open(run_dir / "metrics.replaced.jsonl", "a") as replaced:
+            replaced.writelines(row + "\n" for row in rows[len(kept):])
+        aside = run_dir / "metrics.jsonl.tmp"
+        aside.write_text("".join(row + "\n" for row in kept))
+        os.replace(aside, path)
+
+
+def open_tracker(args, run_dir):
+    """Rank 0: the wandb run or tensorboard writer of --report_to, or None."""
+    if args.report_to == "wandb":
+        import wandb
+        return wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, dir=run_dir, config=vars(args))
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(run_dir)
+    return None
+
+
+def log_metrics(run_dir, row, tracker=None):
+    """Rank 0: append one JSON line to metrics.jsonl and print one short line. row: step, epoch, split, metrics."""
+    row = {**row, "time": round(time.time(), 3)}
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "epoch", "time")}
+    log.info(f"step {row['step']:>6} {row['split']:<5} " + "  ".join(f"{k.split('/', 1)[-1]} {v:.4g}" for k, v in numbers.items()))
+    if hasattr(tracker, "log"):
+        tracker.log({f"{row['split']}/{k.split('/', 1)[-1]}": v for k, v in numbers.items()}, step=row["step"])
+    elif tracker is not None:
+        for k, v in numbers.items():
+            tracker.add_scalar(f"{row['split']}/{k.split('/', 1)[-1]}", v, row["step"])
+
+
+def plot_curves(run_dir):
+    """Rank 0: curves.png from metrics.jsonl, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("no curves.png: package 'matplotlib' is not installed")
+        return
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "epoch", "split", "time")
+             and sum(n in row for row in rows) > 1]
+    figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 3) or 1), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i + 1, title=name, xlabel="optimizer step")
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), marker="." if len(points) < 40 else None)
+        axes.grid(alpha=0.3)
+    figure.savefig(run_dir / "curves.png", dpi=80)
+
+
+# ------------------------------------------------------------------------------------------------ data files
+
+DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+def parse_data_spec(spec, problems):
+    """'a' -> ('a', None); 'a:0.05' -> ('a', 0.05), a fraction; 'a:500' -> ('a', 500), examples per epoch."""
+    name, colon, amount = spec.rpartition(":")
+    if not colon or not re.fullmatch(r"[-+\d.eE]+", amount):
+        return spec, None
+    try:
+        value = int(amount) if re.fullmatch(r"[-+]?\d+", amount) else float(amount)
+    except ValueError:
+        return spec, None
+    if not (value > 0 and (isinstance(value, int) or value <= 1)):
+        problems.append(f"--data {spec}: expected a fraction like :0.05 (above 0, at most 1.0) or a count like :500")
+    return name, value
+
+
+def find_data(args, name, problems):
+    """Files of one data set: {split or None: path}; None = the file says the splits itself."""
+    is_path = name.endswith(DATA_ENDINGS)
+    path = pathlib.Path(name) if is_path else find_input(args, "data", name, DATA_ENDINGS, problems)
+    if path is None or not path.is_file():
+        if is_path:
+            problems.append(f"{path}: not found")
+        return {}
+    stem, ending = re.fullmatch(r"(.*?)(\.jsonl?(?:\.gz)?)", path.name).groups()
+    beside = {split: path.with_name(f"{stem}.{split}{ending}") for split in ("eval", "test")}
+    return {None: path, **{split: p for split, p in beside.items() if "jsonl" in ending and p.is_file()}}
+
+
+def read_records(path, problems, default_split="train"):
+    """Yield (where, split, record) from one file; what is malformed is appended to `problems` with its place.
+
+    .jsonl is streamed, a line at a time (a record's own "split" key names its split); .json is read whole.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            if ".jsonl" in path.name:
+                for n, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    where = f"{path}, line {n}"
+                    try:
+                        record = json.loads(line)
+                    except ValueError as error:
+                        problems.append(f"{where}: not JSON ({error}); expected one object per line")
+                        continue
+                    if isinstance(record, dict):
+                        yield where, record.get("split", default_split), record
+                    else:
+                        problems.append(f"{where}: a {type(record).__name__}, expected an object")
+                return
+            whole = json.load(file)
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"{path}: cannot be read ({error})")
+        return
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}: not UTF-8 ({error}); save it as UTF-8")
+        return
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path}: not JSON ({error}); one object per line belongs into a file named .jsonl")
+        return
+    if not isinstance(whole, dict) or not all(isinstance(part, list) for part in whole.values()):
+        problems.append(f"{path}: expected an object of lists, {{\"train\": [...], \"eval\": [...]}}")
+        return
+    for split, records in whole.items():
+        for i, record in enumerate(records):
+            where = f"{path}, {split}[{i}]"
+            if isinstance(record, dict):
+                yield where, split, record
+            else:
+                problems.append(f"{where}: a {type(record).__name__}, expected an object")
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Ragged:
+    """Rows of token ids in a memory-mapped file: ragged[i] -> (n,) int32; .lengths -> (rows,) int64."""
+
+    def __init__(self, prefix):
+        self.offsets = np.fromfile(f"{prefix}.offsets", dtype=np.int64)
+        empty = self.offsets[-1] == 0  # an empty file cannot be mapped
+        self.values = np.empty(0, np.int32) if empty else np.memmap(f"{prefix}.ids", dtype=np.int32, mode="r")
+        self.lengths = np.diff(self.offsets)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.values[self.offsets[i]: self.offsets[i + 1]]
+
+
+class RaggedWriter:
+    """Write rows of token ids, one after the other, in bounded memory."""
+
+    def __init__(self, prefix):
+        self.ids, self.offsets, self.end = open(f"{prefix}.ids", "wb"), open(f"{prefix}.offsets", "wb"), 0
+        self.offsets.write(np.int64(0).tobytes())
+
+    def append(self, row):
+        self.end += len(row)
+        self.ids.write(np.asarray(row, dtype=np.int32).tobytes())
+        self.offsets.write(np.int64(self.end).tobytes())
+
+    def close(self):
+        self.ids.close()
+        self.offsets.close()
+
+
+@contextlib.contextmanager
+def cache_folder(root, key, problems):
+    """Yield (folder, is_new) under a lock. A new folder is filled aside and renamed when the block ends without problems.
+
+    The lock (flock) goes with its process, so a killed job blocks nobody; waiting says so and ends after an hour.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    done, aside = root / key, root / f"{key}.{socket.gethostname()}.{os.getpid()}.tmp"
+    with open(root / f"{key}.lock", "w") as lock:
+        for second in range(3600):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second % 60 == 10:
+                    log.info(f"waiting for another process that tokenises the same data ({lock.name})")
+                time.sleep(1)
+        else:
+            problems.append(f"{lock.name}: locked for an hour by another process; end it or give another --cache_dir")
+        if (done / COMPLETE).exists():
+            yield done, False
+            return
+        aside.mkdir()
+        try:
+            n_before = len(problems)
+            yield aside, True
+            if len(problems) == n_before:
+                (aside / COMPLETE).touch()
+                if done.exists():
+                    shutil.rmtree(done)  # unfinished: no marker
+                os.rename(aside, done)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ order of examples
+
+
+def mixed_epoch(sizes, amounts, seed, epoch):
+    """Example ids of one epoch over several data sets, numbered through; a set with an amount is sampled anew."""
+    ids, start = [], 0
+    for which, (size, amount) in enumerate(zip(sizes, amounts)):
+        take = size if amount is None else amount if isinstance(amount, int) else max(1, round(amount * size))
+        drawn = np.arange(size) if take == size else np.random.default_rng([seed, 1, epoch, which]).permutation(size)[:take]
+        ids.append(start + drawn)
+        start += size
+    return np.concatenate(ids)
+
+
+def epoch_batches(ids, lengths, batch, seed, epoch, window=64):
+    """The batches of one epoch: a pure function of its arguments, the same for any number of ranks.
+
+    ids: (n,) example numbers of this epoch; lengths: (N, 2) source and target tokens, indexed by example number.
+    A batch is a cell of a random window of 64 batches: sorted by target length into about 8 groups, each group by
+    source length, so that its examples are alike in both. Returns ceil(n / batch) arrays; a shorter one comes last,
+    of randomly chosen examples.
+    """
+    rng = np.random.default_rng([seed, 2, epoch])
+    order = ids[rng.permutation(len(ids))]
+    n_full = len(order) // batch
+    batches = []
+    for start in range(0, n_full, window):
+        n_batches = min(window, n_full - start)
+        block = order[start * batch: (start + n_batches) * batch]
+        block = block[np.argsort(lengths[block, 1], kind="stable")]
+        for group in np.array_split(np.arange(n_batches), max(1, round(math.sqrt(n_batches)))):
+            cell = block[group[0] * batch: (group[-1] + 1) * batch]
+            batches += np.split(cell[np.argsort(lengths[cell, 0], kind="stable")], len(group))
+    batches = [batches[i] for i in rng.permutation(n_full)]
+    return batches + ([order[n_full * batch:]] if len(order) % batch else [])
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def open_model_folder(args, problems):
+    """(source, config, tokenizer) of the model that the flags name; small files only, the weights come later."""
+    source = args.model_init_path or (args.model_init_name and find_input(args, "models", args.model_init_name, [""], problems))
+    if not source:
+        return None, None, None
+    source, folder = str(source), pathlib.Path(source)
+    if folder.is_dir():
+        names = {p.name for p in folder.iterdir()}
+        if "config.json" not in names or not names & {"tokenizer.json", "spiece.model", "tokenizer_config.json", "vocab.json"}:
+            problems.append(f"{source}: no model folder: expected config.json and a tokenizer (it has: "
+                            f"{', '.join(sorted(names)[:12]) or 'nothing'})")
+            return None, None, None
+        for file in folder.glob("*.safetensors"):
+            try:
+                safetensors.safe_open(file, "pt").__enter__()
+            except Exception as error:  # safetensors raises its own class, not an OSError, for a file cut short
+                problems.append(f"{file}: damaged ({error}); copy or download it again")
+    options = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        remedy = "" if folder.is_dir() else (" A gated model needs HF_TOKEN and its licence accepted on the hub; without network "
+                 "(HF_HUB_OFFLINE=1) it must be in HF_HOME; or copy its folder under models/.")
+        problems.append(f"model {source!r}: {first}{remedy}")
+        return None, None, None
+    return source, config, tokenizer
+
+
+def has_weights(source):
+    """False for a folder with a configuration but no weights: it is trained from scratch."""
+    return not os.path.isdir(source) or any(
+        name.endswith((".safetensors", ".bin", ".index.json")) and not name.startswith("training_args") for name in os.listdir(source))
+
+
+def weights_sha256(source):
+    """One hash over the weight files of a folder, or None (hub id: the commit names them; from scratch: none)."""
+    files = sorted(pathlib.Path(source).glob("*.safetensors")) or sorted(pathlib.Path(source).glob("pytorch_model*.bin"))
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
+
+
+def count_parameters(auto_class, config):
+    """Distinct parameters, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in auto_class.from_config(config).parameters())
+
+
+def load_model(auto_class, source, config, args, precision, ds_config):
+    """The model in the precision's dtype. ZeRO-3 loads weights already partitioned; without weights: new ones from
+    the seed, made whole on every rank, so that they are the same at every stage."""
+    dtype = DTYPES[precision]
+    if has_weights(source):
+        # from_pretrained partitions while loading as long as this object lives
+        partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+        model = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
+                                           trust_remote_code=args.trust_remote_code)
+        del partitioned
+        return model
+    log.info(f"{source} has no weights: training from scratch (seed {args.seed})")
+    torch.manual_seed(derive_seed(args.seed, "new weights"))
+    model = auto_class.from_config(config)
+    raw = json.loads((pathlib.Path(source) / "config.json").read_text())
+    if raw.get("tie_word_embeddings") is False and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        # transformers 5 ties every new T5, also where the configuration says otherwise (v1.1, mT5). Untie by hand;
+        # scale as in t5x: variance 1 / fan-in.
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * head.in_features**-0.5)
+    return model.to(dtype)
+
+
+class plain_copy:
+    """Context manager, collective. A whole copy of a ZeRO-3 partitioned model on this device, for generating: one
+    gather per weight instead of one per weight and token."""
+
+    def __init__(self, model, device):
+        self.model, self.device = model, device
+
+    def __enter__(self):
+        with torch.device("meta"):
+            twin = type(self.model)(self.model.config)
+        twins = {}  # by identity: a weight under two names stays one weight
+        for name, weight in [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]:
+            if id(weight) not in twins:
+                with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                    value = weight.detach().to(self.device, copy=True)
+                twins[id(weight)] = torch.nn.Parameter(value, False) if isinstance(weight, torch.nn.Parameter) else value
+            module, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(module), leaf, twins[id(weight)])
+        twin.generation_config = self.model.generation_config
+        return twin.eval()
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed, optimiser
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+def memory_per_gpu(n_params, name, precision, n_gpus):
+    """Bytes of weights + gradients + AdamW state on each GPU (activations come on top). Rajbhandari et al. 2020, table 1,
+    with fp32 accumulation of bf16 gradients, and for ZeRO-3 the up to 1e9 weights that DeepSpeed keeps gathered."""
+    weight = DTYPES[precision].itemsize
+    grad = weight + (4 if precision == "bf16" else 0)
+    state = 16 if precision == "fp64" else 8
+    master = 0 if name == "zero0" and weight >= 4 else max(4, weight)
+    live = weight * min(n_params, 10**9)
+    n = n_gpus
+    return {"zero0": n_params * (weight + grad + master + state),
+            "zero1": n_params * (weight + grad + (master + state) / n),
+            "zero2": n_params * (weight + (grad + master + state) / n),
+            "zero3": n_params * (weight + grad + master + state) / n + live * (1 - 1 / n),
+            "zero2_offload": n_params * weight, "zero3_offload": live}[name]
+
+
+def estimate_table(n_params, precision, memory):
+    lines = [f"{n_params / 1e6:.1f} M parameters, {precision}: GB per GPU for weights, gradients and AdamW; activations come on "
+             f"top, so up to 80 % of {memory / 1e9:.1f} GB is taken", "              " + "".join(f"{n:>6} GPU" for n in (1, 2, 4, 8, 16))]
+    for name in STAGES:
+        cells = [memory_per_gpu(n_params, name, precision, n) for n in (1, 2, 4, 8, 16)]
+        lines.append(f"{name:<14}" + "".join(f"{c / 1e9:>9.2f}{'*' if c < 0.8 * memory else ' '}" for c in cells))
+    return "\n".join(lines + ["* fits here"])
+
+
+def device_memory():
+    """Bytes of one GPU, or this process's share of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
+
+
+def choose_stage(n_params, precision, problems):
+    """--ds_config auto: the lowest stage that fits; none: an error that names the smallest set-up that does."""
+    memory = device_memory()
+    # bf16 with fp32 accumulation does not exist at stage 0, fp64 only at stages 1 and 2 (DeepSpeed 0.19.8)
+    for name in STAGES[1 if precision in ("bf16", "fp64") else 0: 3 if precision == "fp64" else 4]:
+        if memory_per_gpu(n_params, name, precision, world_size()) < 0.8 * memory:
+            return name
+    fits = [f"{name} on {n} GPUs" for n in (1, 2, 4, 8, 16, 32, 64) for name in STAGES[3:] if n >= world_size()
+            and memory_per_gpu(n_params, name, precision, n) < 0.8 * memory]
+    problems.append(f"the model does not fit: no ZeRO stage keeps {n_params / 1e9:.2f} G parameters in {precision} under 80 % of "
+                    f"{memory / 1e9:.1f} GB on {world_size()} GPUs; smallest set-up that does: {fits[0] if fits else 'none up to 64 GPUs'}"
+                    " (--ds_config zero2_offload or zero3_offload use the machine's memory; table: --estimate)")
+    return "zero3"
+
+
+def read_ds_config(args, name, precision, problems):
+    """The effective DeepSpeed configuration. Flags own batch, accumulation, clipping, precision and learning rate: a
+    JSON may say "auto" there, its own value is refused. "auto" elsewhere means DeepSpeed's default."""
+    path = pathlib.Path(name) if name.endswith(".json") else HERE / "ds_configs" / f"{name}.json"
+    try:
+        config = json.loads(path.read_text())
+        stage = int(config.setdefault("zero_optimization", {}).setdefault("stage", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problems.append(f"--ds_config {name}: {path} cannot be used ({error}); expected a DeepSpeed JSON or one of {', '.join(STAGES)}")
+        return None
+    owners = {"train_batch_size": "--train_batch_size", "train_micro_batch_size_per_gpu": "--train_batch_size",
+              "gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--max_grad_norm",
+              "bf16": "--precision", "fp16": "--precision", "data_types": "--precision", "torch_autocast": "--precision",
+              "optimizer": "--learning_rate, --weight_decay", "scheduler": "--lr_scheduler_type, --warmup_steps"}
+
+    def own_values(part):
+        values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else [part]
+        return any(own_values(v) if isinstance(v, (dict, list)) else v != "auto" for v in values)
+
+    for key, flag in owners.items():
+        if key in config:
+            part = config.pop(key)
+            part = part.get("params", {}) if key in ("optimizer", "scheduler") and isinstance(part, dict) else part
+            part = part.get("enabled", "auto") if key in ("bf16", "fp16") and isinstance(part, dict) else part
+            if own_values(part):
+                problems.append(f"{path}: {key!r} has a value of its own; {flag} decides it: write \"auto\" or leave it out")
+            elif key in ("optimizer", "scheduler"):
+                log.info(f"{path}: section {key!r} is not used; {flag} decide")
+
+    def without_auto(part):
+        return {k: without_auto(v) for k, v in part.items() if v != "auto"} if isinstance(part, dict) else part
+
+    config = without_auto(config)
+    if precision == "bf16" and stage == 0:
+        problems.append("--precision bf16 needs ZeRO stage 1 or more (bf16 with fp32 accumulation): --ds_config zero1, or bf16-mixed")
+    if precision == "fp64" and stage not in (1, 2):
+        problems.append("--precision fp64 exists at ZeRO stages 1 and 2 only: --ds_config zero1")
+    if args.compile and stage == 3:
+        problems.append("--compile does not go with ZeRO-3, whose hooks break the graph at every layer; use zero2")
+    for part in ("offload_optimizer", "offload_param"):
+        if config["zero_optimization"].get(part, {}).get("device", "none") != "none" and part == "offload_optimizer":
+            config.setdefault("zero_force_ds_cpu_optimizer", False)
+            log.warning(f"{path.name}: the optimizer runs on the CPU with torch AdamW (DeepSpeed's own would be compiled first)")
+    config.update(
+        train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_clipping=args.max_grad_norm,  # always written: DeepSpeed's default is 1.0
+        bf16={"enabled": precision == "bf16"}, fp16={"enabled": precision == "fp16"},
+        data_types={"grad_accum_dtype": "fp64" if precision == "fp64" else "fp32"})
+    if precision == "fp64":
+        del config["data_types"]
+    if precision == "bf16-mixed":  # an outer torch.autocast is switched off by DeepSpeed on CUDA
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def param_groups(model, weight_decay):
+    """AdamW groups: decay on matrices, none on vectors (norms, biases). Under ZeRO-3 a weight's shape is in ds_shape."""
+    groups = {True: [], False: []}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            groups[len(getattr(weight, "ds_shape", weight.shape)) > 1].append(weight)
+    return [{"params": weights, "weight_decay": weight_decay if decay else 0.0} for decay, weights in groups.items() if weights]
+
+
+def warmup_steps(args, max_steps):
+    """The flag, or min(2000, max_steps / 10); long ones are warned of."""
+    warmup = min(2000, max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    if warmup > max_steps / 3 and args.lr_scheduler_type != "constant":
+        log.warning(f"--warmup_steps {warmup} is more than a third of {max_steps} steps; {min(2000, max_steps // 10)} is usual")
+    return warmup
+
+
+def lr_at(step, peak, schedule, warmup, max_steps):
+    """Learning rate of the update from `step` to `step + 1`, in closed form; exactly 0 at max_steps (linear, cosine).
+
+    lr_at(0, 1.0, "linear", 4, 10) = 0.25; the peak is reached by the 4th update.
+    """
+    if schedule == "constant":
+        return peak
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return peak * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant_with_warmup": 1.0}[schedule]
+
+
+def grad_norm_before_step(engine):
+    """Global gradient norm where DeepSpeed reports none (stage 0 without loss scaling); else None. Before engine.step()."""
+    if engine.zero_optimization() or engine.fp16_enabled():
+        return None
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def measured_tflops(device, dtype):
+    """This GPU's rate in a plain matrix product [TFLOP/s]; the yardstick of mfu where --peak_tflops is not given."""
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    for repeat in range(8):
+        if repeat == 3:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        a @ a
+    torch.cuda.synchronize()
+    return 5 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12
+
+
+def peak_memory_gb(device):
+    """Largest memory use so far [GB]: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = pathlib.Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak.group(1)) * 1024 / 1e9 if peak else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def latest_checkpoint(run_dir):
+    """The newest complete checkpoint-<step>, or None. Unfinished ones are named and left alone."""
+    found = sorted((p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)),
+                   key=lambda p: int(p.name.split("-")[1]))
+    for path in reversed(found):
+        if (path / COMPLETE).exists():
+            return path
+        log.warning(f"{path} is unfinished (no file {COMPLETE}) and is not used")
+    return None
+
+
+def full_state_dict(model):
+    """Collective under ZeRO-3. {name: whole CPU tensor} on rank 0, each tied weight once; {} on the others."""
+    state, persistent = {}, set(model.state_dict())
+    for name, weight in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            if rank() == 0:
+                state[name] = weight.detach().to("cpu", copy=True)
+    if rank() == 0:
+        state.update({name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers() if name in persistent})
+        empty = [name for name, weight in state.items() if weight.numel() == 0]
+        assert not empty, f"zero-size tensors in the export: {empty}"
+    return state
+
+
+def copy_weights(model, folder):
+    """Collective. Copy the safetensors weights of `folder` into the model in place, also under ZeRO-3."""
+    files = [safetensors.safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+    where = {name: file for file in files for name in file.keys()}
+    for name, weight in model.named_parameters():
+        partitioned = hasattr(weight, "ds_id")
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=partitioned):
+            if rank() == 0 or not partitioned:
+                weight.copy_(where[name].get_tensor(name))
+
+
+def fsync_tree(folder):
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, limit, best_step=None):
+    """Collective. checkpoint-<step>/: a Hugging Face folder, engine/ for resuming, state.json, rawtune.json.
+
+    Written as checkpoint-<step>.tmp, synced, marked COMPLETE, renamed: a kill at any moment leaves a whole checkpoint
+    or a .tmp folder that the next start removes. Then all but the newest `limit` and the best are deleted.
+    """
+    done, aside = run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}.tmp"
+    try:
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        dist.barrier()
+        weights = full_state_dict(model)
+        if rank() == 0:
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            write_json(aside / "rawtune.json", rawtune)
+            write_json(aside / "state.json", {**state, "step": step, "world_size": world_size(),
+                                              "zero_stage": engine.zero_optimization_stage()})
+        del weights
+        # universal_checkpoint_info lets the optimizer state move to another number of ranks
+        engine.save_checkpoint(str(aside / "engine"), tag="state", client_state={"universal_checkpoint_info": {}}, save_latest=False)
+        dist.barrier()
+        if rank() == 0:
+            fsync_tree(aside)
+            (aside / COMPLETE).touch()
+            fsync_tree(aside)
+            if done.exists():
+                log.warning(f"{done} was there already; renamed to {move_aside(done)}")
+            os.rename(aside, done)
+            fsync_tree(run_dir / done.name)
+            steps = sorted(int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+            for old in steps[:-limit]:
+                if old != best_step:
+                    trash = run_dir / f"checkpoint-{old}.tmp"  # renamed first: half a deletion is no checkpoint
+                    os.rename(run_dir / f"checkpoint-{old}", trash)
+                    shutil.rmtree(trash)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        free = shutil.disk_usage(run_dir).free / 1e9
+        fail(f"step {step}: the checkpoint could not be written ({str(error).splitlines()[0]}; {free:.2f} GB free under {run_dir}). "
+             "Earlier checkpoints are whole: make room and give the same command again", only_here=True)
+    dist.barrier()
+
+
+def universal_checkpoint(checkpoint):
+    """Rank 0: engine/ converted so that another number of ranks can load it (kept beside it as universal/)."""
+    target = checkpoint / "universal"
+    if not target.exists():
+        aside = checkpoint / "universal.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint / "engine" / "state"),
+                   "--output_folder", str(aside / "state"), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        os.rename(aside, target)
+
+
+def load_checkpoint(engine, checkpoint, universal):
+    """Collective. Weights, optimizer and masters into a fresh engine."""
+    path, _ = engine.load_checkpoint(str(checkpoint / ("universal" if universal else "engine")), tag="state")
+    assert path is not None, f"DeepSpeed loaded nothing from {checkpoint}"
+
+
+def export_root(run_dir, checkpoint):
+    """Rank 0: the run folder itself becomes a plain Hugging Face folder with the weights of `checkpoint`."""
+    for stale in [*run_dir.glob("*.safetensors"), *run_dir.glob("*.safetensors.index.json")]:
+        stale.unlink()  # of this run, before it was continued; the checkpoint has them newer
+    for source in checkpoint.iterdir():
+        if source.is_file() and source.name not in (COMPLETE, "state.json"):
+            aside = run_dir / f"{source.name}.tmp"
+            aside.unlink(missing_ok=True)
+            try:
+                os.link(source, aside)  # no second copy of the weights where the file system can do this
+            except OSError:
+                shutil.copyfile(source, aside)
+            os.replace(aside, run_dir / source.name)
+    (run_dir / COMPLETE).touch()

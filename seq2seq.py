@@ -1,0 +1,881 @@
+"""seq2seq.py: fine-tune an encoder-decoder (T5, Flan-T5, mT5, ByT5, BART) on prompt -> completion data, with DeepSpeed.
+
+    {"train": [{"prompt": "4 March 1997", "completion": "1997-03-04"}, ...], "eval": [...]}      data/<name>.json
+
+    python seq2seq.py                                                        # demo from scratch, 2 minutes on a laptop
+    python seq2seq.py --model_init_path google/flan-t5-base --data mydata    # one GPU
+    deepspeed --num_gpus 4 seq2seq.py --model_init_name flan-t5-xxl --data mydata --train_batch_size 8 \
+        --gradient_accumulation_steps 2                                      # ZeRO stage chosen by the memory table
+
+Writes models/<training_run_name>/: metrics.jsonl, predictions (temperature=0.00_n=1_step=2000.json), checkpoint-<step>/
+for resuming, and the trained model itself as a plain Hugging Face folder. docs/seq2seq.md explains every number.
+
+Loss: sum over target tokens of -log p(token | prompt, tokens before), divided by the number of target tokens in the
+whole optimizer step (all forward steps, all processes). T5: Raffel et al. 2020, https://arxiv.org/abs/1910.10683.
+Shapes: R rows (one or several examples packed), S source tokens, T target tokens of a row, N target tokens of a forward
+step, D hidden size, V vocabulary.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import json
+import math
+import re
+import string
+import sys
+import time
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForSeq2SeqLM
+
+import common
+
+if common.__version__ != "0.1.0":
+    sys.exit(f"{__file__} belongs to common.py 0.1.0, but {common.__file__} is {common.__version__}: copy both from one place")
+
+from common import log  # noqa: E402
+
+DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 1500 --train_batch_size 128 "
+        "--learning_rate 0.004 --warmup_steps 100 --eval_steps 500 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
+PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
+CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
+EVAL_METRICS = {"loss": "low", "exact_match": "high", "token_f1": "high"}
+RECORD_LAYOUT = {"source": "{prompt}", "target": "{completion}"}
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def parse_args(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(re.match(r"(@|--(model_init_name|model_init_path|data|data_name)(=|$))", word) for word in argv):
+        if common.rank() == 0 and not {"-h", "--help"} & set(argv):
+            print("demo: python seq2seq.py", " ".join([DEMO, *argv]), flush=True)
+        argv = DEMO.split() + argv
+    parser = common.Parser(prog="seq2seq.py", description=__doc__.split("\n\n")[0])
+    group = parser.add_argument_group("task")
+    group.add_argument("--max_source_length", type=int, default=1024, help="longer prompts lose their end [tokens]")
+    group.add_argument("--max_target_length", type=int, default=512, help="longer completions lose their end [tokens]")
+    group.add_argument("--truncated_eos", action="store_true", help="end truncated completions with the end token all the same")
+    group.add_argument("--allow_lossy", action="store_true",
+                       help="train although the tokenizer cannot express over 1 %% of the completions")
+    group.add_argument("--label_smoothing", type=float, default=0.0, help="share of the target spread over the vocabulary [0-1]")
+    group.add_argument("--max_new_tokens", type=int, default=512, help="generation limit at evaluation [tokens]")
+    group.add_argument("--temperature", type=float, default=0.001, help="sampling temperature; <= 0.001 = greedy [no unit]")
+    group.add_argument("--n_samples", type=int, default=1, help="generations per prompt [count]")
+    group.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass [0-1], 1 = off")
+    group.add_argument("--num_beams", type=int, default=1, help="beam search width [count], 1 = off")
+    group.add_argument("--zero3_generation", choices=["auto", "gathered", "synced"], default="auto",
+                       help="under ZeRO-3 generate with a whole copy of the weights (gathered) or layer by layer (synced); "
+                       "auto = gathered if it fits")
+    common.add_shared_args(parser)
+    args = parser.parse_args(argv)
+    if args.debug:
+        args.max_steps = 10
+    return args
+
+
+def check_args(args, problems):
+    common.check_shared_args(args, problems)
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(args, name) < 2:
+            problems.append(f"--{name} {getattr(args, name)}: expected 2 or more tokens")
+    for name in ("max_new_tokens", "n_samples", "num_beams"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if not 0 <= args.label_smoothing < 1:
+        problems.append(f"--label_smoothing {args.label_smoothing}: expected a share below 1")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top_p {args.top_p}: expected a share above 0, at most 1")
+    if not 0 <= args.temperature < math.inf:
+        problems.append(f"--temperature {args.temperature}: expected 0 (greedy) or more")
+    if args.temperature <= 0.001 and args.n_samples > max(1, args.num_beams):
+        problems.append(f"--n_samples {args.n_samples} at --temperature {args.temperature}: greedy decoding gives the same answer "
+                        "every time; raise --temperature, or --num_beams to at least --n_samples")
+    if args.temperature > 0.001 and args.num_beams > 1:
+        problems.append(f"--num_beams {args.num_beams} at --temperature {args.temperature}: beams are not sampled; leave out one")
+    if args.temperature <= 0.001 and args.top_p < 1:
+        problems.append("--top_p has no effect in greedy decoding: raise --temperature")
+    names = [name for name in EVAL_METRICS] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
+                                               for name in EVAL_METRICS if len(args.data_name) > 1]
+    if args.metric_for_best and args.metric_for_best not in names:
+        problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(names)}")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def to_pair(record):
+    """(prompt, completion, what is wrong or None). {"instruction": "Add", "input": "1 2", "output": "3"} -> ("Add\\n\\n1 2", "3")."""
+    if "prompt" not in record and "instruction" in record:  # Alpaca
+        extra = record.get("input") or ""
+        prompt, completion = record["instruction"], record.get("output")
+        if isinstance(prompt, str) and isinstance(extra, str) and extra:
+            prompt = f"{prompt}\n\n{extra}"
+        names = ("instruction", "output")
+    else:
+        prompt, completion, names = record.get("prompt"), record.get("completion"), ("prompt", "completion")
+    for name, text in zip(names, (prompt, completion)):
+        if text is None:
+            return None, None, f"no {name!r} (has: {', '.join(map(str, record))}); expected {names[0]!r} and {names[1]!r}"
+        if not isinstance(text, str):
+            return None, None, f"{name!r} is a {type(text).__name__}, expected a string (numbers: put them in quotes)"
+        if not text.strip():
+            return None, None, f"{name!r} is empty; remove the record or fill it"
+    return prompt, completion, None
+
+
+def encode_source(ids, limit, eos):
+    """Cut a prompt to `limit` tokens: the end is lost, the end token stays. ([5, 6, 7, 1], 3, 1) -> [5, 6, 1]."""
+    return ids if len(ids) <= limit else ids[: limit - 1] + [eos] if ids[-1] == eos else ids[:limit]
+
+
+def encode_target(ids, limit, eos, truncated_eos):
+    """End with the end token, unless it was cut away: then the model is not taught to stop there.
+
+    ([5, 6, 7, 1], 3, 1, False) -> [5, 6, 7]; with truncated_eos -> [5, 6, 1].
+    """
+    ids = ids if ids[-1:] == [eos] else ids + [eos]
+    return ids if len(ids) <= limit else ids[: limit - 1] + [eos] if truncated_eos else ids[:limit]
+
+
+def prompt_hash(prompt):
+    return np.int64(common.derive_seed("prompt", prompt))
+
+
+def tokenize_data_set(files, folder, tokenizer, args, problems):
+    """Read, check and tokenise one data set into `folder`, in blocks of 1000 records; returns its counts."""
+    writers = {(split, side): common.RaggedWriter(folder / f"{split}.{side}") for split in ("train", "eval", "test")
+               for side in ("source", "target")}
+    hashes = {split: open(folder / f"{split}.hashes", "wb") for split in ("train", "eval", "test")}
+    kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8") for split in ("eval", "test")}
+    counts = collections.Counter({"train": 0, "eval": 0, "test": 0})
+    lossy, eos, specials = [], tokenizer.eos_token_id, set(tokenizer.all_special_ids)
+
+    def flush(block):
+        if not block:
+            return
+        prompts, completions = [p for _, _, _, p, _ in block], [c for _, _, _, _, c in block]
+        sources, targets = tokenizer(prompts).input_ids, tokenizer(completions).input_ids
+        bare = [[t for t in ids[: -1 if ids[-1:] == [eos] else None] if i or t not in specials] for ids in targets for i in (0,)]
+        back = tokenizer.batch_decode(bare, skip_special_tokens=False)
+        for (where, split, record, prompt, completion), source, target, text in zip(block, sources, targets, back):
+            counts[split] += 1
+            counts["long prompts"] += len(source) > args.max_source_length
+            counts["long completions"] += len(target) > args.max_target_length
+            if text.strip() != completion.strip() or tokenizer.unk_token_id in target:
+                counts["lossy"] += 1
+                if len(lossy) < 3:
+                    lossy.append(f"{where}: {completion[:60]!r} comes back as {text[:60]!r}")
+            writers[split, "source"].append(encode_source(source, args.max_source_length, eos))
+            writers[split, "target"].append(encode_target(target, args.max_target_length, eos, args.truncated_eos))
+            hashes[split].write(prompt_hash(prompt).tobytes())
+            if split != "train":
+                kept[split].write(json.dumps({"prompt": prompt, "completion": completion, "orig_d": record}, ensure_ascii=False) + "\n")
+
+    bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0)
+    for file_split, path in files.items():
+        block = []
+        for where, split, record in common.read_records(path, problems, file_split or "train"):
+            if split not in counts or split not in ("train", "eval", "test"):
+                problems.append(f"{where}: split {split!r}, expected train, eval or test")
+                continue
+            prompt, completion, wrong = to_pair(record)
+            if wrong:
+                problems.append(f"{where}: {wrong}")
+                continue
+            if split == "train" and args.eval_fraction and int(prompt_hash(prompt)) % 10**6 < args.eval_fraction * 10**6:
+                split = "eval"  # by prompt, so that duplicates stay together
+            block.append((where, split, record, prompt, completion))
+            if len(block) == 1000:
+                flush(block)
+                bar.update(len(block))
+                block = []
+        flush(block)
+    bar.close()
+    for file in [*writers.values(), *hashes.values(), *kept.values()]:
+        file.close()
+    return dict(counts), lossy
+
+
+class DataSet:
+    """One tokenised data set: token ids stay on disk; evaluation records are in memory."""
+
+    def __init__(self, name, amount, folder):
+        self.name, self.amount = name, amount
+        self.sha256, self.counts = folder.name, json.loads((folder / "counts.json").read_text())
+        self.source = {split: common.Ragged(folder / f"{split}.source") for split in ("train", "eval", "test")}
+        self.target = {split: common.Ragged(folder / f"{split}.target") for split in ("train", "eval", "test")}
+        self.hashes = {split: np.fromfile(folder / f"{split}.hashes", np.int64) for split in ("train", "eval", "test")}
+        self.records = {split: [json.loads(line) for line in open(folder / f"{split}.jsonl", encoding="utf-8")]
+                        for split in ("eval", "test")}
+
+
+def load_data(args, tokenizer, problems):
+    """All data sets of --data, tokenised once into the cache. Runs before any process group exists: no time-out to hit."""
+    data_sets = []
+    for spec in args.data_name:
+        name, amount = common.parse_data_spec(spec, problems)
+        files = common.find_data(args, name, problems)
+        if not files or tokenizer is None:
+            for split, path in files.items():  # no tokenizer: still report what is wrong with the records
+                problems += [f"{where}: {to_pair(r)[2]}" for where, _, r in common.read_records(path, problems) if to_pair(r)[2]]
+            continue
+        before = len(problems)
+        layout = ["seq2seq 1", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
+                  args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
+        key = common.hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        root = common.pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
+        try:
+            with common.cache_folder(root, key, problems) as (folder, is_new):
+                if is_new:
+                    counts, lossy = tokenize_data_set(files, folder, tokenizer, args, problems)
+                    common.write_json(folder / "counts.json", {**counts, "lossy_examples": lossy})
+        except OSError as error:
+            problems.append(f"the token cache cannot be written ({error}); --cache_dir names another folder")
+            continue
+        if len(problems) > before:
+            continue
+        data = DataSet(name, amount, root / key)
+        data_sets.append(data)
+        check_counts(args, data, next(iter(files.values())), problems)
+    leaked = {int(h) for d in data_sets for h in d.hashes["train"]} if sum(len(d.hashes["train"]) for d in data_sets) < 10**5 else None
+    for data in data_sets:
+        for split in ("eval", "test"):
+            seen = sum(np.isin(data.hashes[split], other.hashes["train"]).sum() for other in data_sets) if leaked is None else \
+                sum(int(h) in leaked for h in data.hashes[split])
+            if seen:
+                log.warning(f"{data.name}: {seen} of {len(data.hashes[split])} {split} prompts occur in the training data")
+    return data_sets
+
+
+def tokenizer_fingerprint(tokenizer):
+    """Changes whenever the ids of any text could change."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return common.hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
+
+
+def check_counts(args, data, path, problems):
+    """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
+    counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
+    if not counts["train"] and not args.no_train:
+        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
+    if not counts["eval"] and not (args.no_train and counts["test"]):
+        problems.append(f"{path}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key or {data.name}.eval.jsonl "
+                        "beside it), or hold some out with --eval_fraction 0.05")
+    if data.amount is not None:
+        take = data.amount if isinstance(data.amount, int) else round(data.amount * counts["train"])
+        if not 1 <= take <= counts["train"]:
+            problems.append(f"--data {data.name}:{data.amount}: {take} of {counts['train']} training records; expected 1 to all of them")
+    for what, flag in (("long prompts", "--max_source_length"), ("long completions", "--max_target_length")):
+        if counts.get(what):
+            log.warning(f"{data.name}: {counts[what]} of {n_all} {what.split()[1]} are longer than {flag} "
+                        f"{getattr(args, flag[2:])} tokens and lose their end")
+    if counts.get("lossy"):
+        examples = "; ".join(counts["lossy_examples"])
+        text = (f"{data.name}: {counts['lossy']} of {n_all} completions cannot be expressed by this tokenizer, so the model can never "
+                f"write them ({examples})")
+        if counts["lossy"] > 0.01 * n_all and not args.allow_lossy:
+            problems.append(text + ". Use a byte-level or multilingual model (google/byt5-base, google/mt5-base), or --allow_lossy")
+        else:
+            log.warning(text)
+
+
+def deal(ids, lengths, n_pieces):
+    """Cut the examples of a step into n_pieces runs of similar length and about equal token counts.
+
+    ids: (n,) int; lengths: (N, 2). Some pieces are empty when n < n_pieces. Depends on nothing else, so all ranks agree.
+    """
+    ids = ids[np.argsort(-lengths[ids].sum(1), kind="stable")]
+    tokens = np.cumsum(lengths[ids].sum(1))
+    piece = np.minimum((tokens - lengths[ids].sum(1) / 2) * n_pieces // tokens[-1], n_pieces - 1)
+    return [ids[piece == i] for i in range(n_pieces)]
+
+
+def pack(ids, lengths, width):
+    """Rows of examples (lists of ids) that cost least to compute: padding against the square of attention.
+
+    Cost of R rows of S + T tokens: per token 1 + (row length / width), width = the model's hidden size: there attention,
+    with its (S, S), (T, T) and (T, S) scores, takes about as long as the matrices do (measured on CPU). The candidates
+    hold 1, 2, 3, 4, 6, 8 ... examples per row; each example goes where it lengthens the fullest row least.
+    """
+    best_cost, best_rows = math.inf, None
+    n = len(ids)
+    order = ids[np.argsort(-lengths[ids].max(1), kind="stable")]
+    for per_row in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
+        n_rows = -(-n // per_row)
+        if per_row > n:
+            break
+        used, rows = np.zeros((n_rows, 2)), [[] for _ in range(n_rows)]
+        scale = lengths[ids].sum(0) / n_rows
+        for i in order:
+            filled = (used + lengths[i]) / scale
+            row = int(np.argmin(filled.max(1) + 1e-3 * filled.sum(1)))
+            used[row] += lengths[i]
+            rows[row].append(int(i))
+        S, T = used.max(0)
+        cost = len(rows) * (S + T + (S * S + T * T + S * T) / width)
+        if cost < best_cost:
+            best_cost, best_rows = cost, [row for row in rows if row]
+    return best_rows
+
+
+def collate(rows, sources, targets, start_id, pad_id, n_chunks=1):
+    """Rows of example ids -> tensors. sources[i], targets[i]: token ids of example i.
+
+    source_ids, source_segment: (R, S); decoder_ids, decoder_segment: (R, T); segment = number of the example in its row,
+    from 1 (0 = source padding; target padding belongs to segment 1, so that it attends to something).
+    target_index: (N,) positions in the flattened (R x T) hidden states; target_ids: (N,); target_example: (N,).
+    The shift happens here and only here: decoder position t reads target t - 1 and predicts target t.
+    No rows (this rank has no example): one token in, one prediction out, marked by `is_dummy`.
+    """
+    is_dummy = not rows
+    if is_dummy:
+        rows, sources, targets = [[0]], {0: [pad_id]}, {0: [pad_id]}
+    S = max(sum(len(sources[i]) for i in row) for row in rows)
+    T = max(sum(len(targets[i]) for i in row) for row in rows)
+    source_ids, source_segment = np.full((len(rows), S), pad_id), np.zeros((len(rows), S), np.int64)
+    decoder_ids, decoder_segment = np.full((len(rows), T), pad_id), np.ones((len(rows), T), np.int64)
+    index, ids, example = [], [], []
+    for r, row in enumerate(rows):
+        s = t = 0
+        for segment, i in enumerate(row, 1):
+            source, target = np.asarray(sources[i]), np.asarray(targets[i])
+            source_ids[r, s: s + len(source)], source_segment[r, s: s + len(source)] = source, segment
+            decoder_ids[r, t], decoder_ids[r, t + 1: t + len(target)] = start_id, target[:-1]
+            decoder_segment[r, t: t + len(target)] = segment
+            index.append(r * T + t + np.arange(len(target)))
+            ids.append(target)
+            example.append(np.full(len(target), i))
+            s, t = s + len(source), t + len(target)
+    arrays = {"source_ids": source_ids, "source_segment": source_segment, "decoder_ids": decoder_ids,
+              "decoder_segment": decoder_segment, "target_index": np.concatenate(index), "target_ids": np.concatenate(ids),
+              "target_example": np.concatenate(example)}
+    batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    return {**batch, "n_chunks": n_chunks, "is_dummy": is_dummy}
+
+
+class TrainingData:
+    """The forward steps of optimizer step k, for this rank: a pure function of (seed, k) and the effective batch."""
+
+    def __init__(self, args, data_sets, model_config, packed):
+        self.args, self.packed, self.config = args, packed, model_config
+        self.parts = [(d.source["train"], d.target["train"]) for d in data_sets]
+        self.sizes, self.amounts = [len(s) for s, _ in self.parts], [d.amount for d in data_sets]
+        self.lengths = np.concatenate([np.stack([s.lengths, t.lengths], 1) for s, t in self.parts])
+        self.starts = np.cumsum([0, *self.sizes])
+        self.batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.per_epoch = len(common.mixed_epoch(self.sizes, self.amounts, args.seed, 0))
+        self.steps_per_epoch = -(-self.per_epoch // self.batch)
+        self.epoch, self.batches = None, None
+        self.chunk_tokens = max(128, CHUNK_ELEMENTS // model_config.vocab_size)
+        self.width = getattr(model_config, "d_model", 512)
+
+    def step_ids(self, step):
+        """Example numbers of optimizer step `step`, counted from 0."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            ids = common.mixed_epoch(self.sizes, self.amounts, self.args.seed, epoch)
+            self.epoch, self.batches = epoch, common.epoch_batches(ids, self.lengths, self.batch, self.args.seed, epoch)
+        return self.batches[i]
+
+    def example(self, i, side):
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part][side][i - self.starts[part]]
+
+    def micro_batches(self, step):
+        """(batches of this rank, target tokens of the whole step, its number of examples and padding share)."""
+        ids, world, rank = self.step_ids(step), common.world_size(), common.rank()
+        n_micro = self.args.gradient_accumulation_steps
+        pieces = deal(ids, self.lengths, world * n_micro)
+        batches = []
+        for g in range(n_micro):
+            group = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
+            # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
+            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in group) // self.chunk_tokens))
+            mine = group[rank]
+            rows = (pack(mine, self.lengths, self.width) if self.packed else [[int(i)] for i in mine]) if len(mine) else []
+            batches.append(collate(rows, {i: self.example(i, 0) for i in map(int, mine)}, {i: self.example(i, 1) for i in map(int, mine)},
+                                   self.config.decoder_start_token_id, self.config.pad_token_id, n_chunks))
+        return batches, int(self.lengths[ids, 1].sum()), len(ids)
+
+
+# ------------------------------------------------------------------------------------------------ model and loss
+
+
+def token_losses(head, hidden, target_ids, n_chunks, label_smoothing):
+    """Cross entropy of each target token in fp32: hidden (N, D), target_ids (N,) -> (N,). Never more than one chunk of
+    logits (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
+    def chunk_losses(hidden, target_ids):
+        logits = head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, target_ids, reduction="none", label_smoothing=label_smoothing)
+    pairs = zip(hidden.tensor_split(n_chunks), target_ids.tensor_split(n_chunks))
+    if n_chunks == 1 or not torch.is_grad_enabled():
+        return torch.cat([chunk_losses(h, t) for h, t in pairs])
+    return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in pairs])
+
+
+class TargetLosses(torch.nn.Module):
+    """What the engine wraps: forward(batch) -> (N,) fp32 loss of every target token."""
+
+    def __init__(self, model, packed, label_smoothing):
+        super().__init__()
+        self.model, self.packed, self.label_smoothing = model, packed, label_smoothing
+
+    def forward(self, batch):
+        model, smoothing = self.model, self.label_smoothing if self.training else 0.0
+        source_segment, decoder_segment = batch["source_segment"], batch["decoder_segment"]
+        if not self.packed:  # one example per row; positions are the model's own business
+            logits = model(input_ids=batch["source_ids"], attention_mask=source_segment > 0, decoder_input_ids=batch["decoder_ids"],
+                           use_cache=False).logits.flatten(0, 1)  # (R x T, V)
+            return token_losses(torch.nn.Identity(), logits[batch["target_index"]], batch["target_ids"], batch["n_chunks"], smoothing)
+        T = decoder_segment.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
+        # (R, 1, queries, keys) bool, True = may attend: within one example only. T5's relative positions need no restart.
+        encoder_mask = (source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
+        decoder_mask = ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1)
+        cross_mask = (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
+        encoded = model.encoder(input_ids=batch["source_ids"], attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
+        hidden = model.decoder(input_ids=batch["decoder_ids"], attention_mask=decoder_mask, encoder_hidden_states=encoded,
+                               encoder_attention_mask=cross_mask).last_hidden_state  # (R, T, D)
+        hidden = hidden.flatten(0, 1)[batch["target_index"]]  # (N, D): no logits where there is no target
+        if getattr(model.config, "scale_decoder_outputs", False):  # T5 v1.0; v1.1 and mT5 do not scale
+            hidden = hidden * model.config.d_model**-0.5
+        return token_losses(model.lm_head, hidden, batch["target_ids"], batch["n_chunks"], smoothing)
+
+
+def train_flops(model, n_source, n_target):
+    """Floating-point operations of a training step, 6 per weight and token (Kaplan et al. 2020), embeddings left out and
+    attention scores not counted (so a lower bound): encoder weights see source tokens, decoder and head target tokens."""
+    size = {name: sum(getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if "embed" not in n and "shared" not in n)
+            for name, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder()))}
+    return 6 * (size["encoder"] * n_source + (size["decoder"] + model.config.vocab_size * getattr(model.config, "d_model", 0)) * n_target)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+class RowKeyedSampler(transformers.LogitsProcessor):
+    """Sampling that depends on (seed, step, row, sample, position) only: not on batch, order or number of ranks.
+
+    Adds Gumbel noise to the scores, so that the argmax of greedy `generate` is an exact sample of softmax(scores /
+    temperature), cut to top_p (Gumbel-max trick; Maddison et al. 2014). The noise is a hash (splitmix64) of key,
+    position and token, computed on the device in int64.
+    """
+
+    def __init__(self, keys, temperature, top_p):
+        self.keys, self.temperature = keys, temperature  # keys: (B,) int64, one per generated row
+        self.top_p = transformers.TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    @staticmethod
+    def _mix(z):
+        def right(z, n):  # logical shift; int64 has only the arithmetic one
+            return (z >> n) & ((1 << (64 - n)) - 1)
+        z = (z ^ right(z, 30)) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+        z = (z ^ right(z, 27)) * -7723592293110705685  # 0x94d049bb133111eb
+        return z ^ right(z, 31)
+
+    def __call__(self, input_ids, scores):
+        scores = scores.float() / self.temperature
+        scores = self.top_p(input_ids, scores) if self.top_p else scores
+        per_row = self._mix(self.keys + input_ids.shape[1])
+        hashed = self._mix(per_row[:, None] + torch.arange(1, scores.shape[1] + 1, device=scores.device))  # (B, V)
+        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+        return scores - torch.log(-torch.log(uniform)).float()
+
+
+def normalize_answer(text):
+    """SQuAD's normalisation (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single blanks."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_f1(prediction, gold):
+    """F1 of the bags of normalised words. token_f1("the red book", "a red cat") = 0.5."""
+    predicted, wanted = normalize_answer(prediction), normalize_answer(gold)
+    common_words = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
+    if not predicted or not wanted or not common_words:
+        return float(predicted == wanted)
+    return 2 * common_words / (len(predicted) + len(wanted))
+
+
+def my_batches(n_rows, lengths, batch_size):
+    """This rank's evaluation batches, longest first, and how many the busiest rank has. A batch is never split, so its
+    padding, and with it every digit of the result, is the same for any number of ranks."""
+    order = np.argsort(-lengths, kind="stable") if n_rows else np.empty(0, int)
+    batches = [order[i: i + batch_size].tolist() for i in range(0, n_rows, batch_size)]
+    return batches[common.rank()::common.world_size()], -(-len(batches) // common.world_size())
+
+
+@contextlib.contextmanager
+def generating_model(args, engine, device):
+    """The model to call `generate` on, and whether all ranks must run equally many forward passes (ZeRO-3, synced)."""
+    model = engine.module.model
+    if engine.zero_optimization_stage() < 3:
+        yield model, False
+        return
+    need = sum(p.ds_numel * p.element_size() for p in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 2
+    fits = common.broadcast(need < 0.6 * free, device)
+    if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and not fits):
+        yield model, True
+    else:
+        with common.plain_copy(model, device) as twin:
+            yield twin, False
+
+
+@torch.no_grad()
+def generate(args, engine, tokenizer, rows, step, device):
+    """Collective. rows: [(row number, source ids)] -> {row: [n_samples texts]} of this rank's share."""
+    per_batch = max(1, args.eval_batch_size // args.n_samples)
+    lengths = np.array([len(source) for _, source in rows])
+    mine, n_rounds = my_batches(len(rows), lengths, per_batch)
+    texts = {}
+    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False, "min_length": 0}
+    sampled = args.temperature > 0.001
+    options["num_return_sequences"] = 1 if sampled else args.n_samples
+    precision = common.resolve_precision(args)
+    with generating_model(args, engine, device) as (model, synced):
+        cast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+        for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0, leave=False):
+            batch = mine[round_] if round_ < len(mine) else []  # none left: keep the others company with one token
+            sources = [rows[i][1] for i in batch] or [[tokenizer.eos_token_id]]
+            if sampled:
+                sources = [source for source in sources for _ in range(args.n_samples)]
+                keys = [common.derive_seed(args.seed, "sample", step, rows[i][0], n) for i in batch for n in range(args.n_samples)]
+                keys = torch.tensor(keys or [0] * args.n_samples, device=device)
+                options["logits_processor"] = [RowKeyedSampler(keys, args.temperature, args.top_p)]
+            batch_ids = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
+            with cast:
+                out = model.generate(input_ids=batch_ids["source_ids"].to(device), synced_gpus=synced,
+                                     attention_mask=(batch_ids["source_segment"] > 0).to(device), **options)
+            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+            for n, i in enumerate(batch):
+                texts[rows[i][0]] = decoded[n * args.n_samples: (n + 1) * args.n_samples]
+    return texts
+
+
+@torch.no_grad()
+def row_losses(args, engine, examples, config, device):
+    """Collective. examples: [(source, target)] -> {row: (summed loss, target tokens)} of this rank's share."""
+    lengths = np.array([[len(s), len(t)] for s, t in examples]).reshape(-1, 2)
+    mine, n_rounds = my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
+    sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
+    rounds = n_rounds if engine.zero_optimization_stage() == 3 else len(mine)
+    for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0, leave=False):
+        rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
+        batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
+        losses = engine(to_device(batch, device)).double().cpu()
+        for i in (i for row in rows for i in row):
+            of_row = losses[batch["target_example"] == i]
+            found[i] = (float(of_row.sum()), len(of_row))
+    return found
+
+
+def to_device(batch, device):
+    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
+    """Collective. Token-mean loss, exact match and token F1 over `split`; writes the predictions file; returns the
+    metrics on every rank. Every row is counted once; exact match and F1 are those of the first generation."""
+    rows = [(d.name, record, d.source[split][i], d.target[split][i]) for d in data_sets for i, record in enumerate(d.records[split])]
+    rows = rows[:100] if args.debug else rows
+    engine.eval()
+    started = time.perf_counter()
+    local_losses = row_losses(args, engine, [(s, t) for _, _, s, t in rows], engine.module.model.config, device)
+    local_texts = generate(args, engine, tokenizer, [(i, s) for i, (_, _, s, _) in enumerate(rows)], step, device)
+    engine.train()
+    gathered = [None] * common.world_size()
+    dist.all_gather_object(gathered, (local_losses, local_texts))
+    losses, texts = {}, {}
+    for part_losses, part_texts in gathered:
+        losses.update(part_losses)
+        texts.update(part_texts)
+    assert len(losses) == len(texts) == len(rows), (len(losses), len(texts), len(rows))
+    scores = [{"loss": losses[i], "exact_match": float(texts[i][0].strip() == record["completion"].strip()),
+               "token_f1": token_f1(texts[i][0], record["completion"])} for i, (_, record, _, _) in enumerate(rows)]
+    groups = {"": scores}
+    if len(data_sets) > 1:
+        for data in data_sets:
+            groups[f"{data.name}/"] = [score for score, row in zip(scores, rows) if row[0] == data.name]
+    metrics = {}
+    for prefix, group in groups.items():
+        if group:
+            metrics[f"{prefix}loss"] = math.fsum(s["loss"][0] for s in group) / sum(s["loss"][1] for s in group)
+            for name in ("exact_match", "token_f1"):
+                metrics[f"{prefix}{name}"] = math.fsum(s[name] for s in group) / len(group)
+    metrics["eval_seconds"] = round(time.perf_counter() - started, 2)
+    if common.rank() == 0:
+        name = predictions_name(args, split, step)
+        common.write_json(run_dir / name, [
+            {"prompt": record["prompt"], "generations": [{"lm_postprocess": text} for text in texts[i]],
+             "demonstration": record["completion"], "orig_d": record["orig_d"], "dataset": name_of_set}
+            for i, (name_of_set, record, _, _) in enumerate(rows)])
+    return metrics
+
+
+def predictions_name(args, split, step):
+    return f"{'test_' if split == 'test' else ''}temperature={args.temperature:.2f}_n={args.n_samples}_step={step}.json"
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def main(args):
+    # 1 setup: everything that can be wrong is found here, before any weight is loaded
+    common.adopt_launcher()
+    common.start_log()
+    problems = []
+    check_args(args, problems)
+    source, config, tokenizer = common.open_model_folder(args, problems)
+    if config is not None and (not config.is_encoder_decoder or config.decoder_start_token_id is None):
+        problems.append(f"model {source!r} is a {config.model_type}, not an encoder-decoder with a decoder_start_token_id; "
+                        "decoder-only models: sft_causal.py")
+    precision = common.resolve_precision(args)
+    if config is not None and precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
+        problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or bf16-mixed, "
+                        "or --force fp16")
+
+    # 2 data
+    data_sets = load_data(args, tokenizer, problems)
+    model_name = str(source).rstrip("/").replace("models/", "").replace("/", "_") if source else "model"
+    data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
+    run_name = args.training_run_name or (f"{model_name}_{data_name}_eval" if args.no_train else f"{model_name}_{data_name}_{args.seed}")
+    run_dir = common.mount_dir(args) / "models" / run_name
+    identity = {"resolved_model": str(source), "data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
+                "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
+    resume_from = None
+    if args.no_train:
+        for split in ("eval", "test"):
+            path = run_dir / predictions_name(args, split, 0)
+            if path.exists() and any(d.records[split] for d in data_sets):
+                problems.append(f"{path} exists; move it away or choose another --training_run_name")
+    else:
+        resume_from = common.start_of_run(args, run_dir, identity, problems)
+    state = json.loads((resume_from / "state.json").read_text()) if resume_from else {
+        "step": 0, "best": None, "best_step": None, "evals_since_best": 0}
+    ds_config = None
+    if config is not None:
+        n_params = common.count_parameters(AutoModelForSeq2SeqLM, config)
+        if args.estimate:
+            if not problems:
+                print(common.estimate_table(n_params, precision, common.device_memory()))
+                return 0
+            common.fail(problems)
+        ds_name = args.ds_config
+        if ds_name == "auto":
+            ds_name = state.get("ds_config") or common.choose_stage(n_params, precision, problems)
+        ds_config = common.read_ds_config(args, ds_name, precision, problems)
+        if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
+            problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
+    if problems:
+        common.fail(problems)
+    device = common.setup_distributed()
+    rank, world = common.rank(), common.world_size()
+    resume_from, state = common.broadcast((resume_from, state), device)
+    stopper = common.Stopper(args.max_hours)
+    if rank == 0 and not args.no_train:
+        common.start_run(args, run_dir, identity, __file__)
+        common.write_json(run_dir / "ds_config.json", ds_config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
+    if universal:
+        ds_config["checkpoint"] = {"load_universal": True}
+        if rank == 0:
+            common.universal_checkpoint(resume_from)
+    dist.barrier()
+
+    # 3 model
+    model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, ds_config)
+    packed = config.model_type in PACKED_FAMILIES
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        (model.encoder if packed else model).compile(dynamic=True)
+        if packed:
+            model.decoder.compile(dynamic=True)
+    model.train()
+
+    # 4 engine
+    optimizer = None
+    if not args.no_train:
+        optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=ds_config)
+    if args.no_train:
+        for split in ("eval", "test"):
+            if any(d.records[split] for d in data_sets):
+                metrics = evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device)
+                if rank == 0:
+                    common.log_metrics(run_dir, {"step": 0, "epoch": 0, "split": split, **{f"{split}/{k}": v for k, v in metrics.items()}})
+        return 0
+    train_data = TrainingData(args, data_sets, config, packed)
+    max_steps = args.max_steps or math.ceil(args.num_epochs * train_data.steps_per_epoch)
+    eval_steps, save_steps = args.eval_steps or train_data.steps_per_epoch, train_data.steps_per_epoch if args.save_steps is None else args.save_steps
+    warmup = common.warmup_steps(args, max_steps)
+    rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
+               "base": {"path": str(source), "revision": getattr(config, "_commit_hash", None),
+                        "sha256": common.weights_sha256(source) if rank == 0 else None}, "adapter": "none", "quantize": None}
+    n_local = args.train_batch_size // world
+    log.info(f"{source}: {n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
+             f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
+    log.info(f"{train_data.per_epoch} training examples = {train_data.steps_per_epoch} steps per epoch; one step = {args.train_batch_size} "
+             f"examples ({n_local} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; run folder {run_dir}")
+
+    # 5 resume
+    step = state["step"]
+    if resume_from:
+        common.load_checkpoint(engine, resume_from, universal)
+        log.info(f"continuing {run_dir} from step {step}" + (f" (written by {state['world_size']} processes)" if universal else ""))
+        if step >= max_steps:
+            log.warning(f"{resume_from} has reached {max_steps} steps already: nothing to train")
+    tracker = None
+    if rank == 0:
+        common.rewind_metrics(run_dir, step)
+        tracker = common.open_tracker(args, run_dir)
+
+    def run_evaluation():
+        metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device)
+        if rank == 0:
+            common.log_metrics(run_dir, {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "eval",
+                                         **{f"eval/{k}": v for k, v in metrics.items()}}, tracker)
+        if args.metric_for_best and step:
+            value = metrics[args.metric_for_best]
+            sign = 1 if EVAL_METRICS[args.metric_for_best.split("/")[-1]] == "high" else -1
+            if state["best"] is None or sign * value > sign * state["best"]:
+                state.update(best=value, best_step=step, evals_since_best=0)
+            else:
+                state["evals_since_best"] += 1
+
+    def save():
+        nonlocal saved_step
+        if saved_step != step:
+            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name}, rawtune,
+                                   args.save_total_limit, state["best_step"])
+            if rank == 0 and state["best_step"] == step:
+                common.write_json(run_dir / "best.json", {"checkpoint": f"checkpoint-{step}", "metric": args.metric_for_best, "value": state["best"]})
+            saved_step = step
+
+    saved_step = step if resume_from else None
+    if step == 0:
+        run_evaluation()
+
+    # 6 loop
+    peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None
+    window = collections.Counter()
+    window_start, overflows, stop = time.perf_counter(), 0, None
+    bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0)
+    ahead = concurrent.futures.ThreadPoolExecutor(1)  # packs step k + 1 while step k is computed
+    pending = ahead.submit(train_data.micro_batches, step) if step < max_steps else None
+    while step < max_steps and not stop:
+        # fetch: the batch of this step is a pure function of (seed, step); count: its target tokens over all processes
+        micro_batches, n_targets, n_examples = pending.result()
+        pending = ahead.submit(train_data.micro_batches, min(step + 1, max_steps - 1))
+        lr = common.lr_at(step, args.learning_rate, args.lr_scheduler_type, warmup, max_steps)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))  # so there is no random state to save
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        try:
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                engine.set_gradient_accumulation_boundary(is_last)
+                losses = engine(to_device(batch, device))  # (N,)
+                summed = losses.sum() * (not batch["is_dummy"])
+                loss_sum += summed.detach()
+                # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
+                # steps, this is the sum over all target tokens of the step / their number.
+                engine.backward(summed * (world / n_targets), scale_wrt_gas=False)
+                if is_last:  # one small all-reduce: the loss of the whole step, and whether anybody wants to stop
+                    reason = stopper.reason()
+                    step_loss, n_stop = common.all_reduce_sum([loss_sum.item(), bool(reason)], device)
+                    if not math.isfinite(step_loss) and precision != "fp16":
+                        common.fail(f"step {step + 1}: the loss is {step_loss}. Nothing of this step was applied; checkpoints are intact. "
+                                    "Lower --learning_rate, set --max_grad_norm 1.0, or try --precision fp32")
+                    grad_norm = common.grad_norm_before_step(engine)
+                engine.step()  # weights move on the last call of a step
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            shapes = ", ".join(f"{tuple(b['source_ids'].shape)} -> {tuple(b['decoder_ids'].shape)}" for b in micro_batches)
+            common.fail(f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
+                        "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, "
+                        "then a higher --ds_config stage, then a shorter --max_source_length", only_here=True)
+        if not engine.was_step_applied():  # fp16 overflow: the loss scale went down; the same step again
+            overflows += 1
+            if overflows > 50:
+                common.fail(f"step {step + 1}: 50 overflows in a row in fp16; use --precision bf16")
+            pending = ahead.submit(train_data.micro_batches, step)
+            continue
+        overflows, step = 0, step + 1
+        grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        bar.update()
+        for batch in micro_batches:
+            if not batch["is_dummy"]:
+                window.update(computed=batch["source_ids"].numel() + batch["decoder_ids"].numel(), targets=len(batch["target_ids"]),
+                              sources=int((batch["source_segment"] > 0).sum()))
+        window.update(loss=step_loss, all_targets=n_targets, steps=1)
+        if n_stop:
+            stop = reason or "another process was told to stop"
+        is_end = step == max_steps
+        if step % args.logging_steps == 0 or is_end or stop:
+            computed, sources = common.all_reduce_sum([window["computed"], window["sources"]], device)
+            seconds = time.perf_counter() - window_start
+            row = {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "train",
+                   "loss": window["loss"] / window["all_targets"], "lr": lr, "grad_norm": float(grad_norm),
+                   "tokens_per_sec": window["all_targets"] / seconds, "target_tokens": window["all_targets"],
+                   "padding_share": 1 - (sources + window["all_targets"]) / computed, "peak_memory_gb": common.peak_memory_gb(device)}
+            if peak_flops:
+                row["mfu" if args.peak_tflops else "mfu_of_matmul"] = (
+                    train_flops(model, sources, window["all_targets"]) / seconds / peak_flops / world)
+            if rank == 0:
+                common.log_metrics(run_dir, row, tracker)
+            window.clear()
+        improved = False
+        if (step % eval_steps == 0 or is_end) and not stop:
+            run_evaluation()
+            improved = state["best_step"] == step
+            if args.early_stopping_patience and state["evals_since_best"] >= args.early_stopping_patience:
+                log.info(f"step {step}: {state['evals_since_best']} evaluations without a better {args.metric_for_best}: stopping early")
+                is_end = True
+        if is_end or stop or improved or (save_steps and step % save_steps == 0):
+            save()
+        if not window:
+            window_start = time.perf_counter()
+        if is_end:
+            break
+    bar.close()
+    ahead.shutdown(cancel_futures=True)
+    if stop:
+        log.info(f"{stop}: saved at step {step}; the same command continues from here (exit code {common.EXIT_SAVED})")
+        return common.EXIT_SAVED
+
+    # 7 export: the best checkpoint if there is a metric for it, else the last; test once with these weights
+    save()
+    chosen = run_dir / f"checkpoint-{state['best_step'] or step}"
+    if any(d.records["test"] for d in data_sets):
+        if state["best_step"] not in (None, step):
+            common.copy_weights(model, chosen)
+        metrics = evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device)
+        if rank == 0:
+            common.log_metrics(run_dir, {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "test",
+                                         **{f"test/{k}": v for k, v in metrics.items()}}, tracker)
+    if rank == 0:
+        common.plot_curves(run_dir)
+        common.export_root(run_dir, chosen)
+        log.info(f"done: {run_dir} holds the model of {chosen.name}, metrics.jsonl and the predictions")
+    dist.barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
