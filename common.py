@@ -712,13 +712,28 @@ def mixed_epoch(sizes, amounts, seed, epoch):
     return np.concatenate(ids)
 
 
+def length_cells(ids, lengths, n_cells):
+    """Cut ids into n_cells arrays of about equal size that are alike in source and target length.
+
+    Sorted by target length into about sqrt(n_cells) groups, each group by source length. lengths: (N, 2), by id.
+    """
+    bounds = np.arange(n_cells + 1) * len(ids) // n_cells
+    ids = ids[np.argsort(lengths[ids, 1], kind="stable")]
+    cells = []
+    for group in np.array_split(np.arange(n_cells), max(1, round(math.sqrt(n_cells)))):
+        start = bounds[group[0]]
+        part = ids[start: bounds[group[-1] + 1]]
+        part = part[np.argsort(lengths[part, 0], kind="stable")]
+        cells += [part[bounds[i] - start: bounds[i + 1] - start] for i in group]
+    return cells
+
+
 def epoch_batches(ids, lengths, batch, seed, epoch, window=64):
     """The batches of one epoch: a pure function of its arguments, the same for any number of ranks.
 
     ids: (n,) example numbers of this epoch; lengths: (N, 2) source and target tokens, indexed by example number.
-    A batch is a cell of a random window of 64 batches: sorted by target length into about 8 groups, each group by
-    source length, so that its examples are alike in both. Returns ceil(n / batch) arrays; a shorter one comes last,
-    of randomly chosen examples.
+    A batch is a cell (see length_cells) of a random window of 64 batches, so little padding is needed. Returns
+    ceil(n / batch) arrays in random order; a shorter one comes last, of randomly chosen examples.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = ids[rng.permutation(len(ids))]
@@ -726,11 +741,7 @@ def epoch_batches(ids, lengths, batch, seed, epoch, window=64):
     batches = []
     for start in range(0, n_full, window):
         n_batches = min(window, n_full - start)
-        block = order[start * batch: (start + n_batches) * batch]
-        block = block[np.argsort(lengths[block, 1], kind="stable")]
-        for group in np.array_split(np.arange(n_batches), max(1, round(math.sqrt(n_batches)))):
-            cell = block[group[0] * batch: (group[-1] + 1) * batch]
-            batches += np.split(cell[np.argsort(lengths[cell, 0], kind="stable")], len(group))
+        batches += length_cells(order[start * batch: (start + n_batches) * batch], lengths, n_batches)
     batches = [batches[i] for i in rng.permutation(n_full)]
     return batches + ([order[n_full * batch:]] if len(order) % batch else [])
 

@@ -43,7 +43,7 @@ if common.__version__ != "0.1.0":
 
 from common import log  # noqa: E402
 
-DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 1500 --train_batch_size 128 "
+DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 1000 --train_batch_size 128 "
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 500 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
 PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
 CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
@@ -300,45 +300,67 @@ def deal(ids, lengths, n_pieces):
     return [ids[piece == i] for i in range(n_pieces)]
 
 
-def pack(ids, lengths, width):
-    """Rows of examples (lists of ids) that cost least to compute: padding against the square of attention.
+def pack(ids, lengths, width, packed):
+    """(cost, rows): examples put into rows (lists of ids) so that the rows cost little to compute.
 
-    Cost of R rows of S + T tokens: per token 1 + (row length / width), width = the model's hidden size: there attention,
-    with its (S, S), (T, T) and (T, S) scores, takes about as long as the matrices do (measured on CPU). The candidates
-    hold 1, 2, 3, 4, 6, 8 ... examples per row; each example goes where it lengthens the fullest row least.
+    Cost of R rows of S + T tokens, in tokens: R (S + T) + R (S S + T T + S T) / 1.75 width + 4 x padding. The second part
+    is attention; 1.75 x the hidden size is where it takes as long as the matrices do (measured on CPU, widths 96 to
+    512). Padding weighs more than its time, so that it stays under 5 % on ragged data. Tried are 1, 2, 3, 4, 6, 8 ...
+    examples per row while that helps (packed=False: 1); an example goes where it lengthens the fullest row least.
     """
-    best_cost, best_rows = math.inf, None
-    n = len(ids)
+    best_cost, best_rows, n_worse = math.inf, [], 0
     order = ids[np.argsort(-lengths[ids].max(1), kind="stable")]
-    for per_row in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-        n_rows = -(-n // per_row)
-        if per_row > n:
-            break
-        used, rows = np.zeros((n_rows, 2)), [[] for _ in range(n_rows)]
-        scale = lengths[ids].sum(0) / n_rows
-        for i in order:
-            filled = (used + lengths[i]) / scale
+    real = lengths[ids].sum(0)
+    for per_row in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if packed else (1,):
+        n_rows = -(-len(ids) // per_row)
+        used, rows = (lengths[order], [[int(i)] for i in order]) if per_row == 1 else (np.zeros((n_rows, 2)), [[] for _ in range(n_rows)])
+        for i in order if per_row > 1 else []:
+            filled = (used + lengths[i]) / real
             row = int(np.argmin(filled.max(1) + 1e-3 * filled.sum(1)))
             used[row] += lengths[i]
             rows[row].append(int(i))
-        S, T = used.max(0)
-        cost = len(rows) * (S + T + (S * S + T * T + S * T) / width)
+        rows = [row for row in rows if row]
+        S, T = map(int, used.max(0))
+        padding = len(rows) * (S + T) - int(real.sum())
+        cost = len(rows) * (S + T + (S * S + T * T + S * T) / (1.75 * width)) + 4 * padding
         if cost < best_cost:
-            best_cost, best_rows = cost, [row for row in rows if row]
-    return best_rows
+            best_cost, best_rows, n_worse = cost, rows, 0
+        else:
+            n_worse += 1
+        if n_worse == 2 or len(rows) == 1:
+            break
+    return best_cost, best_rows
 
 
-def collate(rows, sources, targets, start_id, pad_id, n_chunks=1):
+def plan(ids, lengths, width, packed, group_tokens):
+    """Groups of rows for one forward step of one rank: examples of like shape together, each group packed.
+
+    Every group costs launches worth about group_tokens tokens. No ids: one empty group. Returns a list of lists of rows.
+    """
+    best_cost, best_groups = math.inf, [[]]
+    for n in (1, 2, 3, 4, 6, 9, 12, 16, 25):
+        if n > max(1, len(ids) // 2) or not len(ids):
+            break
+        found = [pack(cell, lengths, width, packed) for cell in common.length_cells(ids, lengths, n)]
+        cost = sum(cost for cost, _ in found) + n * group_tokens
+        if cost < best_cost:
+            best_cost, best_groups = cost, [rows for _, rows in found]
+        elif n > 2:
+            break
+    return best_groups
+
+
+def collate(rows, sources, targets, start_id, pad_id):
     """Rows of example ids -> tensors. sources[i], targets[i]: token ids of example i.
 
     source_ids, source_segment: (R, S); decoder_ids, decoder_segment: (R, T); segment = number of the example in its row,
     from 1 (0 = source padding; target padding belongs to segment 1, so that it attends to something).
     target_index: (N,) positions in the flattened (R x T) hidden states; target_ids: (N,); target_example: (N,).
     The shift happens here and only here: decoder position t reads target t - 1 and predicts target t.
-    No rows (this rank has no example): one token in, one prediction out, marked by `is_dummy`.
+    No rows (this rank has no example): one token in, and no target.
     """
-    is_dummy = not rows
-    if is_dummy:
+    has_targets = bool(rows)
+    if not rows:
         rows, sources, targets = [[0]], {0: [pad_id]}, {0: [pad_id]}
     S = max(sum(len(sources[i]) for i in row) for row in rows)
     T = max(sum(len(targets[i]) for i in row) for row in rows)
@@ -356,18 +378,17 @@ def collate(rows, sources, targets, start_id, pad_id, n_chunks=1):
             ids.append(target)
             example.append(np.full(len(target), i))
             s, t = s + len(source), t + len(target)
+    index, ids, example = (np.concatenate(parts)[: None if has_targets else 0] for parts in (index, ids, example))
     arrays = {"source_ids": source_ids, "source_segment": source_segment, "decoder_ids": decoder_ids,
-              "decoder_segment": decoder_segment, "target_index": np.concatenate(index), "target_ids": np.concatenate(ids),
-              "target_example": np.concatenate(example)}
-    batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    return {**batch, "n_chunks": n_chunks, "is_dummy": is_dummy}
+              "decoder_segment": decoder_segment, "target_index": index, "target_ids": ids, "target_example": example}
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
 class TrainingData:
     """The forward steps of optimizer step k, for this rank: a pure function of (seed, k) and the effective batch."""
 
-    def __init__(self, args, data_sets, model_config, packed):
-        self.args, self.packed, self.config = args, packed, model_config
+    def __init__(self, args, data_sets, model_config, packed, group_tokens):
+        self.args, self.packed, self.config, self.group_tokens = args, packed, model_config, group_tokens
         self.parts = [(d.source["train"], d.target["train"]) for d in data_sets]
         self.sizes, self.amounts = [len(s) for s, _ in self.parts], [d.amount for d in data_sets]
         self.lengths = np.concatenate([np.stack([s.lengths, t.lengths], 1) for s, t in self.parts])
@@ -392,20 +413,20 @@ class TrainingData:
         return self.parts[part][side][i - self.starts[part]]
 
     def micro_batches(self, step):
-        """(batches of this rank, target tokens of the whole step, its number of examples and padding share)."""
-        ids, world, rank = self.step_ids(step), common.world_size(), common.rank()
-        n_micro = self.args.gradient_accumulation_steps
+        """[(groups, number of logits chunks)] of this rank, one per forward step, and the target tokens of the whole step."""
+        ids, world, n_micro = self.step_ids(step), common.world_size(), self.args.gradient_accumulation_steps
         pieces = deal(ids, self.lengths, world * n_micro)
         batches = []
         for g in range(n_micro):
-            group = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
+            together = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
             # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
-            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in group) // self.chunk_tokens))
-            mine = group[rank]
-            rows = (pack(mine, self.lengths, self.width) if self.packed else [[int(i)] for i in mine]) if len(mine) else []
-            batches.append(collate(rows, {i: self.example(i, 0) for i in map(int, mine)}, {i: self.example(i, 1) for i in map(int, mine)},
-                                   self.config.decoder_start_token_id, self.config.pad_token_id, n_chunks))
-        return batches, int(self.lengths[ids, 1].sum()), len(ids)
+            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // self.chunk_tokens))
+            mine = together[common.rank()]
+            sources, targets = ({int(i): self.example(i, side) for i in mine} for side in (0, 1))
+            groups = plan(mine, self.lengths, self.width, self.packed, self.group_tokens)
+            batches.append(([collate(rows, sources, targets, self.config.decoder_start_token_id, self.config.pad_token_id)
+                             for rows in groups], n_chunks))
+        return batches, int(self.lengths[ids, 1].sum())
 
 
 # ------------------------------------------------------------------------------------------------ model and loss
@@ -425,32 +446,38 @@ def token_losses(head, hidden, target_ids, n_chunks, label_smoothing):
 
 
 class TargetLosses(torch.nn.Module):
-    """What the engine wraps: forward(batch) -> (N,) fp32 loss of every target token."""
+    """What the engine wraps: forward(groups) -> (N,) fp32 loss of every target token, group after group."""
 
     def __init__(self, model, packed, label_smoothing):
         super().__init__()
         self.model, self.packed, self.label_smoothing = model, packed, label_smoothing
 
-    def forward(self, batch):
-        model, smoothing = self.model, self.label_smoothing if self.training else 0.0
-        source_segment, decoder_segment = batch["source_segment"], batch["decoder_segment"]
-        if not self.packed:  # one example per row; positions are the model's own business
-            logits = model(input_ids=batch["source_ids"], attention_mask=source_segment > 0, decoder_input_ids=batch["decoder_ids"],
-                           use_cache=False).logits.flatten(0, 1)  # (R x T, V)
-            return token_losses(torch.nn.Identity(), logits[batch["target_index"]], batch["target_ids"], batch["n_chunks"], smoothing)
+    def forward(self, groups, n_chunks=1):
+        states = [self.packed_states(group) if self.packed else self.plain_logits(group) for group in groups]
+        head = self.model.lm_head if self.packed else torch.nn.Identity()
+        smoothing = self.label_smoothing if self.training else 0.0
+        return token_losses(head, torch.cat(states), torch.cat([group["target_ids"] for group in groups]), n_chunks, smoothing)
+
+    def plain_logits(self, group):
+        """(N, V) logits of any encoder-decoder, one example per row; positions are the model's own business."""
+        return self.model(input_ids=group["source_ids"], attention_mask=group["source_segment"] > 0, decoder_input_ids=group["decoder_ids"],
+                          use_cache=False).logits.flatten(0, 1)[group["target_index"]]
+
+    def packed_states(self, group):
+        """(N, D) decoder states of a T5 with several examples per row. Masks (R, 1, queries, keys) bool, True = may attend:
+        only within an example. T5's positions are relative and shift-free, so they need no restart."""
+        model, source_segment, decoder_segment = self.model, group["source_segment"], group["decoder_segment"]
         T = decoder_segment.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
-        # (R, 1, queries, keys) bool, True = may attend: within one example only. T5's relative positions need no restart.
         encoder_mask = (source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
         decoder_mask = ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1)
         cross_mask = (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
-        encoded = model.encoder(input_ids=batch["source_ids"], attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
-        hidden = model.decoder(input_ids=batch["decoder_ids"], attention_mask=decoder_mask, encoder_hidden_states=encoded,
+        encoded = model.encoder(input_ids=group["source_ids"], attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
+        hidden = model.decoder(input_ids=group["decoder_ids"], attention_mask=decoder_mask, encoder_hidden_states=encoded,
                                encoder_attention_mask=cross_mask).last_hidden_state  # (R, T, D)
-        hidden = hidden.flatten(0, 1)[batch["target_index"]]  # (N, D): no logits where there is no target
-        if getattr(model.config, "scale_decoder_outputs", False):  # T5 v1.0; v1.1 and mT5 do not scale
-            hidden = hidden * model.config.d_model**-0.5
-        return token_losses(model.lm_head, hidden, batch["target_ids"], batch["n_chunks"], smoothing)
+        hidden = hidden.flatten(0, 1)[group["target_index"]]  # (N, D): no logits where there is no target
+        # T5 v1.0 scales; v1.1, mT5 and ByT5 do not
+        return hidden * model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else hidden
 
 
 def train_flops(model, n_source, n_target):
@@ -574,7 +601,7 @@ def row_losses(args, engine, examples, config, device):
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
-        losses = engine(to_device(batch, device)).double().cpu()
+        losses = engine([to_device(batch, device)]).double().cpu()
         for i in (i for row in rows for i in row):
             of_row = losses[batch["target_example"] == i]
             found[i] = (float(of_row.sum()), len(of_row))
@@ -582,7 +609,7 @@ def row_losses(args, engine, examples, config, device):
 
 
 def to_device(batch, device):
-    return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
@@ -718,7 +745,9 @@ def main(args):
                 if rank == 0:
                     common.log_metrics(run_dir, {"step": 0, "epoch": 0, "split": split, **{f"{split}/{k}": v for k, v in metrics.items()}})
         return 0
-    train_data = TrainingData(args, data_sets, config, packed)
+    # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
+    group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 64
+    train_data = TrainingData(args, data_sets, config, packed, group_tokens)
     max_steps = args.max_steps or math.ceil(args.num_epochs * train_data.steps_per_epoch)
     eval_steps, save_steps = args.eval_steps or train_data.steps_per_epoch, train_data.steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
@@ -772,13 +801,14 @@ def main(args):
     # 6 loop
     peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None
     window = collections.Counter()
-    window_start, overflows, stop = time.perf_counter(), 0, None
+    overflows, stop = 0, None
     bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0)
     ahead = concurrent.futures.ThreadPoolExecutor(1)  # packs step k + 1 while step k is computed
     pending = ahead.submit(train_data.micro_batches, step) if step < max_steps else None
     while step < max_steps and not stop:
+        started = time.perf_counter()
         # fetch: the batch of this step is a pure function of (seed, step); count: its target tokens over all processes
-        micro_batches, n_targets, n_examples = pending.result()
+        micro_batches, n_targets = pending.result()
         pending = ahead.submit(train_data.micro_batches, min(step + 1, max_steps - 1))
         lr = common.lr_at(step, args.learning_rate, args.lr_scheduler_type, warmup, max_steps)
         for group in engine.optimizer.param_groups:
@@ -786,11 +816,10 @@ def main(args):
         torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))  # so there is no random state to save
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         try:
-            for i, batch in enumerate(micro_batches):
+            for i, (groups, n_chunks) in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
-                losses = engine(to_device(batch, device))  # (N,)
-                summed = losses.sum() * (not batch["is_dummy"])
+                summed = engine([to_device(group, device) for group in groups], n_chunks).sum()  # of (N,) losses; N may be 0
                 loss_sum += summed.detach()
                 # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                 # steps, this is the sum over all target tokens of the step / their number.
@@ -806,7 +835,8 @@ def main(args):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            shapes = ", ".join(f"{tuple(b['source_ids'].shape)} -> {tuple(b['decoder_ids'].shape)}" for b in micro_batches)
+            shapes = ", ".join(f"{tuple(group['source_ids'].shape)} -> {tuple(group['decoder_ids'].shape)}" for groups, _ in micro_batches
+                               for group in groups)
             common.fail(f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
                         "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, "
                         "then a higher --ds_config stage, then a shorter --max_source_length", only_here=True)
@@ -819,24 +849,21 @@ def main(args):
         overflows, step = 0, step + 1
         grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
         bar.update()
-        for batch in micro_batches:
-            if not batch["is_dummy"]:
-                window.update(computed=batch["source_ids"].numel() + batch["decoder_ids"].numel(), targets=len(batch["target_ids"]),
-                              sources=int((batch["source_segment"] > 0).sum()))
-        window.update(loss=step_loss, all_targets=n_targets, steps=1)
+        for group in (group for groups, _ in micro_batches for group in groups if len(group["target_ids"])):
+            window.update(computed=group["source_ids"].numel() + group["decoder_ids"].numel(), sources=int((group["source_segment"] > 0).sum()))
+        window.update(loss=step_loss, targets=n_targets, seconds=time.perf_counter() - started)
         if n_stop:
             stop = reason or "another process was told to stop"
         is_end = step == max_steps
         if step % args.logging_steps == 0 or is_end or stop:
             computed, sources = common.all_reduce_sum([window["computed"], window["sources"]], device)
-            seconds = time.perf_counter() - window_start
             row = {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "train",
-                   "loss": window["loss"] / window["all_targets"], "lr": lr, "grad_norm": float(grad_norm),
-                   "tokens_per_sec": window["all_targets"] / seconds, "target_tokens": window["all_targets"],
-                   "padding_share": 1 - (sources + window["all_targets"]) / computed, "peak_memory_gb": common.peak_memory_gb(device)}
+                   "loss": window["loss"] / window["targets"], "lr": lr, "grad_norm": float(grad_norm),
+                   "tokens_per_sec": window["targets"] / window["seconds"], "target_tokens": window["targets"],
+                   "padding_share": 1 - (sources + window["targets"]) / computed, "peak_memory_gb": common.peak_memory_gb(device)}
             if peak_flops:
                 row["mfu" if args.peak_tflops else "mfu_of_matmul"] = (
-                    train_flops(model, sources, window["all_targets"]) / seconds / peak_flops / world)
+                    train_flops(model, sources, window["targets"]) / window["seconds"] / peak_flops / world)
             if rank == 0:
                 common.log_metrics(run_dir, row, tracker)
             window.clear()
@@ -849,8 +876,6 @@ def main(args):
                 is_end = True
         if is_end or stop or improved or (save_steps and step % save_steps == 0):
             save()
-        if not window:
-            window_start = time.perf_counter()
         if is_end:
             break
     bar.close()
