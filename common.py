@@ -29,8 +29,6 @@ import sys
 import time
 import zlib
 
-import deepspeed
-import deepspeed.ops
 import numpy as np
 import safetensors
 import torch
@@ -38,6 +36,11 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing DeepSpeed begins with a warning
+import deepspeed
+import deepspeed.ops
 
 __version__ = "0.1.0"  # each script names the version that it was written for
 HERE = pathlib.Path(__file__).resolve().parent
@@ -917,6 +920,7 @@ def read_ds_config(args, name, precision, problems):
         values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else [part]
         return any(own_values(v) if isinstance(v, (dict, list)) else v != "auto" for v in values)
 
+    fp16_details = {k: v for k, v in config["fp16"].items() if k != "enabled"} if isinstance(config.get("fp16"), dict) else {}
     for key, flag in owners.items():
         if key in config:
             part = config.pop(key)
@@ -945,10 +949,12 @@ def read_ds_config(args, name, precision, problems):
         train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         gradient_clipping=args.max_grad_norm,  # always written: DeepSpeed's default is 1.0
-        bf16={"enabled": precision == "bf16"}, fp16={"enabled": precision == "fp16"},
+        bf16={"enabled": precision == "bf16"}, fp16={**without_auto(fp16_details), "enabled": precision == "fp16"},
         data_types={"grad_accum_dtype": "fp64" if precision == "fp64" else "fp32"})
     if precision == "fp64":
         del config["data_types"]
+    if precision == "bf16" and stage == 1:  # or the fp32 sum is rounded to bf16 when the ranks add theirs, once per step
+        config.setdefault("communication_data_type", "fp32")
     if precision == "bf16-mixed":  # an outer torch.autocast is switched off by DeepSpeed on CUDA
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
@@ -1118,8 +1124,17 @@ def universal_checkpoint(checkpoint):
 
 def load_checkpoint(engine, checkpoint, universal):
     """Collective. Weights, optimizer and masters into a fresh engine."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(checkpoint / ("universal" if universal else "engine")), tag="state")
     assert path is not None, f"DeepSpeed loaded nothing from {checkpoint}"
+    # DeepSpeed 0.19.8's universal ZeRO-3 loader gives all groups ONE step tensor, which fused AdamW then advances once
+    # per group, and the first group's weight decay
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    for group, decay in zip(optimizer.param_groups, decays):
+        group["weight_decay"] = decay
 
 
 def export_root(run_dir, checkpoint):

@@ -26,6 +26,13 @@ import string
 import sys
 import time
 
+import common  # first: it prepares the import of DeepSpeed
+
+if common.__version__ != "0.1.0":
+    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {common.__version__}: copy both from one place",
+          file=sys.stderr)
+    sys.exit(2)
+
 import deepspeed
 import numpy as np
 import torch
@@ -36,12 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM
 
-import common
-
-if common.__version__ != "0.1.0":
-    sys.exit(f"{__file__} belongs to common.py 0.1.0, but {common.__file__} is {common.__version__}: copy both from one place")
-
-from common import log  # noqa: E402
+from common import log
 
 DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 1000 --train_batch_size 128 "
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 500 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
@@ -469,9 +471,12 @@ class TargetLosses(torch.nn.Module):
         model, source_segment, decoder_segment = self.model, group["source_segment"], group["decoder_segment"]
         T = decoder_segment.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
-        encoder_mask = (source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
-        decoder_mask = ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1)
-        cross_mask = (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)
+        masks = [(source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1),
+                 ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1),
+                 (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)]
+        if model.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+            masks = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9) for mask in masks]
+        encoder_mask, decoder_mask, cross_mask = masks
         encoded = model.encoder(input_ids=group["source_ids"], attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
         hidden = model.decoder(input_ids=group["decoder_ids"], attention_mask=decoder_mask, encoder_hidden_states=encoded,
                                encoder_attention_mask=cross_mask).last_hidden_state  # (R, T, D)
@@ -675,7 +680,7 @@ def main(args):
 
     # 2 data
     data_sets = load_data(args, tokenizer, problems)
-    model_name = str(source).rstrip("/").replace("models/", "").replace("/", "_") if source else "model"
+    model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
     run_name = args.training_run_name or (f"{model_name}_{data_name}_eval" if args.no_train else f"{model_name}_{data_name}_{args.seed}")
     run_dir = common.mount_dir(args) / "models" / run_name
@@ -822,7 +827,8 @@ def main(args):
                 summed = engine([to_device(group, device) for group in groups], n_chunks).sum()  # of (N,) losses; N may be 0
                 loss_sum += summed.detach()
                 # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
-                # steps, this is the sum over all target tokens of the step / their number.
+                # steps, this is the sum over all target tokens of the step / their number. (It must be computed from
+                # the engine's output: on the output itself 0.19.8 divides all the same, at stage 0 and at bf16 stage 1.)
                 engine.backward(summed * (world / n_targets), scale_wrt_gas=False)
                 if is_last:  # one small all-reduce: the loss of the whole step, and whether anybody wants to stop
                     reason = stopper.reason()
