@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -85,7 +86,8 @@ def setup_distributed():
     # which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    # srun may show each task only its own GPU, hence the remainder
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -190,6 +192,7 @@ def start_log():
         log.addHandler(handler)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed, every step
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
@@ -231,7 +234,9 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             lines = []
             for word in unknown:
-                near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5) if word.startswith("-") else []
+                word_flag = word.split("=")[0]
+                near = [flag for flag in flags if len(word_flag) > 3 and flag.startswith(word_flag)] or (
+                    difflib.get_close_matches(word_flag, flags, 1, 0.5) if word.startswith("-") else [])
                 lines.append(f"unknown argument {word!r}" + (f": did you mean {near[0]}?" if near else ""))
             self.error("; ".join(lines))
         return args
@@ -270,7 +275,7 @@ def add_shared_args(parser):
                        help="data sets under data/ (.json, .jsonl, .gz of both), or paths; NAME:0.05 = that fraction, "
                        "NAME:500 = that many examples, drawn anew each epoch")
     group.add_argument("--eval_fraction", type=float, default=0.0,
-                       help="hold out this share of a training set that brings no eval split [0-1], 0 = off")
+                       help="hold out this share of the training prompts for evaluation [0-1], 0 = off")
     group.add_argument("--mount_dir", help="where models/ and data/ are [path], default: ./mount if it holds one of "
                        "them, else .")
     group.add_argument("--cache_dir", help="where tokenised data is kept [path], default: data/.cache under --mount_dir")
@@ -376,7 +381,7 @@ def check_shared_args(args, problems):
 
 def resolve_precision(args):
     if args.precision != "auto":
-        return PRECISIONS[args.precision]
+        return PRECISIONS.get(args.precision) or "fp32"  # what does not exist was reported by check_shared_args
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
@@ -415,7 +420,7 @@ def find_input(args, kind, name, endings, problems):
 def write_json(path, thing):
     """Write aside, then rename: a reader never sees half a file."""
     aside = pathlib.Path(f"{path}.tmp")
-    aside.write_text(json.dumps(thing, indent=2, ensure_ascii=False, default=str) + "\n")
+    aside.write_text(json.dumps(thing, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8", "backslashreplace")  # half surrogates
     os.replace(aside, path)
 
 
@@ -437,10 +442,11 @@ FREE_FLAGS = {"local_rank", "mount_dir", "cache_dir", "max_hours", "eval_batch_s
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # --resume alone may change these
 
 
-def start_of_run(args, run_dir, identity, problems):
+def start_of_run(args, run_dir, identity, free_flags, problems):
     """What is in the run folder: None (start at 0) or the path of the checkpoint to continue from. Reads only.
 
-    identity: what must not change besides flags (resolved model, data hashes, effective batch, precision).
+    identity: what must not change besides flags (resolved model, data hashes, effective batch, precision); free_flags:
+    flags of the script that may change, besides FREE_FLAGS.
     """
     if not run_dir.exists() or args.overwrite or not any(run_dir.iterdir()):
         return None
@@ -452,7 +458,7 @@ def start_of_run(args, run_dir, identity, problems):
     before = json.loads(record.read_text())
     now = {**vars(args), **identity}
     changed = {key: (before.get(key), value) for key, value in json.loads(json.dumps(now, default=str)).items()
-               if key not in FREE_FLAGS and before.get(key) != value}
+               if key not in FREE_FLAGS | free_flags and before.get(key) != value}
     text = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
     if (run_dir / COMPLETE).exists() and not args.resume:
         problems.append(f"{run_dir} is a finished run: --resume continues it (with more --max_steps), --overwrite starts "
@@ -576,8 +582,8 @@ def find_data(args, name, problems):
     is_path = name.endswith(DATA_ENDINGS)
     path = pathlib.Path(name) if is_path else find_input(args, "data", name, DATA_ENDINGS, problems)
     if path is None or not path.is_file():
-        if is_path:
-            problems.append(f"{path}: not found")
+        if path is not None:
+            problems.append(f"{path}: not a file; --data takes a name under data/ or the path of a {', '.join(DATA_ENDINGS)} file")
         return {}
     stem, ending = re.fullmatch(r"(.*?)(\.jsonl?(?:\.gz)?)", path.name).groups()
     beside = {split: path.with_name(f"{stem}.{split}{ending}") for split in ("eval", "test")}
@@ -688,6 +694,8 @@ def cache_folder(root, key, problems):
         if (done / COMPLETE).exists():
             yield done, False
             return
+        for leftover in root.glob(f"{key}.*.tmp"):  # of killed processes: we hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir()
         try:
             n_before = len(problems)
@@ -893,12 +901,13 @@ def choose_stage(n_params, precision, problems):
     for name in STAGES[1 if precision in ("bf16", "fp64") else 0: 3 if precision == "fp64" else 4]:
         if memory_per_gpu(n_params, name, precision, world_size()) < 0.8 * memory:
             return name
-    fits = [f"{name} on {n} GPUs" for n in (1, 2, 4, 8, 16, 32, 64) for name in STAGES[3:] if n >= world_size()
+    fp64 = precision == "fp64"
+    fits = [f"{name} on {n} GPUs" for n in (1, 2, 4, 8, 16, 32, 64) for name in (("zero2", "zero2_offload") if fp64 else STAGES[3:]) if n >= world_size()
             and memory_per_gpu(n_params, name, precision, n) < 0.8 * memory]
     problems.append(f"the model does not fit: no ZeRO stage keeps {n_params / 1e9:.2f} G parameters in {precision} under 80 % of "
                     f"{memory / 1e9:.1f} GB on {world_size()} GPUs; smallest set-up that does: {fits[0] if fits else 'none up to 64 GPUs'}"
                     " (--ds_config zero2_offload or zero3_offload use the machine's memory; table: --estimate)")
-    return "zero3"
+    return "zero2" if fp64 else "zero3"
 
 
 def read_ds_config(args, name, precision, problems):
@@ -908,6 +917,8 @@ def read_ds_config(args, name, precision, problems):
     try:
         config = json.loads(path.read_text())
         stage = int(config.setdefault("zero_optimization", {}).setdefault("stage", 0))
+        if stage not in range(4):
+            raise ValueError(f"zero_optimization.stage is {stage}, expected 0 to 3")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         problems.append(f"--ds_config {name}: {path} cannot be used ({error}); expected a DeepSpeed JSON or one of {', '.join(STAGES)}")
         return None
@@ -941,10 +952,9 @@ def read_ds_config(args, name, precision, problems):
         problems.append("--precision fp64 exists at ZeRO stages 1 and 2 only: --ds_config zero1")
     if args.compile and stage == 3:
         problems.append("--compile does not go with ZeRO-3, whose hooks break the graph at every layer; use zero2")
-    for part in ("offload_optimizer", "offload_param"):
-        if config["zero_optimization"].get(part, {}).get("device", "none") != "none" and part == "offload_optimizer":
-            config.setdefault("zero_force_ds_cpu_optimizer", False)
-            log.warning(f"{path.name}: the optimizer runs on the CPU with torch AdamW (DeepSpeed's own would be compiled first)")
+    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+        log.warning(f"{path.name}: the optimizer runs on the CPU with torch AdamW (DeepSpeed's own would be compiled first)")
     config.update(
         train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -1101,9 +1111,11 @@ def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, lim
                     trash = run_dir / f"checkpoint-{old}.tmp"  # renamed first: half a deletion is no checkpoint
                     os.rename(run_dir / f"checkpoint-{old}", trash)
                     shutil.rmtree(trash)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        raise  # ours to mend
+    except Exception as error:  # torch, safetensors and tokenizers each have a class of their own for a failed write
         free = shutil.disk_usage(run_dir).free / 1e9
-        fail(f"step {step}: the checkpoint could not be written ({str(error).splitlines()[0]}; {free:.2f} GB free under {run_dir}). "
+        fail(f"step {step}: the checkpoint could not be written ({type(error).__name__}: {str(error).splitlines()[0]}; {free:.2f} GB free under {run_dir}). "
              "Earlier checkpoints are whole: make room and give the same command again", only_here=True)
     dist.barrier()
 

@@ -28,8 +28,8 @@ import time
 
 import common  # first: it prepares the import of DeepSpeed
 
-if common.__version__ != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {common.__version__}: copy both from one place",
+if getattr(common, "__version__", None) != "0.1.0":
+    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
           file=sys.stderr)
     sys.exit(2)
 
@@ -45,11 +45,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from common import log
 
-DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 1000 --train_batch_size 128 "
-        "--learning_rate 0.004 --warmup_steps 100 --eval_steps 500 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
+DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 800 --train_batch_size 128 "
+        "--learning_rate 0.004 --warmup_steps 100 --eval_steps 400 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
 PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
 CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
 EVAL_METRICS = {"loss": "low", "exact_match": "high", "token_f1": "high"}
+FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "num_beams", "zero3_generation"}  # evaluation only
 RECORD_LAYOUT = {"source": "{prompt}", "target": "{completion}"}
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -117,9 +118,10 @@ def check_args(args, problems):
 def to_pair(record):
     """(prompt, completion, what is wrong or None). {"instruction": "Add", "input": "1 2", "output": "3"} -> ("Add\\n\\n1 2", "3")."""
     if "prompt" not in record and "instruction" in record:  # Alpaca
-        extra = record.get("input") or ""
-        prompt, completion = record["instruction"], record.get("output")
-        if isinstance(prompt, str) and isinstance(extra, str) and extra:
+        prompt, extra, completion = record["instruction"], record.get("input"), record.get("output")
+        if extra is not None and not isinstance(extra, str):
+            return None, None, f"'input' is a {type(extra).__name__}, expected a string (numbers: put them in quotes)"
+        if isinstance(prompt, str) and extra:
             prompt = f"{prompt}\n\n{extra}"
         names = ("instruction", "output")
     else:
@@ -131,6 +133,8 @@ def to_pair(record):
             return None, None, f"{name!r} is a {type(text).__name__}, expected a string (numbers: put them in quotes)"
         if not text.strip():
             return None, None, f"{name!r} is empty; remove the record or fill it"
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            return None, None, f"{name!r} holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8"
     return prompt, completion, None
 
 
@@ -157,17 +161,16 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
     writers = {(split, side): common.RaggedWriter(folder / f"{split}.{side}") for split in ("train", "eval", "test")
                for side in ("source", "target")}
     hashes = {split: open(folder / f"{split}.hashes", "wb") for split in ("train", "eval", "test")}
-    kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8") for split in ("eval", "test")}
+    kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in ("eval", "test")}
     counts = collections.Counter({"train": 0, "eval": 0, "test": 0})
-    lossy, eos, specials = [], tokenizer.eos_token_id, set(tokenizer.all_special_ids)
+    lossy, eos, ends = [], tokenizer.eos_token_id, {tokenizer.eos_token_id, tokenizer.bos_token_id}
 
     def flush(block):
         if not block:
             return
         prompts, completions = [p for _, _, _, p, _ in block], [c for _, _, _, _, c in block]
         sources, targets = tokenizer(prompts).input_ids, tokenizer(completions).input_ids
-        bare = [[t for t in ids[: -1 if ids[-1:] == [eos] else None] if i or t not in specials] for ids in targets for i in (0,)]
-        back = tokenizer.batch_decode(bare, skip_special_tokens=False)
+        back = tokenizer.batch_decode([[t for t in ids if t not in ends] for ids in targets], skip_special_tokens=False)
         for (where, split, record, prompt, completion), source, target, text in zip(block, sources, targets, back):
             counts[split] += 1
             counts["long prompts"] += len(source) > args.max_source_length
@@ -182,11 +185,11 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
             if split != "train":
                 kept[split].write(json.dumps({"prompt": prompt, "completion": completion, "orig_d": record}, ensure_ascii=False) + "\n")
 
-    bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0)
+    bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
         block = []
         for where, split, record in common.read_records(path, problems, file_split or "train"):
-            if split not in counts or split not in ("train", "eval", "test"):
+            if split not in ("train", "eval", "test"):
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
                 continue
             prompt, completion, wrong = to_pair(record)
@@ -248,6 +251,9 @@ def load_data(args, tokenizer, problems):
         data = DataSet(name, amount, root / key)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
+    if len(data_sets) == len(args.data_name) and not any(d.records["eval"] or (args.no_train and d.records["test"]) for d in data_sets):
+        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
+                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
     leaked = {int(h) for d in data_sets for h in d.hashes["train"]} if sum(len(d.hashes["train"]) for d in data_sets) < 10**5 else None
     for data in data_sets:
         for split in ("eval", "test"):
@@ -270,9 +276,6 @@ def check_counts(args, data, path, problems):
     counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
     if not counts["train"] and not args.no_train:
         problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
-    if not counts["eval"] and not (args.no_train and counts["test"]):
-        problems.append(f"{path}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key or {data.name}.eval.jsonl "
-                        "beside it), or hold some out with --eval_fraction 0.05")
     if data.amount is not None:
         take = data.amount if isinstance(data.amount, int) else round(data.amount * counts["train"])
         if not 1 <= take <= counts["train"]:
@@ -578,7 +581,7 @@ def generate(args, engine, tokenizer, rows, step, device):
     precision = common.resolve_precision(args)
     with generating_model(args, engine, device) as (model, synced):
         cast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-        for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0, leave=False):
+        for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0 or None, leave=False):
             batch = mine[round_] if round_ < len(mine) else []  # none left: keep the others company with one token
             sources = [rows[i][1] for i in batch] or [[tokenizer.eos_token_id]]
             if sampled:
@@ -603,7 +606,7 @@ def row_losses(args, engine, examples, config, device):
     mine, n_rounds = my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
     sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
     rounds = n_rounds if engine.zero_optimization_stage() == 3 else len(mine)
-    for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0, leave=False):
+    for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
         losses = engine([to_device(batch, device)]).double().cpu()
@@ -677,6 +680,12 @@ def main(args):
     if config is not None and precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
         problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or bf16-mixed, "
                         "or --force fp16")
+    n_params = common.count_parameters(AutoModelForSeq2SeqLM, config) if config is not None else 0
+    if args.estimate:
+        if problems:
+            common.fail(problems)
+        log.info(common.estimate_table(n_params, precision, common.device_memory()))
+        return 0
 
     # 2 data
     data_sets = load_data(args, tokenizer, problems)
@@ -693,17 +702,13 @@ def main(args):
             if path.exists() and any(d.records[split] for d in data_sets):
                 problems.append(f"{path} exists; move it away or choose another --training_run_name")
     else:
-        resume_from = common.start_of_run(args, run_dir, identity, problems)
+        resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
+        if args.overwrite and source and run_dir.resolve() == common.pathlib.Path(source).resolve():
+            problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
     state = json.loads((resume_from / "state.json").read_text()) if resume_from else {
         "step": 0, "best": None, "best_step": None, "evals_since_best": 0}
     ds_config = None
     if config is not None:
-        n_params = common.count_parameters(AutoModelForSeq2SeqLM, config)
-        if args.estimate:
-            if not problems:
-                print(common.estimate_table(n_params, precision, common.device_memory()))
-                return 0
-            common.fail(problems)
         ds_name = args.ds_config
         if ds_name == "auto":
             ds_name = state.get("ds_config") or common.choose_stage(n_params, precision, problems)
@@ -740,7 +745,9 @@ def main(args):
 
     # 4 engine
     optimizer = None
-    if not args.no_train:
+    if args.no_train and ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
+        ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
+    elif not args.no_train:
         optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=ds_config)
     if args.no_train:
@@ -807,7 +814,7 @@ def main(args):
     peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None
     window = collections.Counter()
     overflows, stop = 0, None
-    bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0)
+    bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0 or None)
     ahead = concurrent.futures.ThreadPoolExecutor(1)  # packs step k + 1 while step k is computed
     pending = ahead.submit(train_data.micro_batches, step) if step < max_steps else None
     while step < max_steps and not stop:

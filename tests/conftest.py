@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in LAUNCHER:
     os.environ.pop(name, None)
 os.environ["RAWTUNE_FAIL_WAIT"] = "0.5"  # seconds that other ranks let rank 0 speak first
 
@@ -85,27 +87,41 @@ def start(words, n_procs=1, cwd=None, env=None):
     """Start `python words` as n_procs ranks, each in a process group of its own; returns the processes."""
     port, processes = free_port(), []
     for rank in range(n_procs):
-        own = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **(env or {})}
+        outside = {k: v for k, v in os.environ.items() if k not in LAUNCHER}  # runs in this process have set them
+        own = {**outside, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **(env or {})}
         if n_procs > 1:
             own.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_procs), LOCAL_WORLD_SIZE=str(n_procs),
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        processes.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=own, stdout=subprocess.PIPE,
-                                          stderr=subprocess.STDOUT, text=True, start_new_session=True))
+        output = tempfile.TemporaryFile("w+")  # not a pipe: a full one would stop its rank, and with it all others
+        processes.append(subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=own, stdout=output,
+                                          stderr=subprocess.STDOUT, start_new_session=True))
+        processes[-1].output = output
     return processes
 
 
 def finish(processes, timeout=120):
     """Wait for all; -> (list of exit codes, joined output). A time-out kills and fails with the output so far."""
     end = time.monotonic() + timeout
-    try:
-        outputs = [p.communicate(timeout=max(1, end - time.monotonic()))[0] for p in processes]
-    except subprocess.TimeoutExpired:
-        outputs = []
-        for p in processes:
-            os.killpg(p.pid, signal.SIGKILL)
-            outputs.append(p.communicate()[0])
+    while time.monotonic() < end and any(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    timed_out = any(p.poll() is None for p in processes)
+    kill(processes)
+    outputs = []
+    for p in processes:
+        p.output.seek(0)
+        outputs.append(p.output.read())
+        p.output.close()
+    if timed_out:
         pytest.fail(f"no end after {timeout} s:\n" + "\n".join(o[-3000:] for o in outputs))
     return [p.returncode for p in processes], "\n".join(outputs)
+
+
+def kill(processes):
+    """kill -9 the process groups of those that still run."""
+    for p in processes:
+        if p.poll() is None:
+            os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
 
 
 def run_jobs(tmp_path, jobs, n_procs, timeout=300):
