@@ -438,7 +438,7 @@ def move_aside(path):
 FREE_FLAGS = {"local_rank", "mount_dir", "cache_dir", "max_hours", "eval_batch_size", "save_steps", "save_total_limit", "resume",
               "overwrite", "force", "logging_steps", "report_to", "wandb_project", "wandb_entity", "estimate", "peak_tflops",
               "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "ds_config", "eval_steps",
-              "training_run_name", "model_init_name", "model_init_path"}  # model: compared resolved, in `identity`
+              "training_run_name", "precision"}  # precision: compared resolved, in `identity`
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # --resume alone may change these
 
 
@@ -448,6 +448,9 @@ def start_of_run(args, run_dir, identity, free_flags, problems):
     identity: what must not change besides flags (resolved model, data hashes, effective batch, precision); free_flags:
     flags of the script that may change, besides FREE_FLAGS.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        problems.append(f"{run_dir} is a file: choose another --training_run_name")
+        return None
     if not run_dir.exists() or args.overwrite or not any(run_dir.iterdir()):
         return None
     record = run_dir / "args.json"
@@ -818,7 +821,7 @@ def load_model(auto_class, source, config, args, precision, ds_config):
         model = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
                                            trust_remote_code=args.trust_remote_code)
         del partitioned
-        return model
+        return model.train()
     log.info(f"{source} has no weights: training from scratch (seed {args.seed})")
     torch.manual_seed(derive_seed(args.seed, "new weights"))
     model = auto_class.from_config(config)
@@ -828,7 +831,7 @@ def load_model(auto_class, source, config, args, precision, ds_config):
         # scale as in t5x: variance 1 / fan-in.
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * head.in_features**-0.5)
-    return model.to(dtype)
+    return model.to(dtype).train()
 
 
 class plain_copy:

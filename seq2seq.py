@@ -25,6 +25,7 @@ import re
 import string
 import sys
 import time
+import types
 
 import common  # first: it prepares the import of DeepSpeed
 
@@ -666,50 +667,46 @@ def predictions_name(args, split, step):
 # ------------------------------------------------------------------------------------------------ training
 
 
-def main(args):
-    # 1 setup: everything that can be wrong is found here, before any weight is loaded
-    common.adopt_launcher()
-    common.start_log()
+def prepare(args):
+    """Everything that can be wrong is found here and reported together, before any weight is loaded and before the
+    processes meet. Returns what main needs; None after --estimate."""
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    if config is not None and (not config.is_encoder_decoder or config.decoder_start_token_id is None):
-        problems.append(f"model {source!r} is a {config.model_type}, not an encoder-decoder with a decoder_start_token_id; "
-                        "decoder-only models: sft_causal.py")
-    precision = common.resolve_precision(args)
-    if config is not None and precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
-        problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or bf16-mixed, "
-                        "or --force fp16")
-    n_params = common.count_parameters(AutoModelForSeq2SeqLM, config) if config is not None else 0
+    precision, n_params = common.resolve_precision(args), 0
+    if config is not None:
+        n_params = common.count_parameters(AutoModelForSeq2SeqLM, config) if config.is_encoder_decoder else 0
+        if not n_params or config.decoder_start_token_id is None:
+            problems.append(f"model {source!r} is a {config.model_type}, not an encoder-decoder with a decoder_start_token_id; "
+                            "decoder-only models: sft_causal.py")
+        if precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
+            problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or "
+                            "bf16-mixed, or --force fp16")
     if args.estimate:
         if problems:
             common.fail(problems)
         log.info(common.estimate_table(n_params, precision, common.device_memory()))
-        return 0
-
-    # 2 data
+        return None
     data_sets = load_data(args, tokenizer, problems)
     model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
-    run_name = args.training_run_name or (f"{model_name}_{data_name}_eval" if args.no_train else f"{model_name}_{data_name}_{args.seed}")
+    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
     run_dir = common.mount_dir(args) / "models" / run_name
-    identity = {"resolved_model": str(source), "data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
+    identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
-    resume_from = None
+    resume_from, state = None, {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
     if args.no_train:
-        for split in ("eval", "test"):
-            path = run_dir / predictions_name(args, split, 0)
-            if path.exists() and any(d.records[split] for d in data_sets):
+        for path in (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.records[split] for d in data_sets)):
+            if path.exists():
                 problems.append(f"{path} exists; move it away or choose another --training_run_name")
     else:
         resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
         if args.overwrite and source and run_dir.resolve() == common.pathlib.Path(source).resolve():
             problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
-    state = json.loads((resume_from / "state.json").read_text()) if resume_from else {
-        "step": 0, "best": None, "best_step": None, "evals_since_best": 0}
-    ds_config = None
-    if config is not None:
-        ds_name = args.ds_config
+    if resume_from:
+        state = json.loads((resume_from / "state.json").read_text())
+    ds_name, ds_config = args.ds_config, None
+    if n_params:
         if ds_name == "auto":
             ds_name = state.get("ds_config") or common.choose_stage(n_params, precision, problems)
         ds_config = common.read_ds_config(args, ds_name, precision, problems)
@@ -717,81 +714,104 @@ def main(args):
             problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
     if problems:
         common.fail(problems)
+    return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
+                                 data_sets=data_sets, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state, ds_config=ds_config)
+
+
+def out_of_memory(step, error, micro_batches):
+    shapes = ", ".join(f"{tuple(group['source_ids'].shape)} -> {tuple(group['decoder_ids'].shape)}"
+                       for groups, _ in micro_batches for group in groups)
+    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
+            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
+            "--ds_config stage, then a shorter --max_source_length")
+
+
+def main(args):
+    # 1 setup, 2 data
+    common.adopt_launcher()
+    common.start_log()
+    job = prepare(args)
+    if job is None:
+        return 0
+    source, config, tokenizer, precision, data_sets, run_dir = (
+        job.source, job.config, job.tokenizer, job.precision, job.data_sets, job.run_dir)
     device = common.setup_distributed()
     rank, world = common.rank(), common.world_size()
-    resume_from, state = common.broadcast((resume_from, state), device)
+    resume_from, state = common.broadcast((job.resume_from, job.state), device)
     stopper = common.Stopper(args.max_hours)
-    if rank == 0 and not args.no_train:
-        common.start_run(args, run_dir, identity, __file__)
-        common.write_json(run_dir / "ds_config.json", ds_config)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.no_train:
+            common.start_run(args, run_dir, job.identity, __file__)
+            common.write_json(run_dir / "ds_config.json", job.ds_config)
     universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
     if universal:
-        ds_config["checkpoint"] = {"load_universal": True}
+        job.ds_config["checkpoint"] = {"load_universal": True}
         if rank == 0:
             common.universal_checkpoint(resume_from)
     dist.barrier()
 
     # 3 model
-    model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, ds_config)
+    model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, job.ds_config)
     packed = config.model_type in PACKED_FAMILIES
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
-        (model.encoder if packed else model).compile(dynamic=True)
-        if packed:
-            model.decoder.compile(dynamic=True)
-    model.train()
+        for part in (model.encoder, model.decoder) if packed else (model,):
+            part.compile(dynamic=True)
 
     # 4 engine
     optimizer = None
-    if args.no_train and ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
-        ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
-    elif not args.no_train:
+    if not args.no_train:
         optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
-    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=ds_config)
+    elif job.ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
+        job.ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
+    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=job.ds_config)
+    log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
+             f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
+    step, tracker, steps_per_epoch = state["step"], None, math.inf
+
+    def log_row(split, metrics):
+        if rank == 0:
+            row = metrics if split == "train" else {f"{split}/{name}": value for name, value in metrics.items()}
+            common.log_metrics(run_dir, {"step": step, "epoch": round(step / steps_per_epoch, 3), "split": split, **row}, tracker)
+
     if args.no_train:
         for split in ("eval", "test"):
             if any(d.records[split] for d in data_sets):
-                metrics = evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device)
-                if rank == 0:
-                    common.log_metrics(run_dir, {"step": 0, "epoch": 0, "split": split, **{f"{split}/{k}": v for k, v in metrics.items()}})
+                log_row(split, evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device))
         return 0
     # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
     group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 64
     train_data = TrainingData(args, data_sets, config, packed, group_tokens)
-    max_steps = args.max_steps or math.ceil(args.num_epochs * train_data.steps_per_epoch)
-    eval_steps, save_steps = args.eval_steps or train_data.steps_per_epoch, train_data.steps_per_epoch if args.save_steps is None else args.save_steps
+    steps_per_epoch = train_data.steps_per_epoch
+    max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
+    eval_steps = args.eval_steps or steps_per_epoch
+    save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
     rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
                "base": {"path": str(source), "revision": getattr(config, "_commit_hash", None),
                         "sha256": common.weights_sha256(source) if rank == 0 else None}, "adapter": "none", "quantize": None}
-    n_local = args.train_batch_size // world
-    log.info(f"{source}: {n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
-             f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
-    log.info(f"{train_data.per_epoch} training examples = {train_data.steps_per_epoch} steps per epoch; one step = {args.train_batch_size} "
-             f"examples ({n_local} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; run folder {run_dir}")
+    log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
+             f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
+             f"run folder {run_dir}")
 
     # 5 resume
-    step = state["step"]
     if resume_from:
         common.load_checkpoint(engine, resume_from, universal)
         log.info(f"continuing {run_dir} from step {step}" + (f" (written by {state['world_size']} processes)" if universal else ""))
-        if step >= max_steps:
-            log.warning(f"{resume_from} has reached {max_steps} steps already: nothing to train")
-    tracker = None
     if rank == 0:
         common.rewind_metrics(run_dir, step)
         tracker = common.open_tracker(args, run_dir)
+    saved_step = step if resume_from else None
 
     def run_evaluation():
         metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device)
-        if rank == 0:
-            common.log_metrics(run_dir, {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "eval",
-                                         **{f"eval/{k}": v for k, v in metrics.items()}}, tracker)
+        log_row("eval", metrics)
+        state["last_eval"] = step
         if args.metric_for_best and step:
-            value = metrics[args.metric_for_best]
-            sign = 1 if EVAL_METRICS[args.metric_for_best.split("/")[-1]] == "high" else -1
+            value, metric = metrics[args.metric_for_best], args.metric_for_best.split("/")[-1]
+            sign = 1 if EVAL_METRICS[metric] == "high" else -1
             if state["best"] is None or sign * value > sign * state["best"]:
                 state.update(best=value, best_step=step, evals_since_best=0)
             else:
@@ -800,28 +820,29 @@ def main(args):
     def save():
         nonlocal saved_step
         if saved_step != step:
-            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name}, rawtune,
+            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": job.ds_name}, rawtune,
                                    args.save_total_limit, state["best_step"])
-            if rank == 0 and state["best_step"] == step:
-                common.write_json(run_dir / "best.json", {"checkpoint": f"checkpoint-{step}", "metric": args.metric_for_best, "value": state["best"]})
             saved_step = step
+        if rank == 0 and state["best_step"] == step:
+            common.write_json(run_dir / "best.json", {"checkpoint": f"checkpoint-{step}", "metric": args.metric_for_best, "value": state["best"]})
 
-    saved_step = step if resume_from else None
-    if step == 0:
+    def finished():
+        return step >= max_steps or bool(args.early_stopping_patience) and state["evals_since_best"] >= args.early_stopping_patience
+
+    if state["last_eval"] != step and (step % eval_steps == 0 or step >= max_steps):  # the baseline, or what a stop left out
         run_evaluation()
 
     # 6 loop
     peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None
-    window = collections.Counter()
-    overflows, stop = 0, None
+    window, n_overflows, stop = collections.Counter(), 0, None
     bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0 or None)
     ahead = concurrent.futures.ThreadPoolExecutor(1)  # packs step k + 1 while step k is computed
-    pending = ahead.submit(train_data.micro_batches, step) if step < max_steps else None
-    while step < max_steps and not stop:
+    pending = ahead.submit(train_data.micro_batches, step)
+    while not finished() and not stop:
         started = time.perf_counter()
-        # fetch: the batch of this step is a pure function of (seed, step); count: its target tokens over all processes
+        # fetch the batch of this step, a pure function of (seed, step), and the number of its target tokens everywhere
         micro_batches, n_targets = pending.result()
-        pending = ahead.submit(train_data.micro_batches, min(step + 1, max_steps - 1))
+        pending = ahead.submit(train_data.micro_batches, step + 1)
         lr = common.lr_at(step, args.learning_rate, args.lr_scheduler_type, warmup, max_steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -848,49 +869,36 @@ def main(args):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            shapes = ", ".join(f"{tuple(group['source_ids'].shape)} -> {tuple(group['decoder_ids'].shape)}" for groups, _ in micro_batches
-                               for group in groups)
-            common.fail(f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
-                        "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, "
-                        "then a higher --ds_config stage, then a shorter --max_source_length", only_here=True)
-        if not engine.was_step_applied():  # fp16 overflow: the loss scale went down; the same step again
-            overflows += 1
-            if overflows > 50:
-                common.fail(f"step {step + 1}: 50 overflows in a row in fp16; use --precision bf16")
+            common.fail(out_of_memory(step, error, micro_batches), only_here=True)
+        grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+        if precision == "fp16" and not engine.was_step_applied() and n_overflows < 50:
+            n_overflows += 1  # the loss scale went down: the same step again
+            log.info(f"step {step + 1}: fp16 overflow, repeated with a smaller loss scale")
             pending = ahead.submit(train_data.micro_batches, step)
             continue
-        overflows, step = 0, step + 1
-        grad_norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        if not math.isfinite(grad_norm):
+            common.fail(f"step {step + 1}: the gradient norm is {grad_norm}. Checkpoints are intact: continue from the last one with a lower "
+                        "--learning_rate or --precision fp32 (--resume --force changed_flags)")
+        n_overflows, step = 0, step + 1
         bar.update()
         for group in (group for groups, _ in micro_batches for group in groups if len(group["target_ids"])):
             window.update(computed=group["source_ids"].numel() + group["decoder_ids"].numel(), sources=int((group["source_segment"] > 0).sum()))
         window.update(loss=step_loss, targets=n_targets, seconds=time.perf_counter() - started)
-        if n_stop:
-            stop = reason or "another process was told to stop"
-        is_end = step == max_steps
-        if step % args.logging_steps == 0 or is_end or stop:
+        stop = (reason or "another process was told to stop") if n_stop else None
+        if step % args.logging_steps == 0 or step == max_steps or stop:
             computed, sources = common.all_reduce_sum([window["computed"], window["sources"]], device)
-            row = {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "train",
-                   "loss": window["loss"] / window["targets"], "lr": lr, "grad_norm": float(grad_norm),
+            row = {"loss": window["loss"] / window["targets"], "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_sec": window["targets"] / window["seconds"], "target_tokens": window["targets"],
                    "padding_share": 1 - (sources + window["targets"]) / computed, "peak_memory_gb": common.peak_memory_gb(device)}
             if peak_flops:
                 row["mfu" if args.peak_tflops else "mfu_of_matmul"] = (
                     train_flops(model, sources, window["targets"]) / window["seconds"] / peak_flops / world)
-            if rank == 0:
-                common.log_metrics(run_dir, row, tracker)
+            log_row("train", row)
             window.clear()
-        improved = False
-        if (step % eval_steps == 0 or is_end) and not stop:
+        if (step % eval_steps == 0 or step == max_steps) and not stop:
             run_evaluation()
-            improved = state["best_step"] == step
-            if args.early_stopping_patience and state["evals_since_best"] >= args.early_stopping_patience:
-                log.info(f"step {step}: {state['evals_since_best']} evaluations without a better {args.metric_for_best}: stopping early")
-                is_end = True
-        if is_end or stop or improved or (save_steps and step % save_steps == 0):
+        if finished() or stop or state["best_step"] == step or (save_steps and step % save_steps == 0):
             save()
-        if is_end:
-            break
     bar.close()
     ahead.shutdown(cancel_futures=True)
     if stop:
@@ -899,14 +907,13 @@ def main(args):
 
     # 7 export: the best checkpoint if there is a metric for it, else the last; test once with these weights
     save()
+    if step < max_steps:
+        log.info(f"step {step}: {state['evals_since_best']} evaluations without a better {args.metric_for_best}: stopped early")
     chosen = run_dir / f"checkpoint-{state['best_step'] or step}"
     if any(d.records["test"] for d in data_sets):
         if state["best_step"] not in (None, step):
             common.copy_weights(model, chosen)
-        metrics = evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device)
-        if rank == 0:
-            common.log_metrics(run_dir, {"step": step, "epoch": round(step / train_data.steps_per_epoch, 3), "split": "test",
-                                         **{f"test/{k}": v for k, v in metrics.items()}}, tracker)
+        log_row("test", evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device))
     if rank == 0:
         common.plot_curves(run_dir)
         common.export_root(run_dir, chosen)
