@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing DeepSpeed begins with a warning
@@ -382,7 +382,7 @@ def check_shared_args(args, problems):
 def resolve_precision(args):
     if args.precision != "auto":
         return PRECISIONS.get(args.precision) or "fp32"  # what does not exist was reported by check_shared_args
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 # ------------------------------------------------------------------------------------------------ places
@@ -445,8 +445,8 @@ LENGTH_FLAGS = {"max_steps", "num_epochs"}  # --resume alone may change these
 def start_of_run(args, run_dir, identity, free_flags, problems):
     """What is in the run folder: None (start at 0) or the path of the checkpoint to continue from. Reads only.
 
-    identity: what must not change besides flags (resolved model, data hashes, effective batch, precision); free_flags:
-    flags of the script that may change, besides FREE_FLAGS.
+    identity: what must not change besides flags (data hashes, effective batch, precision); free_flags: flags of the
+    script that may change, besides FREE_FLAGS.
     """
     if run_dir.exists() and not run_dir.is_dir():
         problems.append(f"{run_dir} is a file: choose another --training_run_name")
@@ -811,13 +811,24 @@ def count_parameters(auto_class, config):
         return sum(p.numel() for p in auto_class.from_config(config).parameters())
 
 
+class _PartitionWhileLoading:
+    """While this object lives, from_pretrained loads weights already partitioned. transformers keeps a weak reference to
+    it and asks these two things; its own class for the purpose, HfDeepSpeedConfig, wants accelerate installed."""
+
+    def __init__(self, ds_config):
+        self.config = ds_config
+        set_hf_deepspeed_config(self)
+
+    def is_zero3(self):
+        return True
+
+
 def load_model(auto_class, source, config, args, precision, ds_config):
     """The model in the precision's dtype. ZeRO-3 loads weights already partitioned; without weights: new ones from
     the seed, made whole on every rank, so that they are the same at every stage."""
     dtype = DTYPES[precision]
     if has_weights(source):
-        # from_pretrained partitions while loading as long as this object lives
-        partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+        partitioned = _PartitionWhileLoading(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
         model = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
                                            trust_remote_code=args.trust_remote_code)
         del partitioned
@@ -834,30 +845,21 @@ def load_model(auto_class, source, config, args, precision, ds_config):
     return model.to(dtype).train()
 
 
-class plain_copy:
-    """Context manager, collective. A whole copy of a ZeRO-3 partitioned model on this device, for generating: one
-    gather per weight instead of one per weight and token."""
-
-    def __init__(self, model, device):
-        self.model, self.device = model, device
-
-    def __enter__(self):
-        with torch.device("meta"):
-            twin = type(self.model)(self.model.config)
-        twins = {}  # by identity: a weight under two names stays one weight
-        for name, weight in [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]:
-            if id(weight) not in twins:
-                with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
-                    value = weight.detach().to(self.device, copy=True)
-                twins[id(weight)] = torch.nn.Parameter(value, False) if isinstance(weight, torch.nn.Parameter) else value
-            module, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(module), leaf, twins[id(weight)])
-        twin.generation_config = self.model.generation_config
-        return twin.eval()
-
-    def __exit__(self, *error):
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def plain_copy(model, device):
+    """Collective. A whole copy of a ZeRO-3 partitioned model on this device, for generating: one gather per weight
+    instead of one per weight and token. In eval mode, without gradients."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    twins = {}  # by identity: a weight under two names stays one weight
+    for name, weight in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(weight) not in twins:
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                value = weight.detach().to(device, copy=True)
+            twins[id(weight)] = torch.nn.Parameter(value, False) if isinstance(weight, torch.nn.Parameter) else value
+        module, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(module), leaf, twins[id(weight)])
+    twin.generation_config = model.generation_config
+    return twin.eval()
 
 
 # ------------------------------------------------------------------------------------------------ DeepSpeed, optimiser

@@ -18,7 +18,6 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
-import contextlib
 import json
 import math
 import re
@@ -38,7 +37,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -255,13 +253,12 @@ def load_data(args, tokenizer, problems):
     if len(data_sets) == len(args.data_name) and not any(d.records["eval"] or (args.no_train and d.records["test"]) for d in data_sets):
         problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
                         "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
-    leaked = {int(h) for d in data_sets for h in d.hashes["train"]} if sum(len(d.hashes["train"]) for d in data_sets) < 10**5 else None
+    trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
     for data in data_sets:
         for split in ("eval", "test"):
-            seen = sum(np.isin(data.hashes[split], other.hashes["train"]).sum() for other in data_sets) if leaked is None else \
-                sum(int(h) in leaked for h in data.hashes[split])
-            if seen:
-                log.warning(f"{data.name}: {seen} of {len(data.hashes[split])} {split} prompts occur in the training data")
+            n_seen = int(np.isin(data.hashes[split], trained).sum())
+            if n_seen:
+                log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} prompts occur in the training data")
     return data_sets
 
 
@@ -403,7 +400,6 @@ class TrainingData:
         self.per_epoch = len(common.mixed_epoch(self.sizes, self.amounts, args.seed, 0))
         self.steps_per_epoch = -(-self.per_epoch // self.batch)
         self.epoch, self.batches = None, None
-        self.chunk_tokens = max(128, CHUNK_ELEMENTS // model_config.vocab_size)
         self.width = getattr(model_config, "d_model", 512)
 
     def step_ids(self, step):
@@ -426,7 +422,7 @@ class TrainingData:
         for g in range(n_micro):
             together = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
             # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
-            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // self.chunk_tokens))
+            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // chunk_tokens(self.config)))
             mine = together[common.rank()]
             sources, targets = ({int(i): self.example(i, side) for i in mine} for side in (0, 1))
             groups = plan(mine, self.lengths, self.width, self.packed, self.group_tokens)
@@ -438,13 +434,46 @@ class TrainingData:
 # ------------------------------------------------------------------------------------------------ model and loss
 
 
-def token_losses(head, hidden, target_ids, n_chunks, label_smoothing):
-    """Cross entropy of each target token in fp32: hidden (N, D), target_ids (N,) -> (N,). Never more than one chunk of
-    logits (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
+def chunk_tokens(config):
+    """Target tokens whose logits are computed at once."""
+    return max(128, CHUNK_ELEMENTS // config.vocab_size)
+
+
+def refuse_fp32_logits(head, inputs, logits):
+    """Forward hook of the head under bf16-mixed: were autocast not in effect, the run would silently be fp32."""
+    if logits.dtype != torch.bfloat16:
+        raise RuntimeError(f"--precision bf16-mixed: the logits are {logits.dtype}, so autocast is not in effect with this DeepSpeed")
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-log p of each target: logits (N, V) fp32 or fp64, target_ids (N,) -> (N,). Overwrites the logits, in the forward
+    pass by exp(logits - max) and in the backward pass by the gradient, softmax - target: F.cross_entropy holds four
+    buffers of that size, which costs a third of the head's time on CPU. Smoothing e: targets (1 - e) onehot + e / V."""
+
+    @staticmethod
+    def forward(ctx, logits, target_ids, smoothing):
+        wanted = (1 - smoothing) * logits.gather(1, target_ids[:, None]).squeeze(1) + (smoothing * logits.mean(1) if smoothing else 0.0)
+        top = logits.amax(1, keepdim=True)
+        sums = logits.sub_(top).exp_().sum(1)
+        ctx.save_for_backward(logits, sums, target_ids)
+        ctx.smoothing = smoothing
+        return sums.log() + top.squeeze(1) - wanted
+
+    @staticmethod
+    def backward(ctx, grad):
+        exps, sums, target_ids = ctx.saved_tensors
+        exps.mul_((grad / sums)[:, None])
+        if ctx.smoothing:
+            exps.sub_((grad * ctx.smoothing / exps.shape[1])[:, None])
+        return exps.scatter_add_(1, target_ids[:, None], (ctx.smoothing - 1) * grad[:, None]), None, None
+
+
+def token_losses(head, hidden, target_ids, n_chunks, smoothing):
+    """Cross entropy of each target token: hidden (N, D), target_ids (N,) -> (N,). Never more than one chunk of logits
+    (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
     def chunk_losses(hidden, target_ids):
         logits = head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, target_ids, reduction="none", label_smoothing=label_smoothing)
+        return CrossEntropy.apply(logits if logits.dtype == torch.float64 else logits.float(), target_ids, smoothing)
     pairs = zip(hidden.tensor_split(n_chunks), target_ids.tensor_split(n_chunks))
     if n_chunks == 1 or not torch.is_grad_enabled():
         return torch.cat([chunk_losses(h, t) for h, t in pairs])
@@ -552,21 +581,17 @@ def my_batches(n_rows, lengths, batch_size):
     return batches[common.rank()::common.world_size()], -(-len(batches) // common.world_size())
 
 
-@contextlib.contextmanager
 def generating_model(args, engine, device):
     """The model to call `generate` on, and whether all ranks must run equally many forward passes (ZeRO-3, synced)."""
     model = engine.module.model
-    if engine.zero_optimization_stage() < 3:
-        yield model, False
-        return
+    if not engine.zero_optimization_partition_weights():
+        return model, False
     need = sum(p.ds_numel * p.element_size() for p in model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 2
-    fits = common.broadcast(need < 0.6 * free, device)
-    if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and not fits):
-        yield model, True
-    else:
-        with common.plain_copy(model, device) as twin:
-            yield twin, False
+    n_full = common.all_reduce_sum([need > 0.6 * free], device)[0]
+    if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and n_full):
+        return model, True
+    return common.plain_copy(model, device), False
 
 
 @torch.no_grad()
@@ -579,24 +604,22 @@ def generate(args, engine, tokenizer, rows, step, device):
     options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False, "min_length": 0}
     sampled = args.temperature > 0.001
     options["num_return_sequences"] = 1 if sampled else args.n_samples
-    precision = common.resolve_precision(args)
-    with generating_model(args, engine, device) as (model, synced):
-        cast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
-        for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0 or None, leave=False):
-            batch = mine[round_] if round_ < len(mine) else []  # none left: keep the others company with one token
-            sources = [rows[i][1] for i in batch] or [[tokenizer.eos_token_id]]
-            if sampled:
-                sources = [source for source in sources for _ in range(args.n_samples)]
-                keys = [common.derive_seed(args.seed, "sample", step, rows[i][0], n) for i in batch for n in range(args.n_samples)]
-                keys = torch.tensor(keys or [0] * args.n_samples, device=device)
-                options["logits_processor"] = [RowKeyedSampler(keys, args.temperature, args.top_p)]
-            batch_ids = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
-            with cast:
-                out = model.generate(input_ids=batch_ids["source_ids"].to(device), synced_gpus=synced,
-                                     attention_mask=(batch_ids["source_segment"] > 0).to(device), **options)
-            decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
-            for n, i in enumerate(batch):
-                texts[rows[i][0]] = decoded[n * args.n_samples: (n + 1) * args.n_samples]
+    model, synced = generating_model(args, engine, device)
+    for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0 or None, leave=False):
+        batch = mine[round_] if round_ < len(mine) else []  # none left: keep the others company with one token
+        sources = [rows[i][1] for i in batch] or [[tokenizer.eos_token_id]]
+        if sampled:
+            sources = [source for source in sources for _ in range(args.n_samples)]
+            keys = [common.derive_seed(args.seed, "sample", step, rows[i][0], n) for i in batch for n in range(args.n_samples)]
+            keys = torch.tensor(keys or [0] * args.n_samples, device=device)
+            options["logits_processor"] = [RowKeyedSampler(keys, args.temperature, args.top_p)]
+        padded = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
+        with torch.autocast(device.type, torch.bfloat16, enabled=common.resolve_precision(args) == "bf16-mixed"):
+            out = model.generate(input_ids=padded["source_ids"].to(device), attention_mask=(padded["source_segment"] > 0).to(device),
+                                 synced_gpus=synced, **options)
+        decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
+        for n, i in enumerate(batch):
+            texts[rows[i][0]] = decoded[n * args.n_samples: (n + 1) * args.n_samples]
     return texts
 
 
@@ -606,11 +629,12 @@ def row_losses(args, engine, examples, config, device):
     lengths = np.array([[len(s), len(t)] for s, t in examples]).reshape(-1, 2)
     mine, n_rounds = my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
     sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
-    rounds = n_rounds if engine.zero_optimization_stage() == 3 else len(mine)
+    rounds = n_rounds if engine.zero_optimization_partition_weights() else len(mine)
+    n_chunks = -(-args.eval_batch_size * int(lengths[:, 1].max(initial=1)) // chunk_tokens(config))  # on every rank the same
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
-        losses = engine([to_device(batch, device)]).double().cpu()
+        losses = engine([to_device(batch, device)], n_chunks).double().cpu()
         for i in (i for row in rows for i in row):
             of_row = losses[batch["target_example"] == i]
             found[i] = (float(of_row.sum()), len(of_row))
@@ -650,7 +674,7 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
             metrics[f"{prefix}loss"] = math.fsum(s["loss"][0] for s in group) / sum(s["loss"][1] for s in group)
             for name in ("exact_match", "token_f1"):
                 metrics[f"{prefix}{name}"] = math.fsum(s[name] for s in group) / len(group)
-    metrics["eval_seconds"] = round(time.perf_counter() - started, 2)
+    metrics.update(eval_seconds=round(time.perf_counter() - started, 2), peak_memory_gb=common.peak_memory_gb(device))
     if common.rank() == 0:
         name = predictions_name(args, split, step)
         common.write_json(run_dir / name, [
@@ -756,6 +780,8 @@ def main(args):
     packed = config.model_type in PACKED_FAMILIES
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if precision == "bf16-mixed":
+        model.get_output_embeddings().register_forward_hook(refuse_fp32_logits)
     if args.compile:
         for part in (model.encoder, model.decoder) if packed else (model,):
             part.compile(dynamic=True)

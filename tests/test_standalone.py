@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 import transformers
 from conftest import ROOT, finish, flags, rows, start, weights
@@ -39,3 +40,15 @@ def test_copied_script_trains_on_a_mounted_folder(mount, tmp_path_factory):
     assert tokenizer("the cat").input_ids == [11, 3, 66, 22, 1]
     fresh = transformers.AutoModelForSeq2SeqLM.from_config(model.config)
     assert not all(torch.equal(tensor, fresh.state_dict()[name].double()) for name, tensor in saved.items())
+
+
+@pytest.mark.slow
+def test_without_compiler_or_any_other_program_every_stage_trains(mount):
+    """K1, K2: an empty PATH hides gcc, nvcc and git; offload falls back to torch AdamW with a WARNING, nothing is built."""
+    (mount / "nothing").mkdir()
+    for name in ("zero1", "zero2", "zero3", "zero2_offload"):
+        words = [ROOT / "seq2seq.py", *flags(mount, run=name, ds_config=name)]
+        codes, output = finish(start(words, env={"PATH": str(mount / "nothing"), "TORCH_EXTENSIONS_DIR": str(mount / "extensions")}), 90)
+        assert codes == [0], output[-3000:]
+        assert not list((mount / "extensions").glob("*"))
+        assert ("WARNING" in output and "torch AdamW" in output) == ("offload" in name)
