@@ -488,8 +488,15 @@ class TargetLosses(torch.nn.Module):
         self.model, self.packed, self.label_smoothing = model, packed, label_smoothing
 
     def forward(self, groups, n_chunks=1):
-        states = [self.packed_states(group) if self.packed else self.plain_logits(group) for group in groups]
-        head = self.model.lm_head if self.packed else torch.nn.Identity()
+        if self.packed:
+            # all tokens are looked up at once: every look-up costs a dense (V, D) gradient in the backward pass
+            ids = [group[name] for group in groups for name in ("source_ids", "decoder_ids")]
+            looked_up = self.model.get_input_embeddings()(torch.cat([i.flatten() for i in ids])).split([i.numel() for i in ids])
+            embedded = [part.view(*i.shape, -1) for part, i in zip(looked_up, ids)]
+            states = [self.packed_states(group, *pair) for group, pair in zip(groups, zip(embedded[::2], embedded[1::2]))]
+            head = self.model.lm_head
+        else:
+            states, head = [self.plain_logits(group) for group in groups], torch.nn.Identity()
         smoothing = self.label_smoothing if self.training else 0.0
         return token_losses(head, torch.cat(states), torch.cat([group["target_ids"] for group in groups]), n_chunks, smoothing)
 
@@ -498,9 +505,10 @@ class TargetLosses(torch.nn.Module):
         return self.model(input_ids=group["source_ids"], attention_mask=group["source_segment"] > 0, decoder_input_ids=group["decoder_ids"],
                           use_cache=False).logits.flatten(0, 1)[group["target_index"]]
 
-    def packed_states(self, group):
-        """(N, D) decoder states of a T5 with several examples per row. Masks (R, 1, queries, keys) bool, True = may attend:
-        only within an example. T5's positions are relative and shift-free, so they need no restart."""
+    def packed_states(self, group, source, decoder_input):
+        """(N, D) decoder states of a T5 with several examples per row; source (R, S, D) and decoder_input (R, T, D) are the
+        embedded tokens. Masks (R, 1, queries, keys) bool, True = may attend: only within an example. T5's positions are
+        relative, so they need no restart."""
         model, source_segment, decoder_segment = self.model, group["source_segment"], group["decoder_segment"]
         T = decoder_segment.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
@@ -510,8 +518,8 @@ class TargetLosses(torch.nn.Module):
         if model.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
             masks = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9) for mask in masks]
         encoder_mask, decoder_mask, cross_mask = masks
-        encoded = model.encoder(input_ids=group["source_ids"], attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
-        hidden = model.decoder(input_ids=group["decoder_ids"], attention_mask=decoder_mask, encoder_hidden_states=encoded,
+        encoded = model.encoder(inputs_embeds=source, attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
+        hidden = model.decoder(inputs_embeds=decoder_input, attention_mask=decoder_mask, encoder_hidden_states=encoded,
                                encoder_attention_mask=cross_mask).last_hidden_state  # (R, T, D)
         hidden = hidden.flatten(0, 1)[group["target_index"]]  # (N, D): no logits where there is no target
         # T5 v1.0 scales; v1.1, mT5 and ByT5 do not
@@ -808,7 +816,7 @@ def main(args):
                 log_row(split, evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device))
         return 0
     # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
-    group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 64
+    group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 200
     train_data = TrainingData(args, data_sets, config, packed, group_tokens)
     steps_per_epoch = train_data.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
