@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import time
+import unittest.mock
 import warnings
 import zlib
 
@@ -58,8 +59,10 @@ def adopt_launcher():
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env.get("SLURM_LOCALID", "0")
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", env["WORLD_SIZE"]).split("(")[0].split(",")[0]
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        # rank 0 is on the first host of the step: n[3-5,8] -> n3, a,b -> a
+        first = re.match(r"([^\[,]+)(?:\[(\d+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        env.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
+        env.setdefault("MASTER_PORT", str(20000 + derive_seed(env.get("SLURM_JOB_ID"), env.get("SLURM_STEP_ID")) % 20000))
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         with socket.socket() as free:  # a free port, so that two runs on one machine do not meet
@@ -93,12 +96,20 @@ def setup_distributed():
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+        # rank 0 alone writes, syncs and converts checkpoints: DeepSpeed's 10 minutes would end an 11 B run there
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=datetime.timedelta(hours=2))
     idle = torch.cuda.device_count() - local_world_size() if on_gpu else 0
     if idle > 0 and world_size() == 1:
         log.info(f"using GPU {device.index}; {idle} more are idle. All of them: deepspeed --num_gpus {idle + 1} "
                  + shlex.join(sys.argv))
     return device
+
+
+def leave(code):
+    """Close the process group, where there is one; returns the exit code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def all_reduce_sum(values, device):
@@ -199,8 +210,8 @@ def start_log():
 def fail(problems, only_here=False):
     """Print what the user has to mend and leave with exit code 2.
 
-    Every rank finds the same problems, so rank 0 speaks; the others wait for the launcher to end them, lest it end
-    rank 0 before it has spoken. only_here: something that only this rank knows, say at once.
+    Every rank finds the same problems, so rank 0 speaks first; the others give the launcher 20 s to end them and then
+    speak too (only their node may miss a file). only_here: something that only this rank knows, say at once.
     """
     problems = [problems] if isinstance(problems, str) else list(problems)
     if rank() and not only_here:
@@ -504,14 +515,17 @@ def start_run(args, run_dir, identity, script):
         log.addHandler(to_file)
 
 
-def rewind_metrics(run_dir, step):
-    """Rank 0: rows past the checkpoint that we continue from move to metrics.replaced.jsonl."""
+def rewind_metrics(run_dir, step, last_eval):
+    """Rank 0: rows past the checkpoint that we continue from, and an evaluation that it does not know of, move to
+    metrics.replaced.jsonl."""
     path = run_dir / "metrics.jsonl"
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may leave half a line
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        parsed = [json.loads(row) for row in rows]
+        is_kept = [row["step"] < step or row["step"] == step and (row["split"] == "train" or step == last_eval) for row in parsed]
+        kept = [row for row, keep in zip(rows, is_kept) if keep]
         with open(run_dir / "metrics.replaced.jsonl", "a") as replaced:
-            replaced.writelines(row + "\n" for row in rows[len(kept):])
+            replaced.writelines(row + "\n" for row, keep in zip(rows, is_kept) if not keep)
         aside = run_dir / "metrics.jsonl.tmp"
         aside.write_text("".join(row + "\n" for row in kept))
         os.replace(aside, path)
@@ -521,7 +535,8 @@ def open_tracker(args, run_dir):
     """Rank 0: the wandb run or tensorboard writer of --report_to, or None."""
     if args.report_to == "wandb":
         import wandb
-        return wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, dir=run_dir, config=vars(args))
+        return wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, dir=run_dir, config=vars(args),
+                          id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16], resume="allow")
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(run_dir)
@@ -540,6 +555,7 @@ def log_metrics(run_dir, row, tracker=None):
     elif tracker is not None:
         for k, v in numbers.items():
             tracker.add_scalar(f"{row['split']}/{k.split('/', 1)[-1]}", v, row["step"])
+        tracker.flush()
 
 
 def plot_curves(run_dir):
@@ -693,7 +709,7 @@ def cache_folder(root, key, problems):
                     log.info(f"waiting for another process that tokenises the same data ({lock.name})")
                 time.sleep(1)
         else:
-            problems.append(f"{lock.name}: locked for an hour by another process; end it or give another --cache_dir")
+            raise TimeoutError(f"{lock.name}: locked for an hour by another process; end it")
         if (done / COMPLETE).exists():
             yield done, False
             return
@@ -806,9 +822,11 @@ def weights_sha256(source):
 
 
 def count_parameters(auto_class, config):
-    """Distinct parameters, without allocating them."""
+    """Distinct parameters, without allocating them. transformers ties every new T5; v1.1 and mT5 have a head of their own."""
     with torch.device("meta"):
-        return sum(p.numel() for p in auto_class.from_config(config).parameters())
+        tied = sum(p.numel() for p in auto_class.from_config(config).parameters())
+    untied = config.model_type == "mt5" or getattr(config, "scale_decoder_outputs", True) is False
+    return tied + (config.vocab_size * config.d_model if untied else 0)
 
 
 class _PartitionWhileLoading:
@@ -823,15 +841,25 @@ class _PartitionWhileLoading:
         return True
 
 
+def _whole_weights_equal(a, b, equal=torch.equal):
+    """torch.equal for partitioned weights. transformers ties a T5's head unless the checkpoint's head and embedding
+    differ, and under ZeRO-3 it would compare their empty stand-ins: always equal, and v1.1's head was lost."""
+    with deepspeed.zero.GatheredParameters([w for w in (a, b) if hasattr(w, "ds_id")]):
+        return equal(a, b)
+
+
 def load_model(auto_class, source, config, args, precision, ds_config):
     """The model in the precision's dtype. ZeRO-3 loads weights already partitioned; without weights: new ones from
     the seed, made whole on every rank, so that they are the same at every stage."""
     dtype = DTYPES[precision]
     if has_weights(source):
         partitioned = _PartitionWhileLoading(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-        model = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
-                                           trust_remote_code=args.trust_remote_code)
-        del partitioned
+        with unittest.mock.patch.object(torch, "equal", _whole_weights_equal) if partitioned else contextlib.nullcontext():
+            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
+                                                     trust_remote_code=args.trust_remote_code, output_loading_info=True)
+        if info["missing_keys"]:
+            fail(f"{source}: {len(info['missing_keys'])} weights are missing in its files, among them "
+                 f"{', '.join(sorted(info['missing_keys'])[:5])}; is it a {type(model).__name__} checkpoint?")
         return model.train()
     log.info(f"{source} has no weights: training from scratch (seed {args.seed})")
     torch.manual_seed(derive_seed(args.seed, "new weights"))
@@ -968,10 +996,11 @@ def read_ds_config(args, name, precision, problems):
         data_types={"grad_accum_dtype": "fp64" if precision == "fp64" else "fp32"})
     if precision == "fp64":
         del config["data_types"]
-    if precision == "bf16" and stage == 1:  # or the fp32 sum is rounded to bf16 when the ranks add theirs, once per step
+    if precision == "bf16":  # or gradients are rounded to bf16 where the ranks add theirs
         config.setdefault("communication_data_type", "fp32")
     if precision == "bf16-mixed":  # an outer torch.autocast is switched off by DeepSpeed on CUDA
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # no module's gradients are to be reduced in bf16 (DeepSpeed's default: those of all linear layers)
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config
 
 
@@ -1036,11 +1065,14 @@ def peak_memory_gb(device):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+def checkpoints(run_dir):
+    """All checkpoint-<step> folders, oldest first."""
+    return sorted((p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=lambda p: int(p.name[11:]))
+
+
 def latest_checkpoint(run_dir):
     """The newest complete checkpoint-<step>, or None. Unfinished ones are named and left alone."""
-    found = sorted((p for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)),
-                   key=lambda p: int(p.name.split("-")[1]))
-    for path in reversed(found):
+    for path in reversed(checkpoints(run_dir)):
         if (path / COMPLETE).exists():
             return path
         log.warning(f"{path} is unfinished (no file {COMPLETE}) and is not used")
@@ -1072,8 +1104,9 @@ def copy_weights(model, folder):
                 weight.copy_(where[name].get_tensor(name))
 
 
-def fsync_tree(folder):
-    for path in [*folder.rglob("*"), folder]:
+def fsync_tree(folder, pattern="**/*"):
+    """Flush the files that match, and the folder itself, to the disk."""
+    for path in [*(folder.glob(pattern) if pattern else []), folder]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -1101,20 +1134,19 @@ def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, lim
         del weights
         # universal_checkpoint_info lets the optimizer state move to another number of ranks
         engine.save_checkpoint(str(aside / "engine"), tag="state", client_state={"universal_checkpoint_info": {}}, save_latest=False)
+        fsync_tree(aside)  # every rank: each node has pages of its own to write
         dist.barrier()
         if rank() == 0:
-            fsync_tree(aside)
             (aside / COMPLETE).touch()
-            fsync_tree(aside)
+            fsync_tree(aside, "*")
             if done.exists():
                 log.warning(f"{done} was there already; renamed to {move_aside(done)}")
             os.rename(aside, done)
-            fsync_tree(run_dir / done.name)
-            steps = sorted(int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
-            for old in steps[:-limit]:
-                if old != best_step:
-                    trash = run_dir / f"checkpoint-{old}.tmp"  # renamed first: half a deletion is no checkpoint
-                    os.rename(run_dir / f"checkpoint-{old}", trash)
+            fsync_tree(run_dir, "")
+            for old in checkpoints(run_dir)[:-limit]:
+                if old.name != f"checkpoint-{best_step}":
+                    trash = run_dir / f"{old.name}.tmp"  # renamed first: half a deletion is no checkpoint
+                    os.rename(old, trash)
                     shutil.rmtree(trash)
     except (AssertionError, AttributeError, KeyError, TypeError):
         raise  # ours to mend
@@ -1163,6 +1195,8 @@ def export_root(run_dir, checkpoint):
             aside = run_dir / f"{source.name}.tmp"
             aside.unlink(missing_ok=True)
             try:
+                if source.suffix != ".safetensors":
+                    raise OSError("small files are copied: people edit them")
                 os.link(source, aside)  # no second copy of the weights where the file system can do this
             except OSError:
                 shutil.copyfile(source, aside)

@@ -18,8 +18,10 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
+import hashlib
 import json
 import math
+import pathlib
 import re
 import string
 import sys
@@ -235,8 +237,8 @@ def load_data(args, tokenizer, problems):
         before = len(problems)
         layout = ["seq2seq 1", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
                   args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
-        key = common.hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-        root = common.pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
+        key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -266,7 +268,7 @@ def tokenizer_fingerprint(tokenizer):
     """Changes whenever the ids of any text could change."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return common.hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
+    return hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
 
 
 def check_counts(args, data, path, problems):
@@ -469,8 +471,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def token_losses(head, hidden, target_ids, n_chunks, smoothing):
-    """Cross entropy of each target token: hidden (N, D), target_ids (N,) -> (N,). Never more than one chunk of logits
-    (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
+    """Cross entropy of each target token: hidden (N, D), target_ids (N,) -> (N,). Through `head`, never more than
+    one chunk of logits (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
     def chunk_losses(hidden, target_ids):
         logits = head(hidden)
         return CrossEntropy.apply(logits if logits.dtype == torch.float64 else logits.float(), target_ids, smoothing)
@@ -498,7 +500,8 @@ class TargetLosses(torch.nn.Module):
         else:
             states, head = [self.plain_logits(group) for group in groups], torch.nn.Identity()
         smoothing = self.label_smoothing if self.training else 0.0
-        return token_losses(head, torch.cat(states), torch.cat([group["target_ids"] for group in groups]), n_chunks, smoothing)
+        return token_losses(head, torch.cat(states), torch.cat([group["target_ids"] for group in groups]),
+                            n_chunks if self.packed else 1, smoothing)  # whole logits exist already: nothing to save
 
     def plain_logits(self, group):
         """(N, V) logits of any encoder-decoder, one example per row; positions are the model's own business."""
@@ -594,6 +597,8 @@ def generating_model(args, engine, device):
     model = engine.module.model
     if not engine.zero_optimization_partition_weights():
         return model, False
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or what training has cached counts as used
     need = sum(p.ds_numel * p.element_size() for p in model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 2
     n_full = common.all_reduce_sum([need > 0.6 * free], device)[0]
@@ -622,7 +627,7 @@ def generate(args, engine, tokenizer, rows, step, device):
             keys = torch.tensor(keys or [0] * args.n_samples, device=device)
             options["logits_processor"] = [RowKeyedSampler(keys, args.temperature, args.top_p)]
         padded = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
-        with torch.autocast(device.type, torch.bfloat16, enabled=common.resolve_precision(args) == "bf16-mixed"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=engine.torch_autocast_enabled()):
             out = model.generate(input_ids=padded["source_ids"].to(device), attention_mask=(padded["source_segment"] > 0).to(device),
                                  synced_gpus=synced, **options)
         decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
@@ -660,8 +665,12 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
     rows = rows[:100] if args.debug else rows
     engine.eval()
     started = time.perf_counter()
-    local_losses = row_losses(args, engine, [(s, t) for _, _, s, t in rows], engine.module.model.config, device)
-    local_texts = generate(args, engine, tokenizer, [(i, s) for i, (_, _, s, _) in enumerate(rows)], step, device)
+    try:
+        local_losses = row_losses(args, engine, [(s, t) for _, _, s, t in rows], engine.module.model.config, device)
+        local_texts = generate(args, engine, tokenizer, [(i, s) for i, (_, _, s, _) in enumerate(rows)], step, device)
+    except torch.OutOfMemoryError as error:
+        common.fail(f"step {step}, evaluation: out of memory ({str(error).splitlines()[0]}). Next: a smaller --eval_batch_size, then a "
+                    "smaller --max_new_tokens, then --zero3_generation synced", only_here=True)
     engine.train()
     gathered = [None] * common.world_size()
     dist.all_gather_object(gathered, (local_losses, local_texts))
@@ -720,6 +729,8 @@ def prepare(args):
         log.info(common.estimate_table(n_params, precision, common.device_memory()))
         return None
     data_sets = load_data(args, tokenizer, problems)
+    problems += [f"--metric_for_best {args.metric_for_best}: {d.name} has no evaluation records" for d in data_sets
+                 if (args.metric_for_best or "").startswith(f"{d.name}/") and not d.records["eval"]]
     model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
     run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
@@ -733,7 +744,7 @@ def prepare(args):
                 problems.append(f"{path} exists; move it away or choose another --training_run_name")
     else:
         resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
-        if args.overwrite and source and run_dir.resolve() == common.pathlib.Path(source).resolve():
+        if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
             problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
     if resume_from:
         state = json.loads((resume_from / "state.json").read_text())
@@ -765,26 +776,27 @@ def main(args):
     job = prepare(args)
     if job is None:
         return 0
-    source, config, tokenizer, precision, data_sets, run_dir = (
-        job.source, job.config, job.tokenizer, job.precision, job.data_sets, job.run_dir)
+    source, config, tokenizer, data_sets, run_dir = job.source, job.config, job.tokenizer, job.data_sets, job.run_dir
     device = common.setup_distributed()
     rank, world = common.rank(), common.world_size()
-    resume_from, state = common.broadcast((job.resume_from, job.state), device)
+    # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
+    resume_from, state, precision, ds_name, ds_config = common.broadcast(
+        (job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
     stopper = common.Stopper(args.max_hours)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not args.no_train:
             common.start_run(args, run_dir, job.identity, __file__)
-            common.write_json(run_dir / "ds_config.json", job.ds_config)
+            common.write_json(run_dir / "ds_config.json", ds_config)
     universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
     if universal:
-        job.ds_config["checkpoint"] = {"load_universal": True}
+        ds_config["checkpoint"] = {"load_universal": True}
         if rank == 0:
             common.universal_checkpoint(resume_from)
     dist.barrier()
 
     # 3 model
-    model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, job.ds_config)
+    model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, ds_config)
     packed = config.model_type in PACKED_FAMILIES
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -798,9 +810,9 @@ def main(args):
     optimizer = None
     if not args.no_train:
         optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
-    elif job.ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
-        job.ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
-    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=job.ds_config)
+    elif ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
+        ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
+    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=ds_config)
     log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
              f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
     step, tracker, steps_per_epoch = state["step"], None, math.inf
@@ -823,9 +835,11 @@ def main(args):
     eval_steps = args.eval_steps or steps_per_epoch
     save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
+    base = {"path": str(source), "revision": getattr(config, "_commit_hash", None)}
+    if rank == 0:  # hashing 45 GB takes minutes, so a resumed run takes it from its checkpoint
+        base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
-               "base": {"path": str(source), "revision": getattr(config, "_commit_hash", None),
-                        "sha256": common.weights_sha256(source) if rank == 0 else None}, "adapter": "none", "quantize": None}
+               "base": base, "adapter": "none", "quantize": None}
     log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
              f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
              f"run folder {run_dir}")
@@ -835,7 +849,7 @@ def main(args):
         common.load_checkpoint(engine, resume_from, universal)
         log.info(f"continuing {run_dir} from step {step}" + (f" (written by {state['world_size']} processes)" if universal else ""))
     if rank == 0:
-        common.rewind_metrics(run_dir, step)
+        common.rewind_metrics(run_dir, step, state["last_eval"])
         tracker = common.open_tracker(args, run_dir)
     saved_step = step if resume_from else None
 
@@ -854,7 +868,7 @@ def main(args):
     def save():
         nonlocal saved_step
         if saved_step != step:
-            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": job.ds_name}, rawtune,
+            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name}, rawtune,
                                    args.save_total_limit, state["best_step"])
             saved_step = step
         if rank == 0 and state["best_step"] == step:
@@ -957,4 +971,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(common.leave(main(parse_args())))

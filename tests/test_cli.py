@@ -163,7 +163,7 @@ def test_precision_aliases(mount, spelling):
 @pytest.mark.parametrize("has_gpu, expected", [(False, "fp32"), (True, "bf16")])
 def test_precision_auto_is_bf16_where_the_gpu_has_it(mount, monkeypatch, has_gpu, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert common.resolve_precision(seq2seq.parse_args(flags(mount, precision="auto"))) == expected
 
 

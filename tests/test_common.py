@@ -62,14 +62,15 @@ def test_without_a_launcher_this_is_rank_0_of_1_on_a_free_port(no_launcher):
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and 1024 <= int(os.environ["MASTER_PORT"]) < 65536
 
 
-def test_srun_variables_become_those_of_torchrun(no_launcher):
+@pytest.mark.parametrize("nodes, first", [("n[03-05,8]", "n03"), ("gpu-1,gpu-2", "gpu-1"), ("single", "single")])
+def test_srun_variables_become_those_of_torchrun(no_launcher, nodes, first):
     for name, value in {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_NUM_TASKS": 8,
                         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-                        "SLURM_JOB_ID": 41234, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}.items():
+                        "SLURM_JOB_ID": 41234, "SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": nodes}.items():
         no_launcher.setenv(name, str(value))
     common.adopt_launcher()
     assert (common.rank(), common.world_size(), os.environ["LOCAL_RANK"], common.local_world_size()) == (5, 8, "1", 4)
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "21234")
+    assert os.environ["MASTER_ADDR"] == first and 20000 <= int(os.environ["MASTER_PORT"]) < 40000
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -307,11 +308,13 @@ def test_latest_checkpoint_is_the_newest_whole_one_and_the_others_are_named(tmp_
 
 
 def test_rewind_metrics_moves_later_rows_and_drops_half_a_line(tmp_path):
-    lines = [json.dumps({"step": step, "loss": step / 7}) for step in (1, 2, 3, 4)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    common.rewind_metrics(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
-    assert (tmp_path / "metrics.replaced.jsonl").read_text() == "\n".join(lines[2:]) + "\n"
+    lines = [json.dumps({"step": step, "split": split}) for step in (1, 2, 3, 4) for split in ("train", "eval")]
+    for last_eval, n_kept in ((2, 4), (None, 3)):  # None: the checkpoint of step 2 knows of no evaluation at step 2
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
+        common.rewind_metrics(tmp_path, 2, last_eval)
+        assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:n_kept]) + "\n"
+        assert (tmp_path / "metrics.replaced.jsonl").read_text() == "\n".join(lines[n_kept:]) + "\n"
+        (tmp_path / "metrics.replaced.jsonl").unlink()
 
 
 def test_export_root_replaces_stale_weights_and_leaves_the_checkpoint_alone(tmp_path):

@@ -133,6 +133,36 @@ def test_bart_is_trained_on_the_loss_of_its_own_forward():
         assert float(losses[batch["target_example"] == i].sum()) == pytest.approx(float(alone), rel=1e-5)
 
 
+def test_the_gradient_of_a_big_vocabulary_without_packing_is_autograds():
+    """Many targets of a family that is not packed: its logits exist whole, and are overwritten only once."""
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(
+        vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0))
+    _, examples = fixture_2()
+    sources, targets, _ = tables(examples)
+    batch = seq2seq.collate([[i] for i in range(8)], sources, targets, model.config.decoder_start_token_id, model.config.pad_token_id)
+    norms = []
+    for losses in (lambda: seq2seq.TargetLosses(model, False, 0.0)([batch], 5),
+                   lambda: torch.nn.functional.cross_entropy(seq2seq.TargetLosses(model, False, 0.0).plain_logits(batch), batch["target_ids"],
+                                                             reduction="none")):
+        model.zero_grad()
+        losses().sum().backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_missing_weights_are_refused(mount, run_main, capsys):
+    from safetensors.torch import load_file, save_file
+    assert run_main(flags(mount, max_steps=1)) == 0
+    path = mount / "models" / "run" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if not k.startswith("decoder.block.1")}
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    assert run_main(flags(mount, run="next", model_init_name="run")) == 2
+    assert "weights are missing in its files, among them decoder.block.1" in capsys.readouterr().err
+
+
 def test_chunked_cross_entropy_has_the_same_losses_and_gradients():
     torch.manual_seed(0)
     head, hidden, ids = torch.nn.Linear(16, 50), torch.randn(23, 16, requires_grad=True), torch.randint(50, (23,))
@@ -238,7 +268,7 @@ def test_bart_trains_too(mount, run_main):
 
 
 @pytest.mark.parametrize("precision, config, n_steps", [("bf16", "zero1", 200), ("bf16", "zero3", 40), ("bf16-mixed", "zero0", 40),
-                                                        ("fp64", "auto", 40)])
+                                                        ("bf16-mixed", "zero2", 40), ("fp64", "auto", 40)])
 def test_precisions_follow_the_fp32_run(mount, run_main, precision, config, n_steps):
     """B4: the whole loss curve stays in a band around fp32's (before the examples are learnt by heart: near loss 0 small
     differences grow)."""
@@ -359,8 +389,11 @@ def test_a_fresh_v11_model_is_really_untied_and_stays_so(mount, run_main):
     assert "lm_head.weight" in first and float((first["lm_head.weight"] - first["shared.weight"]).abs().max()) > 0.1
     model = AutoModelForSeq2SeqLM.from_pretrained(mount / "models" / "run")
     assert model.lm_head.weight is not model.shared.weight and not model.config.scale_decoder_outputs
-    assert run_main(flags(mount, run="second", model_init_name="run", max_steps=1, learning_rate=1e-9)) == 0
-    assert rows(mount / "models" / "second", "eval")[0]["eval/loss"] == rows(mount / "models" / "run", "eval")[-1]["eval/loss"]
+    for stage in (0, 3):  # loaded in parts, transformers would compare empty stand-ins and tie the head
+        assert run_main(flags(mount, run=f"second{stage}", model_init_name="run", max_steps=1, learning_rate=1e-9, ds_config=f"zero{stage}")) == 0
+        second = mount / "models" / f"second{stage}"
+        assert rows(second, "eval")[0]["eval/loss"] == pytest.approx(rows(mount / "models" / "run", "eval")[-1]["eval/loss"], rel=1e-6)
+        assert distance(first, weights(second)) < 1e-6
 
 
 def test_no_train_leaves_the_weights_and_gives_n_samples_for_every_row(mount, run_main):
