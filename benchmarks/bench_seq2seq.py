@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/bench_seq2seq.py --data gsm8k_train.jsonl                      # 2 CPU cores, about 10 minutes
-    python benchmarks/bench_seq2seq.py --data gsm8k_train.jsonl --model t5-base --precision bf16 --batch 32 --seconds 60   # GPU
+    python benchmarks/bench_seq2seq.py --data gsm8k_train.jsonl --model t5-base --precision bf16 --batch 32 --gpu-only
 
 Same model (random weights), same examples, same batch, precision, optimiser (fused AdamW, clipping at 1.0) and cores.
 The peers run alternately, `--rounds` times, each run in its own process; the first steps of a run are not timed.
@@ -98,24 +98,21 @@ def run_hf(args, folder, steps, grouped):
     rows = [{"input_ids": tokenizer(p["prompt"]).input_ids, "labels": tokenizer(p["completion"]).input_ids} for p in pairs]
     collator = DataCollatorForSeq2Seq(tokenizer, model=model)
     every = max(1, steps // 3)
-    state = {"step": 0, "targets": 0, "real": 0, "computed": 0, "start": None}
+    clock, counts = {}, []  # counts: (target tokens, real tokens, computed positions) of each forward step, in order
 
     def counted(features):
         batch = collator(features)
-        if state["step"] >= every:
-            state["targets"] += int((batch["labels"] != -100).sum())
-            state["real"] += int((batch["labels"] != -100).sum() + batch["attention_mask"].sum())
-            state["computed"] += batch["labels"].numel() + batch["input_ids"].numel()
+        n_targets = int((batch["labels"] != -100).sum())
+        counts.append((n_targets, n_targets + int(batch["attention_mask"].sum()), batch["labels"].numel() + batch["input_ids"].numel()))
         return batch
 
     class Clock(TrainerCallback):
         def on_step_end(self, args_, control_state, control, **_):
-            state["step"] = control_state.global_step
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if control_state.global_step == every:
-                state["start"] = time.perf_counter()
-            state["end"] = time.perf_counter()
+                clock["start"] = time.perf_counter()
+            clock["end"] = time.perf_counter()
 
     options = {"output_dir": str(folder / "hf"), "per_device_train_batch_size": args.batch, "max_steps": 3 * every,
                "gradient_accumulation_steps": args.accumulation, "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "learning_rate": 5e-5,
@@ -132,8 +129,10 @@ def run_hf(args, folder, steps, grouped):
         peak = torch.cuda.max_memory_allocated() / 1e9
     else:
         peak = int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e9
-    print(json.dumps({"tokens_per_sec": state["targets"] / (state["end"] - state["start"]),
-                      "padding_share": 1 - state["real"] / state["computed"], "peak_memory_gb": peak}))
+    # by position, not by when they were collated: the loader is a batch ahead
+    targets, real, computed = (sum(column) for column in zip(*counts[every * args.accumulation: 3 * every * args.accumulation]))
+    print(json.dumps({"tokens_per_sec": targets / (clock["end"] - clock["start"]), "padding_share": 1 - real / computed,
+                      "peak_memory_gb": peak}))
 
 
 def main():
