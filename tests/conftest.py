@@ -1,6 +1,7 @@
 """Fixtures: tiny models and data made on the spot, scripts run in-process or as real processes. No network."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -61,6 +62,28 @@ def flags(mount, run="run", **changes):
         if value is not None and value is not False:
             words += [f"--{name}"] + ([] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)])
     return words
+
+
+@pytest.fixture(autouse=True)
+def global_state():
+    """Signal handlers and environment are as before after every test; a run changes both."""
+    handlers, before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}, dict(os.environ)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """The log lines of one test, as a list of strings."""
+    import common
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(common.log, "handlers", [handler])
+    monkeypatch.setattr(common.log, "level", logging.INFO)
+    return lines
 
 
 @pytest.fixture

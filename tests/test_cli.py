@@ -1,9 +1,7 @@
 """The command line: flags, presets, precision, DeepSpeed JSON, memory table, schedule; refusals and their words."""
 
 import json
-import logging
 import math
-import os
 import re
 import shutil
 
@@ -14,24 +12,6 @@ from conftest import ROOT, finish, flags, start
 
 import common
 import seq2seq
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """run_main adopts a launcher, and with it environment variables: put them back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def messages(monkeypatch):
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(common.log, "handlers", [handler])
-    monkeypatch.setattr(common.log, "level", logging.INFO)
-    return lines
 
 
 @pytest.fixture

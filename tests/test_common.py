@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -21,29 +20,8 @@ import seq2seq
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
             "SLURM_PROCID",
             "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID",
-            "SLURM_LAUNCH_NODE_IPADDR")
+            "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 IDENTITY = {"resolved_model": "models/tiny", "data_sha256": ["abc"], "resolved_precision": "fp32", "effective_batch": 8}
-
-
-@pytest.fixture(autouse=True)
-def global_state():
-    """Signal handlers and environment are as before after every test."""
-    handlers, env = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}, dict(os.environ)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    os.environ.clear()
-    os.environ.update(env)
-
-
-@pytest.fixture
-def messages(monkeypatch):
-    """The log lines of one test, as a list of strings."""
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(common.log, "handlers", [handler])
-    monkeypatch.setattr(common.log, "level", logging.INFO)
-    return lines
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import logging
-import os
 
 import numpy as np
 import pytest
@@ -18,24 +16,6 @@ RECORDS = [{"prompt": "the cat", "completion": "yes"}, {"prompt": "4 March 1997"
 @pytest.fixture(scope="module")
 def tokenizer():
     return common.transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5")
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    """run_main adopts a launcher, and with it environment variables: put them back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def messages(monkeypatch):
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(common.log, "handlers", [handler])
-    monkeypatch.setattr(common.log, "level", logging.INFO)
-    return lines
 
 
 @pytest.fixture

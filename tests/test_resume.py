@@ -158,17 +158,12 @@ def test_sigterm_and_max_hours_save_and_leave_with_75(mount, run_main, monkeypat
         if step == 4:  # packed ahead, while step 3 is computed
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(self, step)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(seq2seq.TrainingData, "micro_batches", signalled)
-            assert run_main(dropout_flags(mount, "signal", 0, max_steps=500, save_steps=0)) == common.EXIT_SAVED
-        assert common.latest_checkpoint(mount / "models" / "signal") is not None
-        assert run_main(dropout_flags(mount, "hours", 0, max_steps=5000, max_hours=0.0003, save_steps=0, logging_steps=1000)) == common.EXIT_SAVED
-        assert common.latest_checkpoint(mount / "models" / "hours") is not None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(seq2seq.TrainingData, "micro_batches", signalled)
+        assert run_main(dropout_flags(mount, "signal", 0, max_steps=500, save_steps=0)) == common.EXIT_SAVED
+    assert common.latest_checkpoint(mount / "models" / "signal") is not None
+    assert run_main(dropout_flags(mount, "hours", 0, max_steps=5000, max_hours=0.0003, save_steps=0, logging_steps=1000)) == common.EXIT_SAVED
+    assert common.latest_checkpoint(mount / "models" / "hours") is not None
 
 
 @pytest.mark.parametrize("kilobytes", [40, 260])
