@@ -992,10 +992,9 @@ def read_ds_config(args, name, precision, problems):
         train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         gradient_clipping=args.max_grad_norm,  # always written: DeepSpeed's default is 1.0
-        bf16={"enabled": precision == "bf16"}, fp16={**without_auto(fp16_details), "enabled": precision == "fp16"},
-        data_types={"grad_accum_dtype": "fp64" if precision == "fp64" else "fp32"})
-    if precision == "fp64":
-        del config["data_types"]
+        bf16={"enabled": precision == "bf16"}, fp16={**without_auto(fp16_details), "enabled": precision == "fp16"})
+    if precision != "fp64":  # DeepSpeed's own choice is the weights' type: right for fp64, wrong for bf16
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "bf16":  # or gradients are rounded to bf16 where the ranks add theirs
         config.setdefault("communication_data_type", "fp32")
     if precision == "bf16-mixed":  # an outer torch.autocast is switched off by DeepSpeed on CUDA

@@ -119,14 +119,19 @@ def test_padding_and_batching_do_not_change_a_loss():
         assert torch.allclose(of_all[together["target_example"] == i], alone, atol=1e-5)
 
 
-def test_bart_is_trained_on_the_loss_of_its_own_forward():
+def bart_fixture():
+    """A small BART and the examples of fixture_2 as one batch, one example per row."""
     torch.manual_seed(0)
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(
         vocab_size=128, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0))
     _, examples = fixture_2()
     sources, targets, _ = tables(examples)
-    batch = seq2seq.collate([[i] for i in range(8)], sources, targets, model.config.decoder_start_token_id, model.config.pad_token_id)
+    return model, seq2seq.collate([[i] for i in range(8)], sources, targets, model.config.decoder_start_token_id, model.config.pad_token_id), examples
+
+
+def test_bart_is_trained_on_the_loss_of_its_own_forward():
+    model, batch, examples = bart_fixture()
     losses = seq2seq.TargetLosses(model, False, 0.0)([batch])
     for i, (source, target) in enumerate(examples):
         alone = model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).loss * len(target)
@@ -135,13 +140,7 @@ def test_bart_is_trained_on_the_loss_of_its_own_forward():
 
 def test_the_gradient_of_a_big_vocabulary_without_packing_is_autograds():
     """Many targets of a family that is not packed: its logits exist whole, and are overwritten only once."""
-    torch.manual_seed(0)
-    model = transformers.BartForConditionalGeneration(transformers.BartConfig(
-        vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0))
-    _, examples = fixture_2()
-    sources, targets, _ = tables(examples)
-    batch = seq2seq.collate([[i] for i in range(8)], sources, targets, model.config.decoder_start_token_id, model.config.pad_token_id)
+    model, batch, examples = bart_fixture()
     norms = []
     for losses in (lambda: seq2seq.TargetLosses(model, False, 0.0)([batch], 5),
                    lambda: torch.nn.functional.cross_entropy(seq2seq.TargetLosses(model, False, 0.0).plain_logits(batch), batch["target_ids"],
