@@ -782,7 +782,6 @@ def main(args):
     # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
     resume_from, state, precision, ds_name, ds_config = common.broadcast(
         (job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
-    stopper = common.Stopper(args.max_hours)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not args.no_train:
@@ -827,6 +826,7 @@ def main(args):
             if any(d.records[split] for d in data_sets):
                 log_row(split, evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device))
         return 0
+    stopper = common.Stopper(args.max_hours)  # not before: a signal ends an evaluation at once
     # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
     group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 200
     train_data = TrainingData(args, data_sets, config, packed, group_tokens)

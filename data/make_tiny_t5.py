@@ -2,7 +2,7 @@
 
 The pieces are learnt from the demo's prompts and from sentences that the templates below make, so the folder holds
 no text of anybody else's. As in the real T5: pad 0, </s> 1, <unk> 2, then pieces, then 100 sentinels of which
-<extra_id_0> has the HIGHEST id; digits are single pieces; "yes" and "no" are one piece each.
+<extra_id_0> has the HIGHEST id; digits are single pieces; "yes" and "no", which clf.py scores, are one piece each.
 
     python data/make_tiny_t5.py          # rewrites models/tiny-t5 (needs data/dates.json)
 Expected: 220 pieces + 100 sentinels, 320 rows of embeddings, 0.5 M parameters.
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(), model_writer=model, vocab_size=N_PIECES, model_type="unigram", split_digits=True,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, num_threads=1, minloglevel=2)
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=["▁yes", "▁no"], character_coverage=1.0, num_threads=1, minloglevel=2)
     (folder / "spiece.model").write_bytes(model.getvalue())
     config = {
         "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "vocab_size": N_PIECES + N_SENTINELS,
