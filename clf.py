@@ -21,6 +21,7 @@ Shapes: R rows (texts) of a forward step, S tokens, D hidden size, V vocabulary,
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,7 @@ from common import log
 
 DEMO = ("--model_init_name tiny-t5 --data clf_debug --training_run_name clf-demo --max_steps 400 --train_batch_size 64 "
         "--learning_rate 0.003 --warmup_steps 40 --eval_steps 100 --logging_steps 50 --metric_for_best auc")
+USUAL_WORDS = ("yes", "no", "Yes", "No", "true", "false", "good", "bad", "y", "n", "1", "0")  # suggested as answers
 SHARD = 8192  # texts that are scored between two writes of --no_train
 POINT_METRICS = {"loss": "low", "accuracy": "high", "f1": "high", "auc": "high", "average_precision": "high", "brier": "low", "ece": "low",
                  "rmse": "low", "pearson": "high", "spearman": "high", "optimal_accuracy": "high"}
@@ -73,7 +75,8 @@ def parse_args(argv=None):
                        "(--loss pairwise: {prompt}\\n\\n{reply})")
     group.add_argument("--positive_word", help="answer whose logit counts for 1; one piece of the tokenizer; default yes")
     group.add_argument("--negative_word", help="answer whose logit counts for 0; one piece of the tokenizer; default no")
-    group.add_argument("--max_length", type=int, help="longer texts lose the end of what was filled in [tokens], default 512")
+    group.add_argument("--max_length", type=int, help="longer texts lose the end of what was filled in, preferences their beginning "
+                       "[tokens], default 512")
     group.add_argument("--target_min", type=float, help="target that means a sure no [your unit], default 0")
     group.add_argument("--target_max", type=float, help="target that means a sure yes [your unit], default 1")
     group.add_argument("--loss", choices=["cross_entropy", "half_kl", "squared_error", "pairwise"],
@@ -81,7 +84,7 @@ def parse_args(argv=None):
                        "target)^2 | Bradley-Terry on preferences")
     group.add_argument("--class_weights", nargs="+", metavar="NO YES",
                        help="weight of a no and of a yes in the loss [no unit], or 'balanced'; default: equal")
-    group.add_argument("--scores_only", action="store_true", help="predictions files hold the scores alone")
+    group.add_argument("--scores_only", action="store_true", help="rows of the predictions files hold pred_score alone")
     group.add_argument("--pred_save_path", help="where the last predictions go [path], default preds.json in the run folder")
     group.add_argument("--ensemble", nargs="+", metavar="FILE", help="average these predictions files into --pred_save_path, and leave")
     group.add_argument("--ensemble_by", choices=["rank", "logit"], default="rank", help="what --ensemble averages")
@@ -112,8 +115,6 @@ def check_args(args, problems):
             good = False
         if not good:
             problems.append(f"--class_weights {' '.join(args.class_weights)}: expected two positive numbers (of no, of yes), or balanced")
-    if args.pred_save_path and os.path.exists(args.pred_save_path):
-        problems.append(f"--pred_save_path {args.pred_save_path} exists; move it away or choose another")
 
 
 def resolve_layout(args, source, family, problems):
@@ -131,6 +132,8 @@ def resolve_layout(args, source, family, problems):
     if layout["template"] is None:
         layout["template"] = "{prompt}\n\n{reply}" if layout["loss"] == "pairwise" else "{input}"
     layout["template"] = layout["template"].replace("\\n", "\n")  # as a shell passes it
+    if family == "causal" and layout["template"].endswith(" "):
+        problems.append(f"--template {layout['template']!r}: the blank at its end belongs to the answer's piece; end without it")
     if not re.search(r"\{\w+\}", layout["template"]):
         problems.append(f"--template {layout['template']!r}: nothing is filled in; expected a key of the records in braces, like {{input}}")
     if layout["loss"] == "pairwise" and "{reply}" not in layout["template"]:
@@ -144,29 +147,26 @@ def resolve_layout(args, source, family, problems):
 
 def verbaliser(tokenizer, layout, problems):
     """[id of no, id of yes], each one piece where an answer begins: alone for an encoder-decoder; for a decoder-only model
-    as the text goes on, after a blank unless the template ends with a newline. ("yes" is T5's piece 4273, "no" its 150.)"""
-    context = "" if layout.family == "seq2seq" else "a:\n" if layout.template.endswith("\n") else "a:"
+    as the text goes on, after a blank unless the template ends with a newline. T5: [150, 4273] for "no" and "yes"."""
+    before = "" if layout.family == "seq2seq" else "a:\n" if layout.template.endswith("\n") else "a:"
+    unknown, words = tokenizer.unk_token_id, {"--negative_word": layout.negative_word, "--positive_word": layout.positive_word}
 
     def pieces(word):
-        before = tokenizer(context, add_special_tokens=False).input_ids if context else []
-        text = word if context in ("", "a:\n") else f"{context} {word}"
-        ids = tokenizer(context + word if context == "a:\n" else text, add_special_tokens=False).input_ids
-        return ids[len(before):] if ids[: len(before)] == before else ids
+        head = tokenizer(before, add_special_tokens=False).input_ids if before else []
+        ids = tokenizer(before + " " * (before == "a:") + word, add_special_tokens=False).input_ids
+        return ids[len(head):] if ids[: len(head)] == head else ids
 
-    ids, words = [], (layout.negative_word, layout.positive_word)
-    for word, flag in zip(words, ("--negative_word", "--positive_word")):
-        found = pieces(word)
-        ids += found[:1]
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
-            single = [w for w in ("yes", "no", "Yes", "No", "true", "false", "good", "bad", "y", "n", "1", "0")
-                      if len(pieces(w)) == 1 and pieces(w)[0] != tokenizer.unk_token_id]
-            shown = " ".join(map(repr, tokenizer.convert_ids_to_tokens(found)))
-            problems.append(f"{flag} {word!r} is not one piece of this tokenizer but {len(found)}: {shown}"
-                            f"{' (unknown)' if tokenizer.unk_token_id in found else ''}; one piece each: {', '.join(single) or 'none of the usual words'}")
-    if len(ids) == 2 and ids[0] == ids[1] and not any("is not one piece" in problem for problem in problems):
-        problems.append(f"--positive_word {words[1]!r} and --negative_word {words[0]!r} are the same piece: "
-                        f"{tokenizer.convert_ids_to_tokens(ids[0])!r}; choose two words")
-    return ids
+    found = {flag: pieces(word) for flag, word in words.items()}
+    bad = [flag for flag, ids in found.items() if len(ids) != 1 or ids[0] == unknown]
+    for flag in bad:
+        usual = [w for w in USUAL_WORDS if len(pieces(w)) == 1 and pieces(w)[0] != unknown]
+        shown = " ".join(map(repr, tokenizer.convert_ids_to_tokens(found[flag])))
+        problems.append(f"{flag} {words[flag]!r} is not one piece of this tokenizer but {len(found[flag])}: {shown}; one piece each: "
+                        f"{', '.join(usual) or 'none of the usual words'}")
+    if not bad and found["--negative_word"] == found["--positive_word"]:
+        problems.append(f"--positive_word {layout.positive_word!r} and --negative_word {layout.negative_word!r} are the same piece: "
+                        f"{tokenizer.convert_ids_to_tokens(found['--positive_word'])[0]!r}; choose two words")
+    return [ids[0] for ids in found.values() if ids]
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -183,19 +183,19 @@ def to_texts(record, split, layout):
     def wrong(text):
         return None, None, None, text
 
-    needed = set(re.findall(r"\{(\w+)\}", layout.template))
+    needed, replies = set(re.findall(r"\{(\w+)\}", layout.template)), []
     if layout.loss == "pairwise":
-        replies = [record.get("chosen"), record.get("rejected")] if "replies" not in record else record["replies"]
-        if not isinstance(replies, list) or len(replies) < 2 or not all(isinstance(reply, str) and reply.strip() for reply in replies):
+        single = split != "train" and "reply" in record and not {"chosen", "replies"} & set(record)  # it has a reward, if no rival
+        replies = [record["reply"]] if single else record.get("replies", [record.get("chosen"), record.get("rejected")])
+        if not isinstance(replies, list) or len(replies) < 2 - single or None in replies:
             return wrong(f"no 'chosen' and 'rejected' texts, and no list of 'replies', best first (has: {', '.join(map(str, record))}); "
-                         "--loss pairwise compares replies")
-        if len(set(replies)) < len(replies):
+                         "--loss pairwise compares replies; only evaluation records may have a single 'reply'")
+        if any(reply in replies[:i] for i, reply in enumerate(replies)):
             return wrong("two of the replies are the same text, so neither is better; remove the record")
         needed -= {"reply"}
     elif "chosen" in record or "replies" in record:
         return wrong("a preference record ('chosen', 'rejected' or 'replies'): needs --loss pairwise")
-    for name in sorted(needed):
-        text = record.get(name)
+    for name, text in [*((name, record.get(name)) for name in sorted(needed)), *(("reply", reply) for reply in replies)]:
         if text is None:
             return wrong(f"no {name!r} (has: {', '.join(map(str, record))}), which the template {layout.template!r} fills in")
         if not isinstance(text, str):
@@ -205,7 +205,8 @@ def to_texts(record, split, layout):
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             return wrong(f"{name!r} holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8")
     if layout.loss == "pairwise":
-        return [fill(layout.template, {**record, "reply": reply}) for reply in replies], math.nan, fill(layout.template, {**record, "reply": ""}), None
+        texts = [fill(layout.template, {**record, "reply": reply}) for reply in ["", *replies]]
+        return texts[1:], math.nan, texts[0], None
     target = record.get("target")
     if target is None and split == "train":
         return wrong(f"no 'target' (has: {', '.join(map(str, record))}); only evaluation records may lack it")
@@ -219,10 +220,7 @@ def to_texts(record, split, layout):
 
 
 def cut(ids, limit, n_end):
-    """Cut to `limit` tokens; the last n_end (the template's words after what was filled in, and an end token) stay.
-
-    ([5, 6, 7, 8, 1], 4, 1) -> [5, 6, 7, 1].
-    """
+    """Cut to `limit` tokens; the last n_end of them stay. ([5, 6, 7, 8, 1], 4, 1) -> [5, 6, 7, 1]."""
     return ids if len(ids) <= limit else ids[: limit - n_end] + ids[len(ids) - n_end:]
 
 
@@ -250,10 +248,14 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
     columns = {(split, name): open(folder / f"{split}.{name}", "wb") for split in splits for name in ("first", "targets", "hashes")}
     kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in splits[1:]}
     counts, n_rows = collections.Counter({split: 0 for split in splits}), collections.Counter()
+    # what stays of a long text: the template's words after what was filled in, and an end token; of preferences all but
+    # the beginning, or long prompts would make their replies equal
     n_end = len(tokenizer(layout.template.rpartition("}")[2], add_special_tokens=layout.family == "seq2seq").input_ids)
     if n_end >= layout.max_length - 1:
         problems.append(f"--max_length {layout.max_length}: the template alone ends with {n_end} tokens")
         return {}
+    if layout.loss == "pairwise":
+        n_end = layout.max_length - (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     for split in splits:
         columns[split, "first"].write(np.int64(0).tobytes())
 
@@ -279,8 +281,8 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
     bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
         block = []
-        # a file that says no splits is for training; with --no_train it is what is to be scored
-        for where, split, record in common.read_records(path, problems, file_split or ("eval" if args.no_train else "train")):
+        # lines without a split are for training; with --no_train and no other file they are what is to be scored
+        for where, split, record in common.read_records(path, problems, file_split or ("eval" if args.no_train and len(files) == 1 else "train")):
             if split not in splits:
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
                 continue
@@ -303,19 +305,23 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
 
 
 class DataSet:
-    """One tokenised data set; texts and evaluation records stay on disk."""
+    """One tokenised data set; texts and evaluation records stay on disk. limit: of evaluation records, or None."""
 
-    def __init__(self, name, amount, folder):
-        self.name, self.amount, self.folder = name, amount, folder
+    def __init__(self, name, amount, folder, limit):
+        self.name, self.amount = name, amount
         self.sha256, self.counts = folder.name, json.loads((folder / "counts.json").read_text())
         self.text = {split: common.Ragged(folder / f"{split}.text") for split in ("train", "eval", "test")}
         self.first, self.targets, self.hashes = (
             {split: np.fromfile(folder / f"{split}.{name}", kind) for split in ("train", "eval", "test")}
             for name, kind in (("first", np.int64), ("targets", np.float64), ("hashes", np.int64)))
+        for split in ("eval", "test") if limit else ():
+            self.first[split], self.targets[split] = self.first[split][: limit + 1], self.targets[split][:limit]
+            self.text[split].lengths = self.text[split].lengths[: self.first[split][-1]]
+        self.lines = {split: open(folder / f"{split}.jsonl", encoding="utf-8") for split in ("eval", "test")}  # the cache may be deleted
 
     def records(self, split):
-        with open(self.folder / f"{split}.jsonl", encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        self.lines[split].seek(0)
+        yield from map(json.loads, itertools.islice(self.lines[split], len(self.targets[split])))
 
 
 def load_data(args, tokenizer, layout, problems):
@@ -324,7 +330,10 @@ def load_data(args, tokenizer, layout, problems):
     for spec in args.data_name:
         name, amount = common.parse_data_spec(spec, problems)
         files = common.find_data(args, name, problems)
-        if not files or tokenizer is None or layout is None:
+        if not files or tokenizer is None:
+            for split, path in files.items():  # no tokenizer: still report what is wrong with the records
+                found = ((where, to_texts(record, split or own_split, layout)[3]) for where, own_split, record in common.read_records(path, problems))
+                problems += [f"{where}: {wrong}" for where, wrong in found if wrong]
             continue
         before = len(problems)
         key = ["clf 1", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
@@ -340,7 +349,7 @@ def load_data(args, tokenizer, layout, problems):
             continue
         if len(problems) > before:
             continue
-        data = DataSet(name, amount, root / key)
+        data = DataSet(name, amount, root / key, 100 if args.debug else None)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
     if len(data_sets) == len(args.data_name) and not any(d.counts["eval"] or (args.no_train and d.counts["test"]) for d in data_sets):
@@ -372,7 +381,7 @@ def check_counts(args, data, path, problems):
         if not 1 <= take <= counts["train"]:
             problems.append(f"--data {data.name}:{data.amount}: {take} of {counts['train']} training records; expected 1 to all of them")
     if counts.get("long texts"):
-        log.warning(f"{data.name}: {counts['long texts']} of {counts['texts']} texts are longer than --max_length and lose their end")
+        log.warning(f"{data.name}: {counts['long texts']} of {counts['texts']} texts are longer than --max_length and are cut")
     if counts.get("texts with unknown characters"):
         log.warning(f"{data.name}: {counts['texts with unknown characters']} of {counts['texts']} texts hold characters that this tokenizer "
                     "does not know")
@@ -700,14 +709,16 @@ def point_metrics(logits, target, layout, threshold=None):
 
 def pair_metrics(logits, first):
     """Metrics of ranked replies: rows first[i] to first[i + 1] of the (n,) logits belong to example i, the best first. Each
-    is a mean over examples: of -log P(better beats worse), right pairs (ties half), Kendall's tau, logit differences."""
-    sums = collections.Counter()
-    for start, stop in zip(first[:-1], first[1:]):
-        a, b = np.triu_indices(stop - start, 1)
-        difference = logits[start: stop][a] - logits[start: stop][b]
-        sums.update(loss=float(np.logaddexp(0, -difference).mean()), accuracy=float((np.sign(difference) + 1).mean() / 2),
-                    kendall=kendall_tau(logits[start: stop]), margin=float(difference.mean()))
-    return {name: value / (len(first) - 1) for name, value in sums.items()} if len(first) > 1 else {}
+    is a mean over examples: of -log P(better beats worse), right pairs (ties half), Kendall's tau, logit differences.
+    Single replies are left out."""
+    sums, n = collections.Counter(), int((np.diff(first) > 1).sum())
+    for start, stop in itertools.pairwise(first):
+        if stop - start > 1:
+            a, b = np.triu_indices(stop - start, 1)
+            difference = logits[start: stop][a] - logits[start: stop][b]
+            sums.update(loss=float(np.logaddexp(0, -difference).mean()), accuracy=float((np.sign(difference) + 1).mean() / 2),
+                        kendall=kendall_tau(logits[start: stop]), margin=float(difference.mean()))
+    return {name: value / n for name, value in sums.items()}
 
 
 def my_batches(n_rows, lengths, batch_size):
@@ -743,12 +754,14 @@ def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None)
     while start < len(texts):
         stop = min(start + SHARD, len(texts))
         mine, n_rounds = my_batches(stop - start, texts.lengths[start: stop], args.eval_batch_size)
-        found = torch.zeros(stop - start + 1, dtype=torch.float64)
+        found, scores = torch.zeros(stop - start + 1, dtype=torch.float64), []
         for round_ in range(n_rounds if synced else len(mine)):
             rows = mine[round_] if round_ < len(mine) else []
             batch = to_device(collate([texts[start + i] for i in rows], pad_id), device)
-            found[rows] = engine(batch["input_ids"], batch["lengths"])[: len(rows)].double().cpu()
+            scores.append(engine(batch["input_ids"], batch["lengths"])[: len(rows)])  # stays there: a GPU need not wait
             bar.update(len(rows) * common.world_size())
+        if mine:
+            found[[i for rows in mine for i in rows]] = torch.cat(scores).double().cpu()
         reason = stopper.reason() if stopper else None
         found[-1] = bool(reason)
         found = found.to(device)
@@ -771,7 +784,7 @@ def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None)
 
 def evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold=None, partial=None, stopper=None):
     """Collective. -> (metrics, [(n,) logits of each data set]) on every rank, every text counted once; (None, None) when
-    told to stop. --debug: the first 100 texts."""
+    told to stop."""
     engine.eval()
     started, all_logits = time.perf_counter(), []
     try:
@@ -818,8 +831,10 @@ def write_predictions(path, data_sets, split, logits, layout, scores_only):
                 rows = slice(*data.first[split][i: i + 2])
                 row = {"orig_d": record, "pred_score": float(scores[rows][0]), "dataset": data.name}
                 if layout.loss == "pairwise":
-                    row.update(pred_score=scores[rows].tolist(), reward=values[rows].tolist())
-                file.write((",\n " if n else "\n ") + json.dumps(row["pred_score"] if scores_only else row, ensure_ascii=False))
+                    row["reward"] = float(values[rows][0])
+                    if len(scores[rows]) > 1:
+                        row.update(pred_score=scores[rows].tolist(), reward=values[rows].tolist())
+                file.write((",\n " if n else "\n ") + json.dumps({"pred_score": row["pred_score"]} if scores_only else row, ensure_ascii=False))
                 n += 1
                 bar.update()
         file.write("\n]\n")
@@ -870,7 +885,6 @@ def ensemble(args):
     for name in args.ensemble:
         try:
             rows = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
-            rows = [row if isinstance(row, dict) else {"pred_score": row} for row in rows]
             scores = np.array([row["pred_score"] for row in rows], dtype=np.float64)
             if scores.ndim != 1 or not len(rows) or not ((low <= scores) & (scores <= high)).all():
                 raise ValueError(f"expected one score from {low:g} to {high:g} per row (--target_min, --target_max)")
@@ -891,7 +905,7 @@ def ensemble(args):
     mean = np.mean([rank_shares(share) for share in shares], 0) if args.ensemble_by == "rank" else sigmoid(np.mean([logit(p) for p in shares], 0))
     rows = [{**row, "pred_score": low + (high - low) * float(value)} for row, value in zip(lists[0][1], mean)]
     pathlib.Path(args.pred_save_path).parent.mkdir(parents=True, exist_ok=True)
-    common.write_json(args.pred_save_path, [row["pred_score"] for row in rows] if args.scores_only else rows)
+    common.write_json(args.pred_save_path, [{"pred_score": row["pred_score"]} for row in rows] if args.scores_only else rows)
     log.info(f"{args.pred_save_path}: {len(rows)} rows, each the mean {args.ensemble_by} of {len(lists)} files")
     target = np.array([row.get("orig_d", {}).get("target", math.nan) for row in rows], dtype=np.float64)
     metrics = point_metrics(logit(mean), (target - low) / (high - low), layout)
@@ -908,7 +922,7 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    precision, n_params, auto_class, layout, no_yes = common.resolve_precision(args), 0, None, None, None
+    precision, n_params, auto_class, family, no_yes = common.resolve_precision(args), 0, None, None, None
     if config is not None:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is not None:
             auto_class, family = AutoModelForSeq2SeqLM, "seq2seq"
@@ -920,29 +934,29 @@ def prepare(args):
         if precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
             problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or "
                             "bf16-mixed, or --force fp16")
+    layout = resolve_layout(args, source, family, problems)
     if auto_class:
         n_params = common.count_parameters(auto_class, config)
-        layout = resolve_layout(args, source, family, problems)
         no_yes = verbaliser(tokenizer, layout, problems)
     if args.estimate:
         if problems:
             common.fail(problems)
         log.info(common.estimate_table(n_params, precision, common.device_memory()))
         return None
-    data_sets = load_data(args, tokenizer, layout, problems)
+    data_sets = load_data(args, tokenizer if auto_class else None, layout, problems)
     weights = class_weights(args, data_sets, problems) if not problems else None
     limit = getattr(config, "max_position_embeddings", None)
     longest = max((int(d.text[split].lengths.max(initial=0)) for d in data_sets for split in d.text), default=0)
     if limit and longest > limit:
         problems.append(f"--max_length {layout.max_length}: there are texts of {longest} tokens, and {source} has {limit} positions; "
                         f"set --max_length {limit} or less")
-    if args.metric_for_best and layout:
+    if args.metric_for_best:
         check_metric(args, layout, data_sets, problems)
     model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
     run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
     run_dir = common.mount_dir(args) / "models" / run_name
-    identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision, "layout": vars(layout) if layout else None,
+    identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     resume_from, state = None, {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "threshold": None}
     if args.no_train:
@@ -953,6 +967,8 @@ def prepare(args):
         resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
         if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
             problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
+    if args.pred_save_path and os.path.exists(args.pred_save_path) and not resume_from:  # then it is the run's own
+        problems.append(f"--pred_save_path {args.pred_save_path} exists; move it away or choose another")
     if resume_from:
         state = json.loads((resume_from / "state.json").read_text())
     ds_name, ds_config = args.ds_config, None
@@ -982,8 +998,8 @@ def check_metric(args, layout, data_sets, problems):
         why = undefined_metrics(targets[~np.isnan(targets)]).get(metric)
         if why:
             problems.append(f"--metric_for_best {args.metric_for_best}: it has no meaning on the evaluation records: {why}")
-    elif chosen and not any(d.counts["eval"] for d in chosen):
-        problems.append(f"--metric_for_best {args.metric_for_best}: no evaluation records")
+    elif chosen and not any((np.diff(d.first["eval"]) > 1).any() for d in chosen):
+        problems.append(f"--metric_for_best {args.metric_for_best}: no evaluation records with replies to compare")
 
 
 def directions(layout):
@@ -1061,15 +1077,16 @@ def main(args):
         stored = pathlib.Path(source) / "rawtune.json"
         threshold = json.loads(stored.read_text()).get("threshold") if stored.is_file() else None
         partial = run_dir / f"scores-{scores_key(args, job)}"
-        for split in ("eval", "test"):
-            if any(d.counts[split] for d in data_sets):
-                metrics, logits = evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold, partial, stopper)
-                if metrics is None:
-                    return common.EXIT_SAVED
-                log_row(split, metrics)
-                threshold = metrics.get("optimal_threshold", threshold)
-                if rank == 0:
-                    write_results(args, run_dir, data_sets, split, logits, layout)
+        results = {}
+        for split in [split for split in ("eval", "test") if any(d.counts[split] for d in data_sets)]:
+            metrics, results[split] = evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold, partial, stopper)
+            if metrics is None:
+                return common.EXIT_SAVED
+            log_row(split, metrics)
+            threshold = metrics.get("optimal_threshold", threshold)
+        for split, logits in results.items():  # only now: the same command must be able to continue what was stopped
+            if rank == 0:
+                write_results(args, run_dir, data_sets, split, logits, layout)
         if rank == 0:
             for path in run_dir.glob("scores-*.f64"):
                 path.unlink()
@@ -1084,7 +1101,8 @@ def main(args):
     if rank == 0:  # hashing 45 GB takes minutes, so a resumed run takes it from its checkpoint
         base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "clf.py", "task": "preference" if layout.loss == "pairwise" else "score", "family": layout.family,
-               "record_layout": {"template": layout.template, "max_length": layout.max_length}, "loss": layout.loss,
+               "record_layout": {"template": layout.template, "max_length": layout.max_length,
+                                                      "truncation": "start" if layout.loss == "pairwise" else "end"}, "loss": layout.loss,
                "verbaliser": {"positive": layout.positive_word, "negative": layout.negative_word, "positive_id": job.no_yes[1],
                               "negative_id": job.no_yes[0]},
                "target_min": layout.target_min, "target_max": layout.target_max, "base": base, "adapter": "none", "quantize": None}
@@ -1120,8 +1138,8 @@ def main(args):
     def save():
         nonlocal saved_step
         if saved_step != step:
-            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name}, {**rawtune, "threshold": state["threshold"]},
-                                   args.save_total_limit, state["best_step"])
+            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name},
+                                   {**rawtune, "threshold": state["threshold"]}, args.save_total_limit, state["best_step"])
             saved_step = step
         if rank == 0 and state["best_step"] == step:
             common.write_json(run_dir / "best.json", {"checkpoint": f"checkpoint-{step}", "metric": args.metric_for_best, "value": state["best"]})

@@ -1,5 +1,7 @@
 """Fixtures: tiny models and data made on the spot, scripts run in-process or as real processes. No network."""
 
+import functools
+import importlib
 import json
 import logging
 import os
@@ -41,6 +43,76 @@ def write_model(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@functools.cache
+def bpe_tokenizer(adds_end=False):
+    """A byte-level BPE learnt on the spot: " yes", " no", "yes" and "no" are single pieces; <s> is put in front, and at
+    the end </s> where asked for."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["a: yes", "a: no", "a:\nyes", "a:\nno", "the cat reads a long book"] * 50, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>" if adds_end else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def write_llama(folder, adds_end=False, **changes):
+    """models/<folder>: a decoder-only model of the Llama type and a byte-level tokenizer; no weights."""
+    from transformers import LlamaConfig
+    bpe_tokenizer(adds_end).save_pretrained(folder)
+    LlamaConfig(**{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": False,
+                   "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}).save_pretrained(folder)
+
+
+def write_byt5(folder):
+    """models/<folder>: a T5 on bytes (v1.1: gated, untied), whose tokenizer needs no file; no weights."""
+    from transformers import ByT5Tokenizer, T5Config
+    ByT5Tokenizer().save_pretrained(folder)
+    T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+             decoder_start_token_id=0, tie_word_embeddings=False).save_pretrained(folder)
+
+
+def score_records(n, seed=0):
+    """Texts of 1 to 24 words with soft targets: micro-batches of very different weight, and of different length."""
+    rng = random.Random(seed)
+    words = "the cat dog reads water book answer word number one two three yes no long small".split()
+    return [{"input": " ".join(rng.choices(words, k=rng.choice([1, 2, 3, 5, 9, 24]))) + f" {i}", "target": rng.choice([0, 0, 0.25, 0.6, 1, 1]),
+             "row": i} for i in range(n)]
+
+
+def preference_records(n, seed=0):
+    """Prompts with a better and a worse reply; every third has three or four ranked replies instead."""
+    rng = random.Random(seed)
+    words = "the cat dog reads water book answer word number one two three".split()
+    texts = [[" ".join(rng.choices(words, k=rng.choice([1, 2, 4, 12]))) + f" {k}" for k in range(4)] for _ in range(n)]
+    return [{"prompt": f"question {i}", **({"replies": t[:3 + i % 2]} if i % 3 == 2 else {"chosen": t[0], "rejected": t[1]})} for i, t in enumerate(texts)]
+
+
+def write_clf_mount(folder):
+    """models/tiny, /dropout, /llama; data/scores.json (43 train, 11 eval of which 3 lack a target, 5 test) and data/pairs.json
+    (21 train, 7 eval, 4 test)."""
+    write_model(folder / "models" / "tiny")
+    write_model(folder / "models" / "dropout", dropout_rate=0.1)
+    write_llama(folder / "models" / "llama")
+    (folder / "data").mkdir()
+    records, pairs = score_records(59), preference_records(32)
+    for record in records[45:54:4]:
+        del record["target"]
+    (folder / "data" / "scores.json").write_text(json.dumps({"train": records[:43], "eval": records[43:54], "test": records[54:]}))
+    (folder / "data" / "pairs.json").write_text(json.dumps({"train": pairs[:21], "eval": pairs[21:28], "test": pairs[28:]}))
+    return folder
+
+
+@pytest.fixture
+def clf_mount(tmp_path):
+    return write_clf_mount(tmp_path)
+
+
 @pytest.fixture
 def mount(tmp_path):
     """A mount folder with models/tiny (dropout 0), models/dropout, data/ragged.json (43 train, 11 eval, 5 test)."""
@@ -62,6 +134,11 @@ def flags(mount, run="run", **changes):
         if value is not None and value is not False:
             words += [f"--{name}"] + ([] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)])
     return words
+
+
+def clf_flags(mount, run="run", **changes):
+    """The same for clf.py, on data/scores.json."""
+    return flags(mount, run, **{"data": "scores", "max_new_tokens": None, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -86,18 +163,38 @@ def messages(monkeypatch):
     return lines
 
 
-@pytest.fixture
-def run_main(monkeypatch):
-    """run_main(words) -> exit code of seq2seq.main in this process."""
-    import seq2seq
+def in_process(script, monkeypatch):
+    """run(words) -> exit code of the script's main in this process."""
+    module = importlib.import_module(script)
 
     def run(words):
-        monkeypatch.setattr(sys, "argv", ["seq2seq.py", *words])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         try:
-            return seq2seq.main(seq2seq.parse_args(words))
+            return module.main(module.parse_args(list(map(str, words))))
         except SystemExit as stop:
             return stop.code
     return run
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """run_main(words) -> exit code of seq2seq.main in this process."""
+    return in_process("seq2seq", monkeypatch)
+
+
+@pytest.fixture
+def run_clf(monkeypatch):
+    """run_clf(words) -> exit code of clf.main in this process."""
+    return in_process("clf", monkeypatch)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than a short run of clf.py itself."""
+    import clf
+    import common
+    monkeypatch.setattr(clf, "plot_reliability", lambda *_: None)
+    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
 
 
 def free_port():
@@ -148,7 +245,8 @@ def kill(processes):
 
 
 def run_jobs(tmp_path, jobs, n_procs, timeout=300):
-    """Run several command lines one after the other in one launch of n_procs ranks (imports cost 8 s a process)."""
+    """Run several command lines one after the other in one launch of n_procs ranks (imports cost 8 s a process). The first
+    word of each may name the script, like clf.py; without it seq2seq.py is meant."""
     path = tmp_path / f"jobs-{free_port()}.json"
     path.write_text(json.dumps([[str(word) for word in job] for job in jobs]))
     codes, output = finish(start([ROOT / "tests" / "worker.py", path], n_procs), timeout)
@@ -173,3 +271,40 @@ def distance(a, b):
     """Relative distance of two weight dictionaries in norm."""
     assert a.keys() == b.keys()
     return (sum(float(((a[k] - b[k]) ** 2).sum()) for k in a) / sum(float((a[k] ** 2).sum()) for k in a)) ** 0.5
+
+
+def stop_at(monkeypatch, step):
+    """The Stopper asks to leave at the given optimizer step (it is asked once a step, or once a shard of scored texts)."""
+    import common
+    asked = []
+    monkeypatch.setattr(common.Stopper, "reason", lambda self: asked.append(1) or ("a test" if len(asked) == step else None))
+
+
+def moments(checkpoint):
+    """AdamW's moments and step counts of a checkpoint, as flat tensors in file order."""
+    import torch
+    found = []
+
+    def walk(thing):
+        if torch.is_tensor(thing):
+            found.append(thing.double().flatten())
+        elif isinstance(thing, dict):
+            for key in sorted(thing, key=str):
+                walk(thing[key])
+        elif isinstance(thing, (list, tuple)):
+            for part in thing:
+                walk(part)
+    for path in sorted((checkpoint / "engine" / "state").glob("*.pt")):
+        state = torch.load(path, weights_only=False)
+        walk(state.get("optimizer_state_dict", state.get("optimizer")))
+    return torch.cat(found)
+
+
+def assert_same_run(a, b, last=12):
+    """Weights, moments and every logged loss are equal to the bit."""
+    import torch
+    assert distance(weights(a), weights(b)) == 0
+    assert torch.equal(moments(a / f"checkpoint-{last}"), moments(b / f"checkpoint-{last}"))
+    for name in ("loss", "grad_norm", "lr"):
+        assert [row[name] for row in rows(a)] == [row[name] for row in rows(b)]
+    assert [row["step"] for row in rows(b)] == list(range(1, last + 1))

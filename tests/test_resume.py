@@ -8,8 +8,8 @@ import signal
 import time
 
 import pytest
-import torch
-from conftest import ROOT, distance, finish, flags, kill, ragged_records, rows, run_jobs, start, weights, write_model
+from conftest import (ROOT, assert_same_run, distance, finish, flags, kill, ragged_records, rows, run_jobs, start, stop_at, weights,
+                      write_model)
 
 import common
 import seq2seq
@@ -18,39 +18,6 @@ import seq2seq
 def dropout_flags(mount, run, stage, **changes):
     return flags(mount, run, **{"model_init_name": "dropout", "ds_config": f"zero{stage}", "max_steps": 12, "save_steps": 2,
                                 "gradient_accumulation_steps": 2, "train_batch_size": 4, **changes})
-
-
-def stop_at(monkeypatch, step):
-    """The Stopper asks to leave at the given optimizer step (it is asked once a step)."""
-    asked = []
-    monkeypatch.setattr(common.Stopper, "reason", lambda self: asked.append(1) or ("a test" if len(asked) == step else None))
-
-
-def moments(checkpoint):
-    """AdamW's moments and step counts of a checkpoint, as flat tensors in file order."""
-    found = []
-    def walk(thing):
-        if torch.is_tensor(thing):
-            found.append(thing.double().flatten())
-        elif isinstance(thing, dict):
-            for key in sorted(thing, key=str):
-                walk(thing[key])
-        elif isinstance(thing, (list, tuple)):
-            for part in thing:
-                walk(part)
-    for path in sorted((checkpoint / "engine" / "state").glob("*.pt")):
-        state = torch.load(path, weights_only=False)
-        walk(state.get("optimizer_state_dict", state.get("optimizer")))
-    return torch.cat(found)
-
-
-def assert_same_run(a, b, last=12):
-    """Weights, moments and every logged loss are equal to the bit."""
-    assert distance(weights(a), weights(b)) == 0
-    assert torch.equal(moments(a / f"checkpoint-{last}"), moments(b / f"checkpoint-{last}"))
-    for name in ("loss", "grad_norm", "lr"):
-        assert [row[name] for row in rows(a)] == [row[name] for row in rows(b)]
-    assert [row["step"] for row in rows(b)] == list(range(1, last + 1))
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -1,13 +1,15 @@
-"""One rank of a launch that runs several command lines of seq2seq.py, one after the other; see conftest.run_jobs."""
+"""One rank of a launch that runs several command lines, one after the other; see conftest.run_jobs."""
 
+import importlib
 import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import seq2seq  # noqa: E402
+sys.modules["matplotlib.figure"] = None  # not installed, as it were: drawing takes longer than a short run
 
 for words in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-    code = seq2seq.main(seq2seq.parse_args(words))
+    script = importlib.import_module(words.pop(0)[:-3] if words[0].endswith(".py") else "seq2seq")
+    code = script.main(script.parse_args(words))
     if code:
-        sys.exit(f"exit code {code} from {' '.join(words)}")
+        sys.exit(f"exit code {code} from {script.__name__}.py {' '.join(words)}")
