@@ -87,7 +87,7 @@ def parse_args(argv=None):
     group.add_argument("--scores_only", action="store_true", help="rows of the predictions files hold pred_score alone")
     group.add_argument("--pred_save_path", help="where the last predictions go [path], default preds.json in the run folder")
     group.add_argument("--ensemble", nargs="+", metavar="FILE", help="average these predictions files into --pred_save_path, and leave")
-    group.add_argument("--ensemble_by", choices=["rank", "logit"], default="rank", help="what --ensemble averages")
+    group.add_argument("--ensemble_by", choices=["rank", "logit"], help="what --ensemble averages, default rank")
     group.add_argument("--model_pretrain_name", help="folder under models/, else hub id; earlier name of --model_init_name and --model_init_path")
     common.add_shared_args(parser)
     parser.set_defaults(data_name=["clf_debug"], train_batch_size=32, weight_decay=0.01)
@@ -108,6 +108,8 @@ def check_args(args, problems):
     for name in ("template", "positive_word", "negative_word", "pred_save_path"):
         if getattr(args, name) == "":
             problems.append(f"--{name}: empty")
+    if args.ensemble_by and not args.ensemble:
+        problems.append("--ensemble_by has no effect without --ensemble")
     if args.class_weights and args.class_weights != ["balanced"]:
         try:
             good = len(args.class_weights) == 2 and all(0 < float(weight) < math.inf for weight in args.class_weights)
@@ -126,12 +128,12 @@ def resolve_layout(args, source, family, problems):
     layout = {}
     for name, default in LAYOUT.items():
         flag = getattr(args, name)
+        flag = flag.replace("\\n", "\n") if name == "template" and flag else flag  # as a shell passes it
         layout[name] = flag if flag is not None else stored.get(name, default)
         if flag is not None and name in stored and flag != stored[name]:
             log.warning(f"--{name} {flag}: the model was trained with {stored[name]!r}")
     if layout["template"] is None:
         layout["template"] = "{prompt}\n\n{reply}" if layout["loss"] == "pairwise" else "{input}"
-    layout["template"] = layout["template"].replace("\\n", "\n")  # as a shell passes it
     if family == "causal" and layout["template"].endswith(" "):
         problems.append(f"--template {layout['template']!r}: the blank at its end belongs to the answer's piece; end without it")
     if not re.search(r"\{\w+\}", layout["template"]):
@@ -250,12 +252,12 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
     counts, n_rows = collections.Counter({split: 0 for split in splits}), collections.Counter()
     # what stays of a long text: the template's words after what was filled in, and an end token; of preferences all but
     # the beginning, or long prompts would make their replies equal
-    n_end = len(tokenizer(layout.template.rpartition("}")[2], add_special_tokens=layout.family == "seq2seq").input_ids)
+    n_begin = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    n_end = len(encode(tokenizer, [layout.template.rpartition("}")[2]], layout)[0]) - n_begin
     if n_end >= layout.max_length - 1:
         problems.append(f"--max_length {layout.max_length}: the template alone ends with {n_end} tokens")
-        return {}
     if layout.loss == "pairwise":
-        n_end = layout.max_length - (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+        n_end = layout.max_length - n_begin
     for split in splits:
         columns[split, "first"].write(np.int64(0).tobytes())
 
@@ -280,9 +282,10 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
 
     bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
-        block = []
-        # lines without a split are for training; with --no_train and no other file they are what is to be scored
-        for where, split, record in common.read_records(path, problems, file_split or ("eval" if args.no_train and len(files) == 1 else "train")):
+        block, own_split = [], file_split or "train"
+        if args.no_train and len(files) == 1 and ".jsonl" in path.name and not any("split" in record for _, _, record in common.read_records(path, [])):
+            own_split = "eval"  # lines that say nothing are what is to be scored
+        for where, split, record in common.read_records(path, problems, own_split):
             if split not in splits:
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
                 continue
@@ -555,7 +558,7 @@ def train_flops(model, n_tokens, n_rows):
     """Floating-point operations of a training step, 6 per weight and token (Kaplan et al. 2020), embeddings, head and
     attention scores not counted (so a lower bound): a decoder behind an encoder sees one token per row."""
     def size(part):
-        return sum(getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if "embed" not in n and "wte" not in n and "shared" not in n)
+        return sum(getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if not re.search("embed|wte|wpe|shared", n))
     if not model.config.is_encoder_decoder:
         return 6 * size(model.get_decoder()) * n_tokens
     return 6 * (size(model.get_encoder()) * n_tokens + size(model.get_decoder()) * n_rows)
@@ -635,7 +638,11 @@ def best_threshold(p, is_positive):
     n_pos = np.bincount(inverse, is_positive, minlength=len(values))
     n_neg = np.bincount(inverse, ~is_positive, minlength=len(values))
     right = np.append(np.cumsum(n_pos[::-1])[::-1], 0) + np.append(0, np.cumsum(n_neg))  # threshold just below values[i]
-    thresholds = np.concatenate([[0.0], (values[1:] + values[:-1]) / 2, [(values[-1] + 1) / 2]])
+    between = (values[1:] + values[:-1]) / 2
+    between = np.where(between > values[:-1], between, values[1:])  # two neighbours in float64 have nothing between them
+    above = (values[-1] + 1) / 2
+    thresholds = np.concatenate([[0.0], between, [above] if above > values[-1] else []])  # sigmoid(40) is 1: nothing is above it
+    right = right[: len(thresholds)]
     best = np.flatnonzero(right == right.max())
     return float(thresholds[best[np.argmin(np.abs(thresholds[best] - 0.5))]])
 
@@ -813,8 +820,8 @@ def evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold=N
 
 
 def to_user(layout, logits):
-    """Scores in the user's unit."""
-    return layout.target_min + (layout.target_max - layout.target_min) * sigmoid(logits)
+    """Scores in the user's unit, never outside by rounding."""
+    return np.clip(layout.target_min + (layout.target_max - layout.target_min) * sigmoid(logits), layout.target_min, layout.target_max)
 
 
 def write_predictions(path, data_sets, split, logits, layout, scores_only):
@@ -862,11 +869,15 @@ def plot_reliability(path, p, target):
     figure.savefig(path, dpi=80)
 
 
+def results_path(args, run_dir, split):
+    path = pathlib.Path(args.pred_save_path or run_dir / "preds.json")
+    return path.with_name(("test_" if split == "test" else "") + path.name)
+
+
 def write_results(args, run_dir, data_sets, split, logits, layout):
     """Rank 0: the last word on a split: predictions, the earlier system's metrics with their lists, the picture."""
     prefix = "test_" if split == "test" else ""
-    path = pathlib.Path(args.pred_save_path or run_dir / "preds.json")
-    write_predictions(path.with_name(prefix + path.name), data_sets, split, logits, layout, args.scores_only)
+    write_predictions(results_path(args, run_dir, split), data_sets, split, logits, layout, args.scores_only)
     target = np.concatenate([data.targets[split] for data in data_sets])
     if layout.loss != "pairwise" and not np.isnan(target).all():
         values, target = np.concatenate(logits)[~np.isnan(target)], target[~np.isnan(target)]
@@ -902,11 +913,11 @@ def ensemble(args):
         p = np.clip(p, 1e-15, 1 - 1e-15)
         return np.log(p) - np.log1p(-p)
 
-    mean = np.mean([rank_shares(share) for share in shares], 0) if args.ensemble_by == "rank" else sigmoid(np.mean([logit(p) for p in shares], 0))
+    mean = np.mean([rank_shares(share) for share in shares], 0) if args.ensemble_by != "logit" else sigmoid(np.mean([logit(p) for p in shares], 0))
     rows = [{**row, "pred_score": low + (high - low) * float(value)} for row, value in zip(lists[0][1], mean)]
     pathlib.Path(args.pred_save_path).parent.mkdir(parents=True, exist_ok=True)
     common.write_json(args.pred_save_path, [{"pred_score": row["pred_score"]} for row in rows] if args.scores_only else rows)
-    log.info(f"{args.pred_save_path}: {len(rows)} rows, each the mean {args.ensemble_by} of {len(lists)} files")
+    log.info(f"{args.pred_save_path}: {len(rows)} rows, each the mean {args.ensemble_by or 'rank'} of {len(lists)} files")
     target = np.array([row.get("orig_d", {}).get("target", math.nan) for row in rows], dtype=np.float64)
     metrics = point_metrics(logit(mean), (target - low) / (high - low), layout)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "no targets in the records: no metrics")
@@ -959,16 +970,15 @@ def prepare(args):
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     resume_from, state = None, {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "threshold": None}
-    if args.no_train:
-        for name in ("preds.json", "test_preds.json"):
-            if (run_dir / name).exists():
-                problems.append(f"{run_dir / name} exists; move it away or choose another --training_run_name")
-    else:
+    if not args.no_train:
         resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
         if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
             problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
-    if args.pred_save_path and os.path.exists(args.pred_save_path) and not resume_from:  # then it is the run's own
-        problems.append(f"--pred_save_path {args.pred_save_path} exists; move it away or choose another")
+    is_own = args.resume and (run_dir / common.COMPLETE).exists() and (
+        json.loads((run_dir / "args.json").read_text()).get("pred_save_path") == args.pred_save_path)  # written by this run when it finished
+    if args.no_train or args.pred_save_path and not is_own:
+        problems += [f"{path} exists; move it away or choose another {'--pred_save_path' if args.pred_save_path else '--training_run_name'}"
+                     for path in (results_path(args, run_dir, split) for split in ("eval", "test")) if path.exists()]
     if resume_from:
         state = json.loads((resume_from / "state.json").read_text())
     ds_name, ds_config = args.ds_config, None
@@ -1079,12 +1089,13 @@ def main(args):
         partial = run_dir / f"scores-{scores_key(args, job)}"
         results = {}
         for split in [split for split in ("eval", "test") if any(d.counts[split] for d in data_sets)]:
-            metrics, results[split] = evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold, partial, stopper)
+            metrics, logits = evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold, partial, stopper)
             if metrics is None:
                 return common.EXIT_SAVED
-            log_row(split, metrics)
+            results[split] = metrics, logits
             threshold = metrics.get("optimal_threshold", threshold)
-        for split, logits in results.items():  # only now: the same command must be able to continue what was stopped
+        for split, (metrics, logits) in results.items():  # only now: the same command must be able to continue what was stopped
+            log_row(split, metrics)
             if rank == 0:
                 write_results(args, run_dir, data_sets, split, logits, layout)
         if rank == 0:
@@ -1232,15 +1243,13 @@ def main(args):
     chosen = run_dir / f"checkpoint-{chosen_step}"
     if chosen_step != step:
         common.copy_weights(model, chosen)
-    logits = evaluated.get(chosen_step) or evaluate(args, engine, data_sets, "eval", layout, pad_id, device)[1]
-    if rank == 0:
-        write_results(args, run_dir, data_sets, "eval", logits, layout)
+    results = {"eval": evaluated.get(chosen_step) or evaluate(args, engine, data_sets, "eval", layout, pad_id, device)[1]}
     if any(d.counts["test"] for d in data_sets):
         threshold = common.broadcast(json.loads((chosen / "rawtune.json").read_text())["threshold"] if rank == 0 else None, device)
-        metrics, logits = evaluate(args, engine, data_sets, "test", layout, pad_id, device, threshold)
+        metrics, results["test"] = evaluate(args, engine, data_sets, "test", layout, pad_id, device, threshold)
         log_row("test", metrics)
-        if rank == 0:
-            write_results(args, run_dir, data_sets, "test", logits, layout)
+    for split, logits in results.items() if rank == 0 else ():
+        write_results(args, run_dir, data_sets, split, logits, layout)
     if rank == 0:
         common.plot_curves(run_dir)
         common.export_root(run_dir, chosen)

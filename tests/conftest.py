@@ -90,7 +90,8 @@ def preference_records(n, seed=0):
     rng = random.Random(seed)
     words = "the cat dog reads water book answer word number one two three".split()
     texts = [[" ".join(rng.choices(words, k=rng.choice([1, 2, 4, 12]))) + f" {k}" for k in range(4)] for _ in range(n)]
-    return [{"prompt": f"question {i}", **({"replies": t[:3 + i % 2]} if i % 3 == 2 else {"chosen": t[0], "rejected": t[1]})} for i, t in enumerate(texts)]
+    replies = [{"replies": t[:3 + i % 2]} if i % 3 == 2 else {"chosen": t[0], "rejected": t[1]} for i, t in enumerate(texts)]
+    return [{"prompt": f"question {i}", **those} for i, those in enumerate(replies)]
 
 
 def write_clf_mount(folder):
@@ -256,6 +257,15 @@ def run_jobs(tmp_path, jobs, n_procs, timeout=300):
 
 def rows(run_dir, split="train"):
     return [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if row["split"] == split]
+
+
+def preds(path):
+    """The rows of a predictions file of clf.py."""
+    return json.loads(pathlib.Path(path).read_text())
+
+
+def scores(path):
+    return [row["pred_score"] for row in preds(path)]
 
 
 def weights(folder):
