@@ -52,6 +52,7 @@ from common import log
 DEMO = ("--model_init_name tiny-t5 --data clf_debug --training_run_name clf-demo --max_steps 400 --train_batch_size 64 "
         "--learning_rate 0.003 --warmup_steps 40 --eval_steps 100 --logging_steps 50 --metric_for_best auc")
 USUAL_WORDS = ("yes", "no", "Yes", "No", "true", "false", "good", "bad", "y", "n", "1", "0")  # suggested as answers
+NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 SHARD = 8192  # texts that are scored between two writes of --no_train
 POINT_METRICS = {"loss": "low", "accuracy": "high", "f1": "high", "auc": "high", "average_precision": "high", "brier": "low", "ece": "low",
                  "rmse": "low", "pearson": "high", "spearman": "high", "optimal_accuracy": "high"}
@@ -96,7 +97,8 @@ def parse_args(argv=None):
         args.max_steps = 10
     if args.model_pretrain_name and not args.model_init_name and not args.model_init_path:
         name = args.model_pretrain_name
-        folders = [n for n in (name, name.split("/")[-1]) if n and (common.mount_dir(args) / "models" / n).is_dir()]
+        roots = (common.mount_dir(args), pathlib.Path("."), common.HERE)
+        folders = [n for n in (name, name.split("/")[-1]) if n and any((root / "models" / n).is_dir() for root in roots)]
         args.model_init_name, args.model_init_path = (folders[0], None) if folders else (None, name)
     return args
 
@@ -108,6 +110,9 @@ def check_args(args, problems):
     for name in ("template", "positive_word", "negative_word", "pred_save_path"):
         if getattr(args, name) == "":
             problems.append(f"--{name}: empty")
+    for name in ("class_weights", "metric_for_best"):
+        if args.no_train and getattr(args, name):
+            problems.append(f"--{name} has no effect with --no_train")
     if args.ensemble_by and not args.ensemble:
         problems.append("--ensemble_by has no effect without --ensemble")
     if args.class_weights and args.class_weights != ["balanced"]:
@@ -123,8 +128,9 @@ def resolve_layout(args, source, family, problems):
     """What is scored and how: the flag, else the model's own rawtune.json (when clf.py trained it), else the default."""
     stored, path = {}, pathlib.Path(source or "") / "rawtune.json"
     if source and path.is_file() and (record := json.loads(path.read_text())).get("script") == "clf.py":
-        stored = {**record["record_layout"], "positive_word": record["verbaliser"]["positive"], "negative_word": record["verbaliser"]["negative"],
-                  "target_min": record["target_min"], "target_max": record["target_max"], "loss": record["loss"]}
+        stored = {**record["record_layout"], "threshold": record["threshold"], "positive_word": record["verbaliser"]["positive"],
+                  "negative_word": record["verbaliser"]["negative"], "target_min": record["target_min"], "target_max": record["target_max"],
+                  "loss": record["loss"]}
     layout = {}
     for name, default in LAYOUT.items():
         flag = getattr(args, name)
@@ -132,6 +138,7 @@ def resolve_layout(args, source, family, problems):
         layout[name] = flag if flag is not None else stored.get(name, default)
         if flag is not None and name in stored and flag != stored[name]:
             log.warning(f"--{name} {flag}: the model was trained with {stored[name]!r}")
+            stored["threshold"] = None  # it was for that
     if layout["template"] is None:
         layout["template"] = "{prompt}\n\n{reply}" if layout["loss"] == "pairwise" else "{input}"
     if family == "causal" and layout["template"].endswith(" "):
@@ -144,7 +151,7 @@ def resolve_layout(args, source, family, problems):
         problems.append(f"--target_min {layout['target_min']} --target_max {layout['target_max']}: expected a smaller and a larger number")
     if layout["loss"] == "pairwise" and args.class_weights:
         problems.append("--class_weights has no effect with --loss pairwise, which has no classes: leave one out")
-    return types.SimpleNamespace(**layout, family=family)
+    return types.SimpleNamespace(**layout, family=family, threshold=stored.get("threshold"))
 
 
 def verbaliser(tokenizer, layout, problems):
@@ -283,8 +290,9 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
     bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
         block, own_split = [], file_split or "train"
-        if args.no_train and len(files) == 1 and ".jsonl" in path.name and not any("split" in record for _, _, record in common.read_records(path, [])):
-            own_split = "eval"  # lines that say nothing are what is to be scored
+        if args.no_train and len(files) == 1 and ".jsonl" in path.name:
+            if not any("split" in record for _, _, record in common.read_records(path, [])):
+                own_split = "eval"  # no line says where it belongs: all are to be scored
         for where, split, record in common.read_records(path, problems, own_split):
             if split not in splits:
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
@@ -339,8 +347,9 @@ def load_data(args, tokenizer, layout, problems):
                 problems += [f"{where}: {wrong}" for where, wrong in found if wrong]
             continue
         before = len(problems)
-        key = ["clf 1", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
-               vars(layout), args.eval_fraction, args.no_train]
+        key = ["clf 2", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
+               layout.template, layout.max_length, layout.target_min, layout.target_max, layout.loss == "pairwise", layout.family,
+               args.eval_fraction, args.no_train]
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
         try:
@@ -396,8 +405,8 @@ def class_weights(args, data_sets, problems):
         return 1.0, 1.0
     if args.class_weights != ["balanced"]:
         return tuple(float(weight) for weight in args.class_weights)
-    targets = np.concatenate([data.targets["train"] for data in data_sets])
-    share = targets.mean() if len(targets) else 0.5
+    taken = [d.amount if isinstance(d.amount, int) else len(d.targets["train"]) * (d.amount or 1) for d in data_sets]
+    share = sum(d.targets["train"].mean() * n for d, n in zip(data_sets, taken)) / sum(taken)
     if not 0 < share < 1:
         problems.append(f"--class_weights balanced: all training targets are {share:g}, so one class is empty")
         return 1.0, 1.0
@@ -499,13 +508,14 @@ class YesNo(torch.nn.Module):
     type: a bf16 logit of 10 has steps of 0.06, a bf16 probability is useless for ranking.
     """
 
-    def __init__(self, model, no_yes, mixed=False):
+    def __init__(self, model, no_yes, mixed=False, device=None):
         super().__init__()
-        self.model, self.mixed = model, mixed
-        self.register_buffer("no_yes", torch.tensor(no_yes), persistent=False)
+        self.model, self.mixed, self.last = model, mixed, None
+        self.register_buffer("no_yes", torch.tensor(no_yes, device=device), persistent=False)
         head = model.get_output_embeddings()
 
-        def two_columns(hidden):  # (..., D) -> (..., 2); called through the head, so ZeRO-3 gathers its weight
+        def two_columns(hidden):  # (R, S, D) -> (R, S or 1, 2); called through the head, so ZeRO-3 gathers its weight
+            hidden = hidden if self.last is None else hidden[self.last][:, None]
             wide = torch.promote_types(hidden.dtype, torch.float32)
             with torch.autocast(hidden.device.type, enabled=False):
                 bias = None if getattr(head, "bias", None) is None else head.bias[self.no_yes].to(wide)
@@ -513,20 +523,22 @@ class YesNo(torch.nn.Module):
         head.forward = two_columns
 
     def forward(self, input_ids, lengths):
-        model, rows = self.model, torch.arange(len(lengths), device=lengths.device)
+        model = self.model
         if self.mixed and not torch.is_autocast_enabled(input_ids.device.type):
             raise RuntimeError("--precision bf16-mixed: autocast is not in effect with this DeepSpeed")
         if not model.config.is_encoder_decoder:
             # what follows the last token of a text cannot change it (causal attention), so padding needs no mask
-            logits = model(input_ids=input_ids, use_cache=False).logits[rows, lengths - 1]
+            self.last = torch.arange(len(lengths), device=lengths.device), lengths - 1
+            logits = model(input_ids=input_ids, use_cache=False).logits[:, 0]
         else:
             inputs = {"attention_mask": torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None], "use_cache": False}
             start = torch.full_like(input_ids[:, :1], model.config.decoder_start_token_id)
             if hasattr(model, "final_logits_bias"):  # BART's family: a bias for each of the V columns
                 hidden = model.model(input_ids=input_ids, decoder_input_ids=start, **inputs).last_hidden_state[:, 0]
-                logits = model.get_output_embeddings()(hidden) + model.final_logits_bias[0, self.no_yes]
+                logits = model.get_output_embeddings()(hidden) + model.final_logits_bias[0, self.no_yes].to(hidden.device)
             else:
                 logits = model(input_ids=input_ids, decoder_input_ids=start, **inputs).logits[:, 0]
+        assert logits.shape == (len(lengths), 2), f"{type(model).__name__} does not call its head: logits of shape {tuple(logits.shape)}"
         return logits[:, 1] - logits[:, 0]
 
 
@@ -742,17 +754,19 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None):
-    """Collective. (n,) float64 yes-minus-no logits of a Ragged of texts, on every rank; None when told to stop.
+    """Collective. ((n,) float64 yes-minus-no logits of a Ragged of texts, on every rank, or None when told to stop; number of
+    texts that were scored now).
 
     One shard of texts after the other, each sorted by length. partial: a file to which every finished shard is added, so
     that a killed job goes on behind it.
     """
-    logits, start = np.empty(len(texts)), 0
-    if partial is not None and partial.exists():
-        start = os.path.getsize(partial) // 8 // SHARD * SHARD  # a kill may leave part of a shard
-        logits[:start] = np.fromfile(partial, np.float64, start)
-        log.info(f"{start} of {len(texts)} texts were scored before")
-    start = int(common.broadcast(start, device))
+    done = np.empty(0)
+    if partial is not None and partial.exists() and common.rank() == 0:
+        done = np.fromfile(partial, np.float64, os.path.getsize(partial) // 8 // SHARD * SHARD)  # a kill may leave part of a shard
+        log.info(f"{len(done)} of {len(texts)} texts were scored before")
+    done = common.broadcast(done, device)
+    start = n_before = len(done)
+    logits = np.concatenate([done, np.empty(len(texts) - start)])
     synced = engine.zero_optimization_partition_weights()  # all ranks must run equally many forward passes
     bar = tqdm(total=len(texts), initial=start, desc="scoring", unit=" texts", delay=5, disable=common.rank() > 0 or None, leave=False)
     if partial is not None and common.rank() == 0:
@@ -784,22 +798,27 @@ def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None)
         if found[-1] and start < len(texts):
             log.info(f"{reason or 'another process was told to stop'}: {start} of {len(texts)} texts are scored; the same command continues "
                      f"from here (exit code {common.EXIT_SAVED})")
-            return None
+            return None, start - n_before
     bar.close()
-    return logits
+    if not np.isfinite(logits).all():
+        common.fail(f"{int((~np.isfinite(logits)).sum())} of {len(logits)} texts have no finite score: the weights or --precision "
+                    f"{common.resolve_precision(args)} are at fault; try --precision fp32")
+    return logits, len(logits) - n_before
 
 
 def evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold=None, partial=None, stopper=None):
     """Collective. -> (metrics, [(n,) logits of each data set]) on every rank, every text counted once; (None, None) when
     told to stop."""
     engine.eval()
-    started, all_logits = time.perf_counter(), []
+    started, all_logits, n_texts = time.perf_counter(), [], 0
     try:
         for i, data in enumerate(data_sets):
             file = partial and partial.with_name(f"{partial.name}-{split}-{i}.f64")
-            all_logits.append(score_texts(args, engine, data.text[split], pad_id, device, file, stopper))
-            if all_logits[-1] is None:
+            logits, n_scored = score_texts(args, engine, data.text[split], pad_id, device, file, stopper)
+            if logits is None:
                 return None, None
+            all_logits.append(logits)
+            n_texts += n_scored
     except torch.OutOfMemoryError as error:
         common.fail(f"evaluation: out of memory ({str(error).splitlines()[0]}). Next: a smaller --eval_batch_size, then a smaller --max_length",
                     only_here=True)
@@ -814,9 +833,9 @@ def evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold=N
         else:
             found = point_metrics(np.concatenate(logits), np.concatenate([d.targets[split] for d in members]), layout, threshold)
         metrics.update({prefix + name: value for name, value in found.items()})
-    n_texts, seconds = sum(map(len, all_logits)), time.perf_counter() - started
+    seconds = time.perf_counter() - started
     metrics.update(texts_per_sec=n_texts / seconds, eval_seconds=round(seconds, 2), peak_memory_gb=common.peak_memory_gb(device))
-    return metrics, all_logits
+    return common.broadcast(metrics, device), all_logits  # rank 0's: the last digit may differ on unlike machines, and decides
 
 
 def to_user(layout, logits):
@@ -889,6 +908,10 @@ def ensemble(args):
     """--ensemble: average predictions files of the same records, by rank / N or by logit, and print metrics; exit code."""
     low, high = (default if flag is None else flag for flag, default in ((args.target_min, 0.0), (args.target_max, 1.0)))
     layout, problems, lists = types.SimpleNamespace(target_min=low, target_max=high, loss="cross_entropy"), [], []
+    if not -math.inf < low < high < math.inf:
+        common.fail(f"--target_min {low} --target_max {high}: expected a smaller and a larger number")
+    if common.rank():
+        return 0  # nothing to share out
     if not args.pred_save_path:
         problems.append("--ensemble needs --pred_save_path, where the averaged predictions go")
     elif os.path.exists(args.pred_save_path):
@@ -915,12 +938,23 @@ def ensemble(args):
 
     mean = np.mean([rank_shares(share) for share in shares], 0) if args.ensemble_by != "logit" else sigmoid(np.mean([logit(p) for p in shares], 0))
     rows = [{**row, "pred_score": low + (high - low) * float(value)} for row, value in zip(lists[0][1], mean)]
+    for row in rows:
+        row.pop("reward", None)  # the first file's
     pathlib.Path(args.pred_save_path).parent.mkdir(parents=True, exist_ok=True)
     common.write_json(args.pred_save_path, [{"pred_score": row["pred_score"]} for row in rows] if args.scores_only else rows)
     log.info(f"{args.pred_save_path}: {len(rows)} rows, each the mean {args.ensemble_by or 'rank'} of {len(lists)} files")
-    target = np.array([row.get("orig_d", {}).get("target", math.nan) for row in rows], dtype=np.float64)
-    metrics = point_metrics(logit(mean), (target - low) / (high - low), layout)
-    log.info("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "no targets in the records: no metrics")
+    target = (np.array([row.get("orig_d", {}).get("target", math.nan) for row in rows], dtype=np.float64) - low) / (high - low)
+    has_target = ~np.isnan(target)
+    if has_target.any():
+        metrics = point_metrics(logit(mean), target, layout)
+        if args.ensemble_by != "logit":  # ranks are no probabilities
+            metrics = {name: value for name, value in metrics.items() if name not in ("loss", "brier", "ece")}
+        path = pathlib.Path(args.pred_save_path)
+        ranked = rank_metrics([share[has_target] for share in shares], target[has_target])
+        common.write_json(path.with_name(f"{path.stem}.rank_metrics.json"), ranked)
+        log.info("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    else:
+        log.info("no targets in the records: no metrics")
     return 0
 
 
@@ -937,7 +971,8 @@ def prepare(args):
     if config is not None:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is not None:
             auto_class, family = AutoModelForSeq2SeqLM, "seq2seq"
-        elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder:
+        elif (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+              and config.model_type not in NOT_CAUSAL):
             auto_class, family = AutoModelForCausalLM, "causal"
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected an encoder-decoder with a decoder_start_token_id, or a "
@@ -946,6 +981,8 @@ def prepare(args):
             problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or "
                             "bf16-mixed, or --force fp16")
     layout = resolve_layout(args, source, family, problems)
+    if args.no_train and source and not common.has_weights(source):
+        log.warning(f"{source} has no weights: these are the scores of a random model")
     if auto_class:
         n_params = common.count_parameters(auto_class, config)
         no_yes = verbaliser(tokenizer, layout, problems)
@@ -976,9 +1013,10 @@ def prepare(args):
             problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
     is_own = args.resume and (run_dir / common.COMPLETE).exists() and (
         json.loads((run_dir / "args.json").read_text()).get("pred_save_path") == args.pred_save_path)  # written by this run when it finished
-    if args.no_train or args.pred_save_path and not is_own:
-        problems += [f"{path} exists; move it away or choose another {'--pred_save_path' if args.pred_save_path else '--training_run_name'}"
-                     for path in (results_path(args, run_dir, split) for split in ("eval", "test")) if path.exists()]
+    outputs = [results_path(args, run_dir, split) for split in ("eval", "test") if args.no_train or args.pred_save_path and not is_own]
+    outputs += [run_dir / (prefix + name) for prefix in ("", "test_") for name in ("rank_metrics.json", "reliability.png") if args.no_train]
+    problems += [f"{path} exists; move it away or choose another {'--pred_save_path' if path.parent != run_dir else '--training_run_name'}"
+                 for path in outputs if path.exists()]
     if resume_from:
         state = json.loads((resume_from / "state.json").read_text())
     ds_name, ds_config = args.ds_config, None
@@ -1026,8 +1064,8 @@ def out_of_memory(step, error, micro_batches):
 def scores_key(args, job):
     """Which texts are scored by what: a file of partial scores is only continued under the same key."""
     files = sorted(pathlib.Path(job.source).glob("*.safetensors")) + sorted(pathlib.Path(job.source).glob("*.bin"))
-    weights = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [job.source, getattr(job.config, "_commit_hash", None)]
-    return f"{common.derive_seed(weights, job.identity, args.eval_batch_size, args.seed, job.ds_config['zero_optimization']['stage']):016x}"
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [getattr(job.config, "_commit_hash", None), args.seed]
+    return f"{common.derive_seed(job.source, weights, [d.sha256 for d in job.data_sets], job.precision, args.eval_batch_size, args.debug):016x}"
 
 
 def main(args):
@@ -1072,7 +1110,7 @@ def main(args):
         optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     elif ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
         ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
-    engine, *_ = deepspeed.initialize(model=YesNo(model, job.no_yes, precision == "bf16-mixed"), optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=YesNo(model, job.no_yes, precision == "bf16-mixed", device), optimizer=optimizer, config=ds_config)
     pieces = dict(zip(("no", "yes"), tokenizer.convert_ids_to_tokens(job.no_yes)))
     log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
              f"{world} process(es) on {device.type}; score = P({pieces['yes']!r} against {pieces['no']!r}) after {layout.template!r}")
@@ -1084,9 +1122,7 @@ def main(args):
             common.log_metrics(run_dir, {"step": step, "epoch": round(step / steps_per_epoch, 3), "split": split, **row}, tracker)
 
     if args.no_train:
-        stored = pathlib.Path(source) / "rawtune.json"
-        threshold = json.loads(stored.read_text()).get("threshold") if stored.is_file() else None
-        partial = run_dir / f"scores-{scores_key(args, job)}"
+        threshold, partial = layout.threshold, run_dir / f"scores-{scores_key(args, job)}"
         results = {}
         for split in [split for split in ("eval", "test") if any(d.counts[split] for d in data_sets)]:
             metrics, logits = evaluate(args, engine, data_sets, split, layout, pad_id, device, threshold, partial, stopper)
@@ -1100,7 +1136,10 @@ def main(args):
                 write_results(args, run_dir, data_sets, split, logits, layout)
         if rank == 0:
             for path in run_dir.glob("scores-*.f64"):
-                path.unlink()
+                if path.name.startswith(partial.name):
+                    path.unlink()
+                else:
+                    log.warning(f"{path} holds scores of another, unfinished command")
         return 0
     train_data = TrainingData(args, data_sets, layout, job.weights, pad_id)
     steps_per_epoch = train_data.steps_per_epoch
@@ -1146,12 +1185,17 @@ def main(args):
             else:
                 state["evals_since_best"] += 1
 
+    def about():
+        return {**rawtune, "threshold": state["threshold"] if state["last_eval"] == step else None}  # of these weights, or none
+
     def save():
         nonlocal saved_step
         if saved_step != step:
-            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name},
-                                   {**rawtune, "threshold": state["threshold"]}, args.save_total_limit, state["best_step"])
+            common.save_checkpoint(engine, model, tokenizer, run_dir, step, {**state, "ds_config": ds_name}, about(),
+                                   args.save_total_limit, state["best_step"])
             saved_step = step
+        elif rank == 0:  # a stop came before the evaluation of this step
+            common.write_json(run_dir / f"checkpoint-{step}" / "rawtune.json", about())
         if rank == 0 and state["best_step"] == step:
             common.write_json(run_dir / "best.json", {"checkpoint": f"checkpoint-{step}", "metric": args.metric_for_best, "value": state["best"]})
 
@@ -1160,6 +1204,8 @@ def main(args):
 
     if state["last_eval"] != step and (step % eval_steps == 0 or step >= max_steps):  # the baseline, or what a stop left out
         run_evaluation()
+        if saved_step == step:
+            save()
 
     # 6 loop
     peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None

@@ -364,7 +364,7 @@ def check_shared_args(args, problems):
         problems.append(f"--num_epochs {args.num_epochs}: expected a positive number")
     if not 0 <= args.eval_fraction < 1:
         problems.append(f"--eval_fraction {args.eval_fraction}: expected a share between 0 and 1")
-    if args.train_batch_size % world_size():
+    if args.train_batch_size % world_size() and not args.no_train:
         problems.append(f"--train_batch_size {args.train_batch_size} counts the examples of all processes together and "
                         f"cannot be divided by {world_size()} processes; nearest: "
                         f"{max(1, round(args.train_batch_size / world_size())) * world_size()}")

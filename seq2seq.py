@@ -879,6 +879,8 @@ def main(args):
 
     if state["last_eval"] != step and (step % eval_steps == 0 or step >= max_steps):  # the baseline, or what a stop left out
         run_evaluation()
+        if saved_step == step and state["best_step"] == step:
+            save()  # best.json
 
     # 6 loop
     peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None

@@ -328,9 +328,12 @@ def test_a_step_of_preferences_is_the_mean_over_prompts_of_the_mean_over_pairs(c
 def test_balanced_class_weights_give_both_classes_half_of_the_loss():
     args = clf.parse_args(["--data", "x", "--class_weights", "balanced"])
     targets = np.array([0.0, 0, 0, 0, 0, 1, 1, 0.5])
-    no, yes = clf.class_weights(args, [types.SimpleNamespace(targets={"train": targets})], problems := [])
+    no, yes = clf.class_weights(args, [types.SimpleNamespace(targets={"train": targets}, amount=None)], problems := [])
     assert problems == [] and ((1 - targets) * no).sum() == pytest.approx((targets * yes).sum()) == pytest.approx(4)
-    clf.class_weights(args, [types.SimpleNamespace(targets={"train": np.zeros(5)})], problems)
+    several = [types.SimpleNamespace(targets={"train": targets}, amount=amount) for targets, amount in
+               ((np.ones(40), 0.25), (np.zeros(500), 30), (np.array([1.0, 0.0]), None))]
+    assert clf.class_weights(args, several, problems) == pytest.approx((42 / 2 / 31, 42 / 2 / 11))  # of what an epoch holds
+    clf.class_weights(args, [types.SimpleNamespace(targets={"train": np.zeros(5)}, amount=None)], problems)
     assert "all training targets are 0, so one class is empty" in problems[0]
     assert clf.class_weights(clf.parse_args(["--data", "x", "--class_weights", "1", "2.5"]), [], []) == (1, 2.5)
     assert clf.class_weights(clf.parse_args(["--data", "x"]), [], []) == (1, 1)

@@ -185,6 +185,23 @@ def test_a_run_that_was_killed_at_the_test_split_continues(clf_mount, run_clf, m
     assert run_clf(words) == 0 and (clf_mount / "models" / "run" / "COMPLETE").exists()
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_stop_at_the_step_of_an_evaluation_changes_nothing_that_is_exported(clf_mount, run_clf, monkeypatch, step):
+    """The evaluation comes after the restart then, and its threshold and rank as the best belong to a checkpoint that exists."""
+    words = {"max_steps": 4, "eval_steps": 2, "metric_for_best": "loss"}
+    assert run_clf(clf_flags(clf_mount, "straight", **words)) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run_clf(clf_flags(clf_mount, "stopped", **words)) == common.EXIT_SAVED
+    assert json.loads((clf_mount / "models" / "stopped" / f"checkpoint-{step}" / "rawtune.json").read_text())["threshold"] is None
+    assert run_clf(clf_flags(clf_mount, "stopped", **words)) == 0
+    straight, stopped = clf_mount / "models" / "straight", clf_mount / "models" / "stopped"
+    for name in ("rawtune.json", "best.json", "preds.json", "test_preds.json", f"checkpoint-{step}/rawtune.json"):
+        assert (straight / name).read_bytes() == (stopped / name).read_bytes(), name
+    (a,), (b,) = rows(straight, "test"), rows(stopped, "test")
+    assert a.keys() == b.keys() and "test/accuracy_at_threshold" in a and a["test/accuracy_at_threshold"] == b["test/accuracy_at_threshold"]
+
+
 def test_a_continued_run_does_not_write_over_a_strangers_file(clf_mount, run_clf, monkeypatch, tmp_path_factory):
     path = tmp_path_factory.mktemp("out") / "p.json"
     path.write_text("mine")
