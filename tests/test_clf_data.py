@@ -7,10 +7,12 @@ import types
 
 import numpy as np
 import pytest
+import transformers
 from conftest import ROOT, bpe_tokenizer, clf_flags, preference_records, score_records, write_byt5, write_llama
 
 import clf
 import common
+import seq2seq
 
 POINT = types.SimpleNamespace(**{**clf.LAYOUT, "template": "{input}"}, family="seq2seq")
 PAIRS = types.SimpleNamespace(**{**clf.LAYOUT, "template": "{prompt}\n\n{reply}", "loss": "pairwise"}, family="seq2seq")
@@ -383,3 +385,23 @@ def test_the_earlier_systems_command_parses_and_finds_its_model(clf_mount, monke
     assert found() == ("google/flan-t5-xl", None)
     args = clf.parse_args(["--model_pretrain_name", "a/b"])
     assert (args.data_name, args.train_batch_size, args.weight_decay, args.learning_rate) == (["clf_debug"], 32, 0.01, 5e-5)
+
+
+# ------------------------------------------------------------------------------------------------ shared with seq2seq.py
+
+
+def test_what_stands_in_both_scripts_agrees(monkeypatch):
+    """Two scripts, two copies: dealing, evaluation batches, and what a tokenizer is known by."""
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 2, 7, 40):
+        lengths = rng.integers(1, 50, (50, 2))
+        ids = rng.permutation(50)[:n]
+        for n_pieces in (1, 2, 3, 8) if n else ():
+            ours, theirs = clf.deal(ids, lengths.sum(1), n_pieces), seq2seq.deal(ids, lengths, n_pieces)
+            assert [list(piece) for piece in ours] == [list(piece) for piece in theirs] and sum(map(len, ours)) == n
+        for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            assert clf.my_batches(n, lengths[:n, 0], 4) == seq2seq.my_batches(n, lengths[:n, 0], 4)
+    tokenizer = bpe_tokenizer()
+    assert clf.tokenizer_fingerprint(tokenizer) == seq2seq.tokenizer_fingerprint(tokenizer) != clf.tokenizer_fingerprint(transformers.ByT5Tokenizer())
