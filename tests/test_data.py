@@ -43,11 +43,11 @@ def ids_of(data, side, split):
 
 
 def test_golden_ids_of_hand_written_records(load):
-    """Pieces: '▁the' '▁' 'c' 'at' </s>; '▁y' 'es' </s>; '▁' '4' '▁March' ...; both sides end with </s>."""
+    """Pieces: '▁the' '▁' 'c' 'at' </s>; '▁yes' </s>; '▁' '4' '▁March' ...; both sides end with </s>."""
     (data,), problems = load({"train": RECORDS, "eval": RECORDS[:1]})
     assert problems == []
-    assert ids_of(data, "source", "train") == [[11, 3, 66, 22, 1], [3, 16, 113, 3, 4, 7, 7, 15, 1]]
-    assert ids_of(data, "target", "train") == [[42, 30, 1], [3, 4, 7, 7, 15, 174, 6, 13, 174, 6, 16, 1]]
+    assert ids_of(data, "source", "train") == [[13, 5, 66, 24, 1], [5, 18, 114, 5, 6, 9, 9, 17, 1]]
+    assert ids_of(data, "target", "train") == [[3, 1], [5, 6, 9, 9, 17, 175, 8, 15, 175, 8, 18, 1]]
 
 
 @pytest.mark.parametrize("ids, limit, source, target, target_with_eos", [
@@ -61,11 +61,11 @@ def test_truncation_keeps_the_end_token_of_prompts_only(ids, limit, source, targ
 
 
 def test_truncated_completions_are_counted_and_end_as_the_flag_says(load, messages):
-    for switch, last in ((None, 7), (True, 1)):
+    for switch, last in ((None, 9), (True, 1)):
         (data,), _ = load({"train": RECORDS, "eval": RECORDS}, max_target_length=4, max_source_length=6,
                           truncated_eos=switch)
-        assert ids_of(data, "target", "train") == [[42, 30, 1], [3, 4, 7, last]]
-        assert ids_of(data, "source", "train") == [[11, 3, 66, 22, 1], [3, 16, 113, 3, 4, 1]]
+        assert ids_of(data, "target", "train") == [[3, 1], [5, 6, 9, last]]
+        assert ids_of(data, "source", "train") == [[13, 5, 66, 24, 1], [5, 18, 114, 5, 6, 1]]
     assert any("2 of 4 completions are longer than --max_target_length 4" in line for line in messages)
     assert any("2 of 4 prompts are longer than --max_source_length 6" in line for line in messages)
 
@@ -113,7 +113,7 @@ SPLIT_LINES = lines_of({**record, "split": split} for record, split in zip(RECOR
 def test_every_format_gives_the_same_splits(load, name, content):
     (data,), problems = load(content, name)
     assert problems == [] and [data.counts[s] for s in ("train", "eval", "test")] == [2, 1, 1]
-    assert ids_of(data, "target", "train") == [[42, 30, 1]] * 2
+    assert ids_of(data, "target", "train") == [[3, 1]] * 2
     assert data.records["test"][0]["completion"] == "1997-03-04"
 
 
@@ -272,7 +272,7 @@ def test_tokens_are_cached_until_data_lengths_or_tokenizer_change(load, mount, m
     (mount / "data" / ".cache" / key / "COMPLETE").unlink()
     (mount / "data" / ".cache" / key / "train.source.ids").write_bytes(b"")
     (data,), _ = load(None)
-    assert len(calls) == 7 and ids_of(data, "source", "train")[1] == [11, 3, 66, 22, 1]
+    assert len(calls) == 7 and ids_of(data, "source", "train")[1] == [13, 5, 66, 24, 1]
 
 
 def test_unwritable_cache_names_cache_dir(load, mount):
