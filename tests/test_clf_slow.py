@@ -30,6 +30,7 @@ for stop, shard, words in json.load(open(sys.argv[2])):
     clf.SHARD = shard
     code = clf.main(clf.parse_args(words))
     assert code == (common.EXIT_SAVED if stop else 0), (code, words)
+common.leave(0)
 """
 
 
