@@ -59,7 +59,7 @@ POINT_METRICS = {"loss": "low", "accuracy": "high", "f1": "high", "auc": "high",
 PAIR_METRICS = {"loss": "low", "accuracy": "high", "kendall": "high", "margin": "high"}
 LAYOUT = {"template": None, "positive_word": "yes", "negative_word": "no", "max_length": 512, "target_min": 0.0, "target_max": 1.0,
           "loss": "cross_entropy"}  # a flag that is not given: what the model's rawtune.json says, else this
-FREE_FLAGS = {"scores_only", "pred_save_path", "ensemble", "ensemble_by"}  # do not change the mathematics
+FREE_FLAGS = {"scores_only", "pred_save_path"}  # do not change the mathematics
 
 # ------------------------------------------------------------------------------------------------ arguments
 
@@ -637,10 +637,14 @@ def f1_score(is_predicted, is_positive):
     return 2 * found / total if total else 0.0
 
 
-def calibration_error(p, target, n_bins=10):
-    """ECE (Guo et al. 2017): mean over n_bins equal bins, weighted by their rows, of |mean score - mean target|."""
-    which = np.minimum((p * n_bins).astype(int), n_bins - 1)
-    return float(np.abs(np.bincount(which, p - target, minlength=n_bins)).sum() / len(p))
+def score_bins(p):
+    """Which of ten equal bins of [0, 1] each score falls into."""
+    return np.minimum((p * 10).astype(int), 9)
+
+
+def calibration_error(p, target):
+    """ECE (Guo et al. 2017): mean over ten equal bins, weighted by their rows, of |mean score - mean target|."""
+    return float(np.abs(np.bincount(score_bins(p), p - target)).sum() / len(p))
 
 
 def best_threshold(p, is_positive):
@@ -708,11 +712,11 @@ def point_metrics(logits, target, layout, threshold=None):
     if not len(target):
         return {}
     p, is_positive, span = sigmoid(logits), target > 0.5, layout.target_max - layout.target_min
-    skip = undefined_metrics(target)
+    skip, brier = undefined_metrics(target), float(np.mean((p - target) ** 2))
     metrics = {
         "loss": float(point_losses(torch.from_numpy(logits), torch.from_numpy(target), layout.loss).mean()),
         "accuracy": float(((p >= 0.5) == is_positive).mean()), "f1": f1_score(p >= 0.5, is_positive),
-        "brier": float(np.mean((p - target) ** 2)), "ece": calibration_error(p, target), "rmse": span * float(np.sqrt(np.mean((p - target) ** 2)))}
+        "brier": brier, "ece": calibration_error(p, target), "rmse": span * math.sqrt(brier)}
     if "auc" not in skip:
         metrics.update(auc=roc_auc(logits, is_positive), average_precision=average_precision(logits, is_positive))
     if "spearman" not in skip:
@@ -875,8 +879,8 @@ def plot_reliability(path, p, target):
     except ImportError:
         log.info(f"no {path.name}: package 'matplotlib' is not installed")
         return
-    which = np.minimum((p * 10).astype(int), 9)
-    filled = [b for b in range(10) if (which == b).any()]
+    which = score_bins(p)
+    filled = np.unique(which)
     figure = Figure(figsize=(9, 4), layout="constrained")
     left = figure.add_subplot(1, 2, 1, title=f"{len(p)} texts, ECE {calibration_error(p, target):.3f}", xlabel="mean score of the bin",
                               ylabel="mean target of the bin", xlim=(0, 1), ylim=(0, 1))
@@ -899,9 +903,9 @@ def write_results(args, run_dir, data_sets, split, logits, layout):
     write_predictions(results_path(args, run_dir, split), data_sets, split, logits, layout, args.scores_only)
     target = np.concatenate([data.targets[split] for data in data_sets])
     if layout.loss != "pairwise" and not np.isnan(target).all():
-        values, target = np.concatenate(logits)[~np.isnan(target)], target[~np.isnan(target)]
-        common.write_json(run_dir / f"{prefix}rank_metrics.json", rank_metrics([sigmoid(values)], target))
-        plot_reliability(run_dir / f"{prefix}reliability.png", sigmoid(values), target)
+        p, target = sigmoid(np.concatenate(logits)[~np.isnan(target)]), target[~np.isnan(target)]
+        common.write_json(run_dir / f"{prefix}rank_metrics.json", rank_metrics([p], target))
+        plot_reliability(run_dir / f"{prefix}reliability.png", p, target)
 
 
 def ensemble(args):
@@ -1035,10 +1039,10 @@ def prepare(args):
 
 def check_metric(args, layout, data_sets, problems):
     """--metric_for_best must exist for this loss and mean something on these targets."""
-    *set_name, metric = args.metric_for_best.rsplit("/", 1)
-    chosen = [d for d in data_sets if not set_name or d.name == set_name[0]]
-    if metric not in directions(layout) or set_name and (len(args.data_name) < 2 or set_name[0] not in
-                                                         [common.parse_data_spec(spec, [])[0] for spec in args.data_name]):
+    *prefix, metric = args.metric_for_best.rsplit("/", 1)
+    names = [common.parse_data_spec(spec, [])[0] for spec in args.data_name]
+    chosen = [d for d in data_sets if prefix in ([], [d.name])]
+    if metric not in directions(layout) or prefix and (len(names) < 2 or prefix[0] not in names):
         problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(directions(layout))}; with several data sets "
                         "also <data set>/<metric>")
     elif layout.loss != "pairwise" and chosen:
@@ -1111,9 +1115,9 @@ def main(args):
     elif ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
         ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
     engine, *_ = deepspeed.initialize(model=YesNo(model, job.no_yes, precision == "bf16-mixed", device), optimizer=optimizer, config=ds_config)
-    pieces = dict(zip(("no", "yes"), tokenizer.convert_ids_to_tokens(job.no_yes)))
+    no, yes = tokenizer.convert_ids_to_tokens(job.no_yes)
     log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
-             f"{world} process(es) on {device.type}; score = P({pieces['yes']!r} against {pieces['no']!r}) after {layout.template!r}")
+             f"{world} process(es) on {device.type}; score = P({yes!r} against {no!r}) after {layout.template!r}")
     step, tracker, steps_per_epoch, pad_id = state["step"], None, math.inf, config.pad_token_id or 0
 
     def log_row(split, metrics):
@@ -1152,7 +1156,7 @@ def main(args):
         base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "clf.py", "task": "preference" if layout.loss == "pairwise" else "score", "family": layout.family,
                "record_layout": {"template": layout.template, "max_length": layout.max_length,
-                                                      "truncation": "start" if layout.loss == "pairwise" else "end"}, "loss": layout.loss,
+                                 "truncation": "start" if layout.loss == "pairwise" else "end"}, "loss": layout.loss,
                "verbaliser": {"positive": layout.positive_word, "negative": layout.negative_word, "positive_id": job.no_yes[1],
                               "negative_id": job.no_yes[0]},
                "target_min": layout.target_min, "target_max": layout.target_max, "base": base, "adapter": "none", "quantize": None}
