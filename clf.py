@@ -290,9 +290,8 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
     bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
         block, own_split = [], file_split or "train"
-        if args.no_train and len(files) == 1 and ".jsonl" in path.name:
-            if not any("split" in record for _, _, record in common.read_records(path, [])):
-                own_split = "eval"  # no line says where it belongs: all are to be scored
+        if args.no_train and len(files) == 1 and not any("split" in record for _, _, record in common.read_records(path, [])):
+            own_split = "eval"  # no line says where it belongs: all are to be scored
         for where, split, record in common.read_records(path, problems, own_split):
             if split not in splits:
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
@@ -347,7 +346,7 @@ def load_data(args, tokenizer, layout, problems):
                 problems += [f"{where}: {wrong}" for where, wrong in found if wrong]
             continue
         before = len(problems)
-        key = ["clf 2", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
+        key = ["clf 2", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
                layout.template, layout.max_length, layout.target_min, layout.target_max, layout.loss == "pairwise", layout.family,
                args.eval_fraction, args.no_train]
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -374,13 +373,6 @@ def load_data(args, tokenizer, layout, problems):
             if n_seen:
                 log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} texts occur in the training data")
     return data_sets
-
-
-def tokenizer_fingerprint(tokenizer):
-    """Changes whenever the ids of any text could change."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
 
 
 def check_counts(args, data, path, problems):
@@ -411,17 +403,6 @@ def class_weights(args, data_sets, problems):
         problems.append(f"--class_weights balanced: all training targets are {share:g}, so one class is empty")
         return 1.0, 1.0
     return 0.5 / (1 - share), 0.5 / share
-
-
-def deal(ids, sizes, n_pieces):
-    """Cut the examples of a step into n_pieces runs of similar size and about equal token counts.
-
-    ids: (n,) int; sizes: (N,) tokens. Some pieces are empty when n < n_pieces. Depends on nothing else, so all ranks agree.
-    """
-    ids = ids[np.argsort(-sizes[ids], kind="stable")]
-    tokens = np.cumsum(sizes[ids])
-    piece = np.minimum((tokens - sizes[ids] / 2) * n_pieces // tokens[-1], n_pieces - 1)
-    return [ids[piece == i] for i in range(n_pieces)]
 
 
 def collate(texts, pad_id):
@@ -483,7 +464,7 @@ class TrainingData:
     def micro_batches(self, step):
         """[batch] of this rank, one per forward step, and the total weight of the examples of the whole step."""
         ids, world, n_micro = self.step_ids(step), common.world_size(), self.args.gradient_accumulation_steps
-        pieces = deal(ids, self.tokens, world * n_micro)
+        pieces = common.deal(ids, self.tokens, world * n_micro)
         batches = []
         for g in range(n_micro):  # at once all ranks compute pieces of like size
             mine = pieces[g * world + common.rank()]
@@ -744,18 +725,6 @@ def pair_metrics(logits, first):
     return {name: value / n for name, value in sums.items()}
 
 
-def my_batches(n_rows, lengths, batch_size):
-    """This rank's evaluation batches, longest first, and how many the busiest rank has. A batch is never split, so its
-    padding, and with it every digit of the result, is the same for any number of ranks."""
-    order = np.argsort(-lengths, kind="stable") if n_rows else np.empty(0, int)
-    batches = [order[i: i + batch_size].tolist() for i in range(0, n_rows, batch_size)]
-    return batches[common.rank()::common.world_size()], -(-len(batches) // common.world_size())
-
-
-def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
 @torch.no_grad()
 def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None):
     """Collective. ((n,) float64 yes-minus-no logits of a Ragged of texts, on every rank, or None when told to stop; number of
@@ -778,11 +747,11 @@ def score_texts(args, engine, texts, pad_id, device, partial=None, stopper=None)
             file.truncate(start * 8)
     while start < len(texts):
         stop = min(start + SHARD, len(texts))
-        mine, n_rounds = my_batches(stop - start, texts.lengths[start: stop], args.eval_batch_size)
+        mine, n_rounds = common.my_batches(stop - start, texts.lengths[start: stop], args.eval_batch_size)
         found, scores = torch.zeros(stop - start + 1, dtype=torch.float64), []
         for round_ in range(n_rounds if synced else len(mine)):
             rows = mine[round_] if round_ < len(mine) else []
-            batch = to_device(collate([texts[start + i] for i in rows], pad_id), device)
+            batch = common.to_device(collate([texts[start + i] for i in rows], pad_id), device)
             scores.append(engine(batch["input_ids"], batch["lengths"])[: len(rows)])  # stays there: a GPU need not wait
             bar.update(len(rows) * common.world_size())
         if mine:
@@ -1004,32 +973,17 @@ def prepare(args):
                         f"set --max_length {limit} or less")
     if args.metric_for_best:
         check_metric(args, layout, data_sets, problems)
-    model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
-    data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
-    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
-    run_dir = common.mount_dir(args) / "models" / run_name
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
-    resume_from, state = None, {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "threshold": None}
-    if not args.no_train:
-        resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
-        if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
-            problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
+    state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "threshold": None}
+    run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
+        args, source, identity, FREE_FLAGS, state, n_params, n_params, precision, problems)
     is_own = args.resume and (run_dir / common.COMPLETE).exists() and (
         json.loads((run_dir / "args.json").read_text()).get("pred_save_path") == args.pred_save_path)  # written by this run when it finished
     outputs = [results_path(args, run_dir, split) for split in ("eval", "test") if args.no_train or args.pred_save_path and not is_own]
     outputs += [run_dir / (prefix + name) for prefix in ("", "test_") for name in ("rank_metrics.json", "reliability.png") if args.no_train]
     problems += [f"{path} exists; move it away or choose another {'--pred_save_path' if path.parent != run_dir else '--training_run_name'}"
                  for path in outputs if path.exists()]
-    if resume_from:
-        state = json.loads((resume_from / "state.json").read_text())
-    ds_name, ds_config = args.ds_config, None
-    if n_params:
-        if ds_name == "auto":
-            ds_name = state.get("ds_config") or common.choose_stage(n_params, precision, problems)
-        ds_config = common.read_ds_config(args, ds_name, precision, problems)
-        if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
-            problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
     if problems:
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
@@ -1231,7 +1185,7 @@ def main(args):
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
-                batch = to_device(batch, device)
+                batch = common.to_device(batch, device)
                 summed = batch_loss(engine(batch["input_ids"], batch["lengths"]), batch, layout.loss)
                 loss_sum += summed.detach()
                 # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation

@@ -487,6 +487,31 @@ def start_of_run(args, run_dir, identity, free_flags, problems):
     return latest_checkpoint(run_dir)
 
 
+def plan_run(args, source, identity, free_flags, state, n_params, n_trained, precision, problems):
+    """(run folder, checkpoint to continue from or None, state, name and content of the DeepSpeed configuration). Reads only.
+
+    identity, free_flags: see `start_of_run`; state: of a run that starts, else the checkpoint's is returned; n_params,
+    n_trained: 0 where the model is unknown, then there is no configuration (None).
+    """
+    model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
+    data_name = "+".join(parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
+    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
+    run_dir, resume_from, ds_name, ds_config = mount_dir(args) / "models" / run_name, None, args.ds_config, None
+    if not args.no_train:
+        resume_from = start_of_run(args, run_dir, identity, free_flags, problems)
+        if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
+            problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
+    if resume_from:
+        state = json.loads((resume_from / "state.json").read_text())
+    if n_params:
+        if ds_name == "auto":
+            ds_name = state.get("ds_config") or choose_stage(n_params, precision, problems, n_trained)
+        ds_config = read_ds_config(args, ds_name, precision, problems)
+        if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
+            problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
+    return run_dir, resume_from, state, ds_name, ds_config
+
+
 def start_run(args, run_dir, identity, script):
     """Rank 0: make the run folder, write args.json, env.json and code/; `log` goes to log.txt from here."""
     if args.overwrite and run_dir.exists() and any(run_dir.iterdir()):
@@ -612,7 +637,8 @@ def find_data(args, name, problems):
 def read_records(path, problems, default_split="train"):
     """Yield (where, split, record) from one file; what is malformed is appended to `problems` with its place.
 
-    .jsonl is streamed, a line at a time (a record's own "split" key names its split); .json is read whole.
+    .jsonl is streamed, a line at a time; .json is read whole: an object of lists, or a bare list like Alpaca's. Lines and
+    bare lists belong to default_split, where a record has no "split" key of its own.
     """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
@@ -641,14 +667,15 @@ def read_records(path, problems, default_split="train"):
     except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not JSON ({error}); one object per line belongs into a file named .jsonl")
         return
-    if not isinstance(whole, dict) or not all(isinstance(part, list) for part in whole.values()):
-        problems.append(f"{path}: expected an object of lists, {{\"train\": [...], \"eval\": [...]}}")
+    bare = isinstance(whole, list)
+    if not bare and not (isinstance(whole, dict) and all(isinstance(part, list) for part in whole.values())):
+        problems.append(f"{path}: expected an object of lists, {{\"train\": [...], \"eval\": [...]}}, or a list of records")
         return
-    for split, records in whole.items():
+    for split, records in {"": whole}.items() if bare else whole.items():
         for i, record in enumerate(records):
             where = f"{path}, {split}[{i}]"
             if isinstance(record, dict):
-                yield where, split, record
+                yield where, record.get("split", default_split) if bare else split, record
             else:
                 problems.append(f"{where}: a {type(record).__name__}, expected an object")
 
@@ -656,6 +683,13 @@ def read_records(path, problems, default_split="train"):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer):
+    """Changes whenever the ids of any text could change."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
 
 
 class Ragged:
@@ -774,6 +808,29 @@ def epoch_batches(ids, lengths, batch, seed, epoch, window=64):
         batches += length_cells(order[start * batch: (start + n_batches) * batch], lengths, n_batches)
     batches = [batches[i] for i in rng.permutation(n_full)]
     return batches + ([order[n_full * batch:]] if len(order) % batch else [])
+
+
+def deal(ids, sizes, n_pieces):
+    """Cut the examples of a step into n_pieces runs of similar size and about equal token counts.
+
+    ids: (n,) int; sizes: (N,) tokens. Some pieces are empty when n < n_pieces. Depends on nothing else, so all ranks agree.
+    """
+    ids = ids[np.argsort(-sizes[ids], kind="stable")]
+    tokens = np.cumsum(sizes[ids])
+    piece = np.minimum((tokens - sizes[ids] / 2) * n_pieces // tokens[-1], n_pieces - 1)
+    return [ids[piece == i] for i in range(n_pieces)]
+
+
+def my_batches(n_rows, lengths, batch_size):
+    """This rank's evaluation batches, longest first, and how many the busiest rank has. A batch is never split, so its
+    padding, and with it every digit of the result, is the same for any number of ranks."""
+    order = np.argsort(-lengths, kind="stable") if n_rows else np.empty(0, int)
+    batches = [order[i: i + batch_size].tolist() for i in range(0, n_rows, batch_size)]
+    return batches[rank()::world_size()], -(-len(batches) // world_size())
+
+
+def to_device(batch, device):
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -895,19 +952,19 @@ def plain_copy(model, device):
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 
 
-def memory_per_gpu(n_params, name, precision, n_gpus):
+def memory_per_gpu(n_params, name, precision, n_gpus, n_trained=None):
     """Bytes of weights + gradients + AdamW state on each GPU (activations come on top). Rajbhandari et al. 2020, table 1,
-    with fp32 accumulation of bf16 gradients, and for ZeRO-3 the up to 1e9 weights that DeepSpeed keeps gathered."""
+    with fp32 accumulation of bf16 gradients, and for ZeRO-3 the up to 1e9 weights that DeepSpeed keeps gathered. Gradients
+    and state exist for n_trained of the parameters only, default all."""
     weight = DTYPES[precision].itemsize
-    grad = weight + (4 if precision == "bf16" else 0)
-    state = 16 if precision == "fp64" else 8
-    master = 0 if name == "zero0" and weight >= 4 else max(4, weight)
+    n, n_trained = n_gpus, n_params if n_trained is None else n_trained
+    grad = n_trained * (weight + (4 if precision == "bf16" else 0))
+    state = n_trained * ((16 if precision == "fp64" else 8) + (0 if name == "zero0" and weight >= 4 else max(4, weight)))  # and masters
     live = weight * min(n_params, 10**9)
-    n = n_gpus
-    return {"zero0": n_params * (weight + grad + master + state),
-            "zero1": n_params * (weight + grad + (master + state) / n),
-            "zero2": n_params * (weight + (grad + master + state) / n),
-            "zero3": n_params * (weight + grad + master + state) / n + live * (1 - 1 / n),
+    return {"zero0": n_params * weight + grad + state,
+            "zero1": n_params * weight + grad + state / n,
+            "zero2": n_params * weight + (grad + state) / n,
+            "zero3": (n_params * weight + grad + state) / n + live * (1 - 1 / n),
             "zero2_offload": n_params * weight, "zero3_offload": live}[name]
 
 
@@ -927,16 +984,16 @@ def device_memory():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
 
 
-def choose_stage(n_params, precision, problems):
+def choose_stage(n_params, precision, problems, n_trained=None):
     """--ds_config auto: the lowest stage that fits; none: an error that names the smallest set-up that does."""
     memory = device_memory()
     # bf16 with fp32 accumulation does not exist at stage 0, fp64 only at stages 1 and 2 (DeepSpeed 0.19.8)
     for name in STAGES[1 if precision in ("bf16", "fp64") else 0: 3 if precision == "fp64" else 4]:
-        if memory_per_gpu(n_params, name, precision, world_size()) < 0.8 * memory:
+        if memory_per_gpu(n_params, name, precision, world_size(), n_trained) < 0.8 * memory:
             return name
     fp64 = precision == "fp64"
     fits = [f"{name} on {n} GPUs" for n in (1, 2, 4, 8, 16, 32, 64) for name in (("zero2", "zero2_offload") if fp64 else STAGES[3:]) if n >= world_size()
-            and memory_per_gpu(n_params, name, precision, n) < 0.8 * memory]
+            and memory_per_gpu(n_params, name, precision, n, n_trained) < 0.8 * memory]
     problems.append(f"the model does not fit: no ZeRO stage keeps {n_params / 1e9:.2f} G parameters in {precision} under 80 % of "
                     f"{memory / 1e9:.1f} GB on {world_size()} GPUs; smallest set-up that does: {fits[0] if fits else 'none up to 64 GPUs'}"
                     " (--ds_config zero2_offload or zero3_offload use the machine's memory; table: --estimate)")

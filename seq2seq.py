@@ -235,7 +235,7 @@ def load_data(args, tokenizer, problems):
                 problems += [f"{where}: {to_pair(r)[2]}" for where, _, r in common.read_records(path, problems) if to_pair(r)[2]]
             continue
         before = len(problems)
-        layout = ["seq2seq 1", [(split, common.file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer),
+        layout = ["seq2seq 1", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
                   args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
         key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
         root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
@@ -264,13 +264,6 @@ def load_data(args, tokenizer, problems):
     return data_sets
 
 
-def tokenizer_fingerprint(tokenizer):
-    """Changes whenever the ids of any text could change."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
-
-
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
     counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
@@ -292,17 +285,6 @@ def check_counts(args, data, path, problems):
             problems.append(text + ". Use a byte-level or multilingual model (google/byt5-base, google/mt5-base), or --allow_lossy")
         else:
             log.warning(text)
-
-
-def deal(ids, lengths, n_pieces):
-    """Cut the examples of a step into n_pieces runs of similar length and about equal token counts.
-
-    ids: (n,) int; lengths: (N, 2). Some pieces are empty when n < n_pieces. Depends on nothing else, so all ranks agree.
-    """
-    ids = ids[np.argsort(-lengths[ids].sum(1), kind="stable")]
-    tokens = np.cumsum(lengths[ids].sum(1))
-    piece = np.minimum((tokens - lengths[ids].sum(1) / 2) * n_pieces // tokens[-1], n_pieces - 1)
-    return [ids[piece == i] for i in range(n_pieces)]
 
 
 def pack(ids, lengths, width, packed):
@@ -419,7 +401,7 @@ class TrainingData:
     def micro_batches(self, step):
         """[(groups, number of logits chunks)] of this rank, one per forward step, and the target tokens of the whole step."""
         ids, world, n_micro = self.step_ids(step), common.world_size(), self.args.gradient_accumulation_steps
-        pieces = deal(ids, self.lengths, world * n_micro)
+        pieces = common.deal(ids, self.lengths.sum(1), world * n_micro)
         batches = []
         for g in range(n_micro):
             together = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
@@ -584,14 +566,6 @@ def token_f1(prediction, gold):
     return 2 * common_words / (len(predicted) + len(wanted))
 
 
-def my_batches(n_rows, lengths, batch_size):
-    """This rank's evaluation batches, longest first, and how many the busiest rank has. A batch is never split, so its
-    padding, and with it every digit of the result, is the same for any number of ranks."""
-    order = np.argsort(-lengths, kind="stable") if n_rows else np.empty(0, int)
-    batches = [order[i: i + batch_size].tolist() for i in range(0, n_rows, batch_size)]
-    return batches[common.rank()::common.world_size()], -(-len(batches) // common.world_size())
-
-
 def generating_model(args, engine, device):
     """The model to call `generate` on, and whether all ranks must run equally many forward passes (ZeRO-3, synced)."""
     model = engine.module.model
@@ -612,7 +586,7 @@ def generate(args, engine, tokenizer, rows, step, device):
     """Collective. rows: [(row number, source ids)] -> {row: [n_samples texts]} of this rank's share."""
     per_batch = max(1, args.eval_batch_size // args.n_samples)
     lengths = np.array([len(source) for _, source in rows])
-    mine, n_rounds = my_batches(len(rows), lengths, per_batch)
+    mine, n_rounds = common.my_batches(len(rows), lengths, per_batch)
     texts = {}
     options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False, "min_length": 0}
     sampled = args.temperature > 0.001
@@ -640,22 +614,18 @@ def generate(args, engine, tokenizer, rows, step, device):
 def row_losses(args, engine, examples, config, device):
     """Collective. examples: [(source, target)] -> {row: (summed loss, target tokens)} of this rank's share."""
     lengths = np.array([[len(s), len(t)] for s, t in examples]).reshape(-1, 2)
-    mine, n_rounds = my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
+    mine, n_rounds = common.my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
     sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
     rounds = n_rounds if engine.zero_optimization_partition_weights() else len(mine)
     n_chunks = -(-args.eval_batch_size * int(lengths[:, 1].max(initial=1)) // chunk_tokens(config))  # on every rank the same
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
-        losses = engine([to_device(batch, device)], n_chunks).double().cpu()
+        losses = engine([common.to_device(batch, device)], n_chunks).double().cpu()
         for i in (i for row in rows for i in row):
             of_row = losses[batch["target_example"] == i]
             found[i] = (float(of_row.sum()), len(of_row))
     return found
-
-
-def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
@@ -731,30 +701,15 @@ def prepare(args):
     data_sets = load_data(args, tokenizer, problems)
     problems += [f"--metric_for_best {args.metric_for_best}: {d.name} has no evaluation records" for d in data_sets
                  if (args.metric_for_best or "").startswith(f"{d.name}/") and not d.records["eval"]]
-    model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
-    data_name = "+".join(common.parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
-    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
-    run_dir = common.mount_dir(args) / "models" / run_name
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
-    resume_from, state = None, {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
+    state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
+    run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
+        args, source, identity, FREE_FLAGS, state, n_params, n_params, precision, problems)
     if args.no_train:
         for path in (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.records[split] for d in data_sets)):
             if path.exists():
                 problems.append(f"{path} exists; move it away or choose another --training_run_name")
-    else:
-        resume_from = common.start_of_run(args, run_dir, identity, FREE_FLAGS, problems)
-        if args.overwrite and source and run_dir.resolve() == pathlib.Path(source).resolve():
-            problems.append(f"--overwrite would rename {run_dir}, the model to start from: choose another --training_run_name")
-    if resume_from:
-        state = json.loads((resume_from / "state.json").read_text())
-    ds_name, ds_config = args.ds_config, None
-    if n_params:
-        if ds_name == "auto":
-            ds_name = state.get("ds_config") or common.choose_stage(n_params, precision, problems)
-        ds_config = common.read_ds_config(args, ds_name, precision, problems)
-        if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
-            problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
     if problems:
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
@@ -902,7 +857,7 @@ def main(args):
             for i, (groups, n_chunks) in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
-                summed = engine([to_device(group, device) for group in groups], n_chunks).sum()  # of (N,) losses; N may be 0
+                summed = engine([common.to_device(group, device) for group in groups], n_chunks).sum()  # of (N,) losses; N may be 0
                 loss_sum += summed.detach()
                 # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                 # steps, this is the sum over all target tokens of the step / their number. (It must be computed from

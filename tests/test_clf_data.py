@@ -346,13 +346,13 @@ def test_every_example_is_dealt_to_exactly_one_forward_step_of_one_rank(load, cl
 def test_forward_steps_of_one_moment_have_about_equal_token_counts():
     rng = np.random.default_rng(0)
     sizes = np.clip(np.exp(rng.normal(4, 0.7, 256)), 2, 512).astype(int)
-    pieces = clf.deal(np.arange(256), sizes, 8)
+    pieces = common.deal(np.arange(256), sizes, 8)
     tokens = [int(sizes[piece].sum()) for piece in pieces]
     assert max(tokens) < 1.3 * min(tokens) and sorted(np.concatenate(pieces).tolist()) == list(range(256))
     padding = 1 - sum(tokens) / sum(len(piece) * sizes[piece].max() for piece in pieces)
     at_random = [piece for piece in np.array_split(rng.permutation(256), 8)]
     assert padding < 0.25 < 1 - sizes.sum() / sum(len(piece) * sizes[piece].max() for piece in at_random)
-    assert sorted(map(len, clf.deal(np.arange(3), sizes, 5))) == [0, 0, 1, 1, 1]
+    assert sorted(map(len, common.deal(np.arange(3), sizes, 5))) == [0, 0, 1, 1, 1]
 
 
 def test_collate_golden_rows():
@@ -385,23 +385,3 @@ def test_the_earlier_systems_command_parses_and_finds_its_model(clf_mount, monke
     assert found() == ("google/flan-t5-xl", None)
     args = clf.parse_args(["--model_pretrain_name", "a/b"])
     assert (args.data_name, args.train_batch_size, args.weight_decay, args.learning_rate) == (["clf_debug"], 32, 0.01, 5e-5)
-
-
-# ------------------------------------------------------------------------------------------------ shared with seq2seq.py
-
-
-def test_what_stands_in_both_scripts_agrees(monkeypatch):
-    """Two scripts, two copies: dealing, evaluation batches, and what a tokenizer is known by."""
-    rng = np.random.default_rng(0)
-    for n in (0, 1, 2, 7, 40):
-        lengths = rng.integers(1, 50, (50, 2))
-        ids = rng.permutation(50)[:n]
-        for n_pieces in (1, 2, 3, 8) if n else ():
-            ours, theirs = clf.deal(ids, lengths.sum(1), n_pieces), seq2seq.deal(ids, lengths, n_pieces)
-            assert [list(piece) for piece in ours] == [list(piece) for piece in theirs] and sum(map(len, ours)) == n
-        for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", str(world))
-            assert clf.my_batches(n, lengths[:n, 0], 4) == seq2seq.my_batches(n, lengths[:n, 0], 4)
-    tokenizer = bpe_tokenizer()
-    assert clf.tokenizer_fingerprint(tokenizer) == seq2seq.tokenizer_fingerprint(tokenizer) != clf.tokenizer_fingerprint(transformers.ByT5Tokenizer())

@@ -163,10 +163,12 @@ def test_scores_do_not_depend_on_the_evaluation_batch(shared, run_clf, size):
     assert scores(shared / "models" / f"batch{size}" / "preds.json") == pytest.approx(scores(shared / "models" / "run" / "preds.json"), abs=1e-6)
 
 
-def test_bare_json_lines_are_scored_in_order(shared, run_clf):
-    (shared / "data" / "bare.jsonl").write_text("".join(json.dumps({"input": r["input"]}) + "\n" for r in score_records(43 + 11)[43:]))
-    assert run_clf(clf_flags(shared, None, data="bare", model_init_name="run", no_train=True)) == 0
-    folder = shared / "models" / "run_bare_eval"
+@pytest.mark.parametrize("name", ["bare.jsonl", "bare_list.json"])
+def test_bare_json_lines_and_bare_lists_are_scored_in_order(shared, run_clf, name):
+    records = [{"input": r["input"]} for r in score_records(43 + 11)[43:]]
+    (shared / "data" / name).write_text(json.dumps(records) if name.endswith(".json") else "".join(json.dumps(r) + "\n" for r in records))
+    assert run_clf(clf_flags(shared, None, data=name.split(".")[0], model_init_name="run", no_train=True)) == 0
+    folder = shared / "models" / f"run_{name.split('.')[0]}_eval"
     assert scores(folder / "preds.json") == scores(shared / "models" / "run" / "preds.json")
     assert not (folder / "rank_metrics.json").exists() and "eval/loss" not in rows(folder, "eval")[0]
 

@@ -126,6 +126,12 @@ def test_splits_beside_a_json_lines_file(load, mount, ending):
     assert data.records["eval"][0]["prompt"] == "4 March 1997"
 
 
+def test_a_bare_list_is_training_data_but_for_records_that_name_their_split(load):
+    (data,), problems = load([{"instruction": "Add", "input": "1 2", "output": "3"}, RECORDS[0], {**RECORDS[1], "split": "eval"}])
+    assert problems == [] and [data.counts[s] for s in ("train", "eval", "test")] == [2, 1, 0]
+    assert data.records["eval"][0]["prompt"] == RECORDS[1]["prompt"]
+
+
 def test_eval_fraction_holds_out_by_prompt_the_same_way_every_time(load):
     records = ragged_records(400) + ragged_records(100)  # 100 prompts occur twice
     (data,), problems = load({"train": records}, eval_fraction=0.1)
@@ -188,7 +194,8 @@ MALFORMED = {  # name: (file name, content, words that the message must have)
     "not an object": ("a.jsonl", OK + "[1, 2]", ["line 4", "list", "object"]),
     "not an object in a list": ("a.json", {"train": ["text"], "eval": RECORDS}, ["train[0]", "str", "object"]),
     "broken line": ("a.jsonl", '{"prompt": "x", \n' + OK, ["line 1", "not JSON"]),
-    "list on top": ("a.json", RECORDS, ["expected an object of lists"]),
+    "a word on top": ("a.json", '"text"', ["expected an object of lists"]),
+    "not an object in a bare list": ("a.json", [RECORDS[0], "text"], ["a.json, [1]", "str", "object"]),
     "lines in a .json": ("a.json", OK, ["not JSON", ".jsonl"]),
     "no training records": ("a.json", {"eval": RECORDS}, ["no training records"]),
     "no eval records": ("a.json", {"train": RECORDS}, ["a: no evaluation records", "--eval_fraction"]),
@@ -331,7 +338,7 @@ def padding_share(rows, lengths):
 def test_padding_is_at_most_five_percent_on_ragged_data(packed):
     lengths, n_ranks = ragged_lengths(4096), 2
     batches = common.epoch_batches(np.arange(4096), lengths, 64, 0, 0)
-    groups = [group for batch in batches[:16] for piece in seq2seq.deal(batch, lengths, n_ranks)
+    groups = [group for batch in batches[:16] for piece in common.deal(batch, lengths.sum(1), n_ranks)
               for group in seq2seq.plan(piece, lengths, 256, packed, 64)]
     assert padding_share(groups, lengths) <= 0.05
     random_order = [[[int(i)] for i in part] for part in np.random.default_rng(1).permutation(1024).reshape(-1, 32)]
@@ -344,7 +351,7 @@ def test_every_example_is_dealt_planned_and_packed_exactly_once(packed):
     lengths = ragged_lengths(300)
     for n, n_pieces in [(1, 1), (1, 4), (3, 8), (64, 1), (100, 7), *rng.integers(1, [200, 9], (10, 2))]:
         ids = rng.permutation(300)[:n]
-        pieces = seq2seq.deal(ids, lengths, n_pieces)
+        pieces = common.deal(ids, lengths.sum(1), n_pieces)
         found = [i for piece in pieces for group in seq2seq.plan(piece, lengths, 96, packed, 64) for row in group
                  for i in row]
         assert len(pieces) == n_pieces and sorted(found) == sorted(ids.tolist())
@@ -354,9 +361,9 @@ def test_every_example_is_dealt_planned_and_packed_exactly_once(packed):
 
 def test_pieces_are_balanced_in_tokens_and_empty_where_examples_run_out():
     lengths = ragged_lengths(128)
-    tokens = [int(lengths[piece].sum()) for piece in seq2seq.deal(np.arange(128), lengths, 8)]
-    assert max(tokens) < 1.15 * min(tokens) and max(len(p) for p in seq2seq.deal(np.arange(128), lengths, 8)) > 16 + 4
-    assert sorted(map(len, seq2seq.deal(np.arange(3), lengths, 5))) == [0, 0, 1, 1, 1]
+    tokens = [int(lengths[piece].sum()) for piece in common.deal(np.arange(128), lengths.sum(1), 8)]
+    assert max(tokens) < 1.15 * min(tokens) and max(len(p) for p in common.deal(np.arange(128), lengths.sum(1), 8)) > 16 + 4
+    assert sorted(map(len, common.deal(np.arange(3), lengths.sum(1), 5))) == [0, 0, 1, 1, 1]
 
 
 def test_collate_golden_rows_of_two_examples():

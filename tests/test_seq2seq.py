@@ -39,7 +39,7 @@ def step_gradient(model, examples, n_micro, packed=True, group_tokens=1, normali
     losses_module, total = seq2seq.TargetLosses(model, packed, 0.0), int(lengths[:, 1].sum())
     model.zero_grad()
     loss_sum = 0.0
-    for piece in seq2seq.deal(np.arange(len(examples)), lengths, n_micro):
+    for piece in common.deal(np.arange(len(examples)), lengths.sum(1), n_micro):
         groups = seq2seq.plan(piece, lengths, 32, packed, group_tokens)
         losses = losses_module([seq2seq.collate(g, sources, targets, 0, 0) for g in groups])
         (losses.sum() / (total if normalise == "global" else len(losses) * n_micro)).backward()
