@@ -947,6 +947,51 @@ def plain_copy(model, device):
     return twin.eval()
 
 
+def generating_model(args, engine, device):
+    """The model to call `generate` on, and whether all ranks must run equally many forward passes (ZeRO-3, synced)."""
+    model = engine.module.model
+    if not engine.zero_optimization_partition_weights():
+        return model, False
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or what training has cached counts as used
+    need = sum(p.ds_numel * p.element_size() for p in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else device_memory() / 2
+    n_full = all_reduce_sum([need > 0.6 * free], device)[0]
+    if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and n_full):
+        return model, True
+    return plain_copy(model, device), False
+
+
+class RowKeyedSampler(transformers.LogitsProcessor):
+    """Sampling that depends on (seed, step, row, sample, position) only: not on batch, order or number of ranks.
+
+    Adds Gumbel noise to the scores, so that the argmax of greedy `generate` is an exact sample of softmax(scores /
+    temperature), cut to top_p (Gumbel-max trick; Maddison et al. 2014). The noise is a hash (splitmix64) of key,
+    position and token, computed on the device in int64.
+    """
+
+    def __init__(self, keys, temperature, top_p, start=0):
+        # keys: (B,) int64, one per generated row; start: width of the (padded) prompt, from which positions count
+        self.keys, self.temperature, self.start = keys, temperature, start
+        self.top_p = transformers.TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    @staticmethod
+    def _mix(z):
+        def right(z, n):  # logical shift; int64 has only the arithmetic one
+            return (z >> n) & ((1 << (64 - n)) - 1)
+        z = (z ^ right(z, 30)) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+        z = (z ^ right(z, 27)) * -7723592293110705685  # 0x94d049bb133111eb
+        return z ^ right(z, 31)
+
+    def __call__(self, input_ids, scores):
+        scores = scores.float() / self.temperature
+        scores = self.top_p(input_ids, scores) if self.top_p else scores
+        per_row = self._mix(self.keys + input_ids.shape[1] - self.start)
+        hashed = self._mix(per_row[:, None] + torch.arange(1, scores.shape[1] + 1, device=scores.device))  # (B, V)
+        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+        return scores - torch.log(-torch.log(uniform)).float()
+
+
 # ------------------------------------------------------------------------------------------------ DeepSpeed, optimiser
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]

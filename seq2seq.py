@@ -39,7 +39,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM
@@ -522,35 +521,6 @@ def train_flops(model, n_source, n_target):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-class RowKeyedSampler(transformers.LogitsProcessor):
-    """Sampling that depends on (seed, step, row, sample, position) only: not on batch, order or number of ranks.
-
-    Adds Gumbel noise to the scores, so that the argmax of greedy `generate` is an exact sample of softmax(scores /
-    temperature), cut to top_p (Gumbel-max trick; Maddison et al. 2014). The noise is a hash (splitmix64) of key,
-    position and token, computed on the device in int64.
-    """
-
-    def __init__(self, keys, temperature, top_p):
-        self.keys, self.temperature = keys, temperature  # keys: (B,) int64, one per generated row
-        self.top_p = transformers.TopPLogitsWarper(top_p) if top_p < 1 else None
-
-    @staticmethod
-    def _mix(z):
-        def right(z, n):  # logical shift; int64 has only the arithmetic one
-            return (z >> n) & ((1 << (64 - n)) - 1)
-        z = (z ^ right(z, 30)) * -4658895280553007687  # 0xbf58476d1ce4e5b9
-        z = (z ^ right(z, 27)) * -7723592293110705685  # 0x94d049bb133111eb
-        return z ^ right(z, 31)
-
-    def __call__(self, input_ids, scores):
-        scores = scores.float() / self.temperature
-        scores = self.top_p(input_ids, scores) if self.top_p else scores
-        per_row = self._mix(self.keys + input_ids.shape[1])
-        hashed = self._mix(per_row[:, None] + torch.arange(1, scores.shape[1] + 1, device=scores.device))  # (B, V)
-        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
-        return scores - torch.log(-torch.log(uniform)).float()
-
-
 def normalize_answer(text):
     """SQuAD's normalisation (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single blanks."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -566,21 +536,6 @@ def token_f1(prediction, gold):
     return 2 * common_words / (len(predicted) + len(wanted))
 
 
-def generating_model(args, engine, device):
-    """The model to call `generate` on, and whether all ranks must run equally many forward passes (ZeRO-3, synced)."""
-    model = engine.module.model
-    if not engine.zero_optimization_partition_weights():
-        return model, False
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # or what training has cached counts as used
-    need = sum(p.ds_numel * p.element_size() for p in model.parameters())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 2
-    n_full = common.all_reduce_sum([need > 0.6 * free], device)[0]
-    if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and n_full):
-        return model, True
-    return common.plain_copy(model, device), False
-
-
 @torch.no_grad()
 def generate(args, engine, tokenizer, rows, step, device):
     """Collective. rows: [(row number, source ids)] -> {row: [n_samples texts]} of this rank's share."""
@@ -591,7 +546,7 @@ def generate(args, engine, tokenizer, rows, step, device):
     options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False, "min_length": 0}
     sampled = args.temperature > 0.001
     options["num_return_sequences"] = 1 if sampled else args.n_samples
-    model, synced = generating_model(args, engine, device)
+    model, synced = common.generating_model(args, engine, device)
     for round_ in tqdm(range(n_rounds if synced else len(mine)), desc="generating", delay=5, disable=common.rank() > 0 or None, leave=False):
         batch = mine[round_] if round_ < len(mine) else []  # none left: keep the others company with one token
         sources = [rows[i][1] for i in batch] or [[tokenizer.eos_token_id]]
@@ -599,7 +554,7 @@ def generate(args, engine, tokenizer, rows, step, device):
             sources = [source for source in sources for _ in range(args.n_samples)]
             keys = [common.derive_seed(args.seed, "sample", step, rows[i][0], n) for i in batch for n in range(args.n_samples)]
             keys = torch.tensor(keys or [0] * args.n_samples, device=device)
-            options["logits_processor"] = [RowKeyedSampler(keys, args.temperature, args.top_p)]
+            options["logits_processor"] = [common.RowKeyedSampler(keys, args.temperature, args.top_p)]
         padded = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
         with torch.autocast(device.type, torch.bfloat16, enabled=engine.torch_autocast_enabled()):
             out = model.generate(input_ids=padded["source_ids"].to(device), attention_mask=(padded["source_segment"] > 0).to(device),

@@ -206,7 +206,7 @@ def test_flops_count_encoder_decoder_and_head_weights():
 def test_row_keyed_sampling_draws_from_the_softmax_at_the_temperature():
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]).repeat(40000, 1)
     keys = torch.tensor([common.derive_seed("row", i) for i in range(40000)])
-    drawn = seq2seq.RowKeyedSampler(keys, 0.7, 1.0)(torch.zeros(40000, 3), scores).argmax(-1)
+    drawn = common.RowKeyedSampler(keys, 0.7, 1.0)(torch.zeros(40000, 3), scores).argmax(-1)
     expected = torch.softmax(scores[0] / 0.7, -1)
     observed = torch.bincount(drawn, minlength=5) / 40000
     assert float((observed - expected).abs().max()) < 4 * math.sqrt(0.25 / 40000)
@@ -216,9 +216,9 @@ def test_row_keyed_sampling_draws_from_the_softmax_at_the_temperature():
 def test_sampling_noise_depends_on_row_and_position_but_not_on_the_batch():
     keys = torch.tensor([common.derive_seed("row", i) for i in range(3)])
     scores = torch.zeros(3, 1000)
-    together = seq2seq.RowKeyedSampler(keys, 1.0, 1.0)(torch.zeros(3, 4), scores)
-    alone = seq2seq.RowKeyedSampler(keys[1:2], 1.0, 1.0)(torch.zeros(1, 4), scores[:1])
-    later = seq2seq.RowKeyedSampler(keys, 1.0, 1.0)(torch.zeros(3, 5), scores)
+    together = common.RowKeyedSampler(keys, 1.0, 1.0)(torch.zeros(3, 4), scores)
+    alone = common.RowKeyedSampler(keys[1:2], 1.0, 1.0)(torch.zeros(1, 4), scores[:1])
+    later = common.RowKeyedSampler(keys, 1.0, 1.0)(torch.zeros(3, 5), scores)
     assert torch.equal(together[1], alone[0]) and not torch.equal(together[0], together[1]) and not torch.equal(together, later)
     assert abs(float(together.mean()) - 0.5772) < 0.1 and abs(float(np.corrcoef(together[0], together[1])[0, 1])) < 0.1
 
@@ -226,7 +226,7 @@ def test_sampling_noise_depends_on_row_and_position_but_not_on_the_batch():
 def test_top_p_never_draws_outside_the_nucleus():
     scores = torch.tensor([3.0, 2.0, 0.0, -1.0]).repeat(5000, 1)
     keys = torch.tensor([common.derive_seed(i) for i in range(5000)])
-    drawn = seq2seq.RowKeyedSampler(keys, 1.0, 0.9)(torch.zeros(5000, 1), scores).argmax(-1)
+    drawn = common.RowKeyedSampler(keys, 1.0, 0.9)(torch.zeros(5000, 1), scores).argmax(-1)
     assert set(drawn.tolist()) == {0, 1}
 
 
