@@ -24,6 +24,7 @@ import concurrent.futures
 import csv
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import pathlib
@@ -114,7 +115,7 @@ def parse_args(argv=None):
     group.add_argument("--oasst_min_quality", type=float, default=0.0, help="keep messages whose quality label is at least this [0-1], 0 = off")
     for name in ("pad", "eos", "sep"):
         group.add_argument(f"--{name}_token", help=f"the tokenizer's {name} token, one that it has or a new one [text]")
-    group.add_argument("--show_examples", type=int, default=0, help="print this many documents with their targets marked [count], 0 = off")
+    group.add_argument("--show_examples", type=int, default=0, help="print this many documents of each data set, targets marked [count], 0 = off")
     group.add_argument("--n_generate", type=int, default=200, help="evaluation rows per data set that are answered in text [count], 0 = none")
     group.add_argument("--max_new_tokens", type=int, default=512, help="generation limit at evaluation [tokens]")
     group.add_argument("--temperature", type=float, default=0.001, help="sampling temperature; <= 0.001 = greedy [no unit]")
@@ -516,7 +517,7 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
     columns = {(split, name): open(folder / f"{split}.{name}", "wb") for split in splits for name in ("first", "edges", "n_targets", "hashes")}
     kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in splits[1:]}
     counts, n_rows, end_id = collections.Counter({split: 0 for split in splits}), collections.Counter(), tokenizer.convert_tokens_to_ids(end)
-    n_checked, shown = 0, []
+    n_checked = 0
     for split in splits:
         columns[split, "first"].write(np.int64(0).tobytes())
 
@@ -557,8 +558,6 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
                 columns[split, "edges"].write(np.float64(counts[split] + min(1.0, reached)).tobytes())
                 columns[split, "n_targets"].write(np.int64(is_target.sum()).tobytes())
                 n_rows[split] += 1
-                if len(shown) < args.show_examples:
-                    shown.append(marked(tokenizer, ids, is_target))
             counts[split] += 1
             columns[split, "first"].write(np.int64(n_rows[split]).tobytes())
             columns[split, "hashes"].write(text_hash(key).tobytes())
@@ -583,7 +582,7 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
     bar.close()
     for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
-    return dict(counts), shown
+    return dict(counts)
 
 
 def marked(tokenizer, ids, is_target):
@@ -621,14 +620,13 @@ def load_data(args, tokenizer, template, end, problems):
         before = len(problems)
         layout = ["sft 1", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
                   tokenizer.chat_template, template, args.max_length, args.truncation, args.truncated_eos, args.targets, args.raw_prompt,
-                  args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction, args.show_examples]
+                  args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction]
         key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
         root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
-                    counts, shown = tokenize_data_set(files, folder, tokenizer, template, end, args, problems)
-                    common.write_json(folder / "counts.json", {**counts, "shown": shown})
+                    common.write_json(folder / "counts.json", tokenize_data_set(files, folder, tokenizer, template, end, args, problems))
         except OSError as error:
             problems.append(f"the token cache cannot be written ({error}); --cache_dir names another folder")
             continue
@@ -1083,18 +1081,19 @@ def write_results(path, run_dir, args, step, metrics):
     """Rank 0: append one row to a .csv; a file with other columns is left alone and the row goes to <name>.N.csv."""
     row = {"run": run_dir.name, "model": args.model_init_path or args.model_init_name, "data": " ".join(args.data_name), "seed": args.seed,
            "step": step, **{name: value for name, value in metrics.items() if not name.endswith(("seconds", "peak_memory_gb"))}}
-    path, n = pathlib.Path(path), 1
-    while path.exists() and path.stat().st_size and next(csv.reader(open(path, newline="", encoding="utf-8"))) != list(row):
-        n += 1
-        path = pathlib.Path(args.write_results).with_suffix(f".{n}.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or not path.stat().st_size
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    log.info(f"{path}: a row was added")
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for n in itertools.count(1):
+        path = pathlib.Path(args.write_results) if n == 1 else pathlib.Path(args.write_results).with_suffix(f".{n}.csv")
+        with open(path, "a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            if header in (None, list(row)):
+                writer = csv.DictWriter(file, row)
+                if header is None:
+                    writer.writeheader()
+                writer.writerow(row)
+                log.info(f"{path}: a row was added")
+                return
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -1129,6 +1128,10 @@ def prepare(args):
     if limit and longest > limit:
         problems.append(f"--max_length {args.max_length}: there are documents of {longest} tokens, and {source} has {limit} positions; "
                         f"set --max_length {limit} or less")
+    window = getattr(config, "sliding_window", None)
+    if args.bidirectional_prompt and window and longest > window:
+        problems.append(f"--bidirectional_prompt: {source} looks back {window} tokens in some layers, which this mask would lift; set --max_length "
+                        f"{window} or less")
     if args.metric_for_best:
         *prefix, metric = args.metric_for_best.rsplit("/", 1)
         chosen = [d for d in data_sets if prefix in ([], [d.name])]
@@ -1192,9 +1195,9 @@ def main(args):
         if rank == 0:
             common.universal_checkpoint(resume_from)
     dist.barrier()
-    for i, text in enumerate(text for data in data_sets for text in data.counts["shown"]):
-        if i < args.show_examples:
-            log.info(f"example {i + 1}, targets between ⟦ and ⟧:\n{text}")
+    for data in data_sets:
+        for i in range(min(args.show_examples, len(data.tokens["train"]))):
+            log.info(f"{data.name}, document {i + 1}, targets between ⟦ and ⟧:\n{marked(tokenizer, *unseal(data.tokens['train'][i]))}\n")
 
     # 3 model
     model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config)
