@@ -380,39 +380,33 @@ def grow_trees(nodes):
 
 
 def examples_of(path, default_split, args, template, problems, counts):
-    """Yield (where, split, record, [(probability, conversation)], key) of one file; flat message files are joined to trees at the end."""
+    """Yield (where, split, record, [(probability, conversation)], key) of one file. A record is one example; of --oasst_paths all, every
+    thread is one. The messages of a flat OpenAssistant file are joined to trees at its end."""
     flat = []
-    for where, split, record in common.read_records(path, problems, default_split):
-        if split not in ("train", "eval", "test"):
-            problems.append(f"{where}: split {split!r}, expected train, eval or test")
-        elif "message_id" in record and "text" in record:
-            flat.append((where, split, record))
-        else:
-            conversations, key, wrong = to_conversations(record, args, template)
-            if wrong:
-                problems.append(f"{where}: {wrong}")
-            elif record.get("tree_state", "ready_for_export") != "ready_for_export" or not conversations:
-                counts["trees without a usable thread"] += 1
+
+    def records():
+        for where, split, record in common.read_records(path, problems, default_split):
+            if split not in ("train", "eval", "test"):
+                problems.append(f"{where}: split {split!r}, expected train, eval or test")
+            elif "message_id" in record and "text" in record:
+                flat.append((where, split, record))
             else:
-                yield from of_tree(where, split, record, conversations, key, args)
-    trees, counts["messages without their parent"] = grow_trees(flat)
-    for where, split, record in trees:
-        conversations, key, _ = to_conversations(record, args, template)
-        if (record["tree_state"] or "ready_for_export") != "ready_for_export" or not conversations:
+                yield where, split, record
+        trees, counts["messages without their parent"] = grow_trees(flat)
+        yield from trees
+
+    for where, split, record in records():
+        conversations, key, wrong = to_conversations(record, args, template)
+        if wrong:
+            problems.append(f"{where}: {wrong}")
+        elif (record.get("tree_state") or "ready_for_export") != "ready_for_export" or not conversations:
             counts["trees without a usable thread"] += 1
+        elif isinstance(record.get("prompt"), dict):  # a whole tree would be a lot to carry along
+            record = {"message_tree_id": record.get("message_tree_id")}
+            for group in [[thread] for thread in conversations] if args.oasst_paths == "all" else [conversations]:
+                yield where, split, record, group, key
         else:
-            yield from of_tree(where, split, record, conversations, key, args)
-
-
-def of_tree(where, split, record, conversations, key, args):
-    """A record is one example; of --oasst_paths all every thread is one."""
-    if "message_tree_id" in record:  # a whole tree would be a lot to carry along
-        record = {"message_tree_id": record["message_tree_id"]}
-    if args.oasst_paths == "all":
-        for conversation in conversations:
-            yield where, split, record, [conversation], key
-    else:
-        yield where, split, record, conversations, key
+            yield where, split, record, conversations, key
 
 
 def encode(tokenizer, conversations, args, end):
