@@ -548,13 +548,12 @@ def batch_loss(logit, batch, kind):
 
 
 def train_flops(model, n_tokens, n_rows):
-    """Floating-point operations of a training step, 6 per weight and token (Kaplan et al. 2020), embeddings, head and
-    attention scores not counted (so a lower bound): a decoder behind an encoder sees one token per row."""
-    def size(part):
-        return sum(getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if not re.search("embed|wte|wpe|shared", n))
+    """Floating-point operations of a training step, embeddings and head not counted: a decoder behind an encoder sees one
+    token per row."""
+    but = "embed|wte|wpe|shared"
     if not model.config.is_encoder_decoder:
-        return 6 * size(model.get_decoder()) * n_tokens
-    return 6 * (size(model.get_encoder()) * n_tokens + size(model.get_decoder()) * n_rows)
+        return common.flops_per_token(model.get_decoder(), but) * n_tokens
+    return common.flops_per_token(model.get_encoder(), but) * n_tokens + common.flops_per_token(model.get_decoder(), but) * n_rows
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -941,6 +940,7 @@ def prepare(args):
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
     precision, n_params, auto_class, family, no_yes = common.resolve_precision(args), 0, None, None, None
+    n_trained, quantized = 0, (0, 0)
     if config is not None:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is not None:
             auto_class, family = AutoModelForSeq2SeqLM, "seq2seq"
@@ -958,11 +958,19 @@ def prepare(args):
         log.warning(f"{source} has no weights: these are the scores of a random model")
     if auto_class:
         n_params = common.count_parameters(auto_class, config)
+        n_trained, quantized = common.count_trained(auto_class, source, config, args, n_params, problems)
+        if common.adapter_plan(args, source, config, []).token_ids:
+            problems.append(f"{source} is an adapter with rows of new tokens, which scores do not use: merge it first (--merge_lora)")
         no_yes = verbaliser(tokenizer, layout, problems)
     if args.estimate:
         if problems:
             common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory()))
+        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
+        return None
+    if args.merge_lora:
+        if problems:
+            common.fail(problems)
+        common.merge_and_save(auto_class, source, config, tokenizer, args)
         return None
     data_sets = load_data(args, tokenizer if auto_class else None, layout, problems)
     weights = class_weights(args, data_sets, problems) if not problems else None
@@ -977,7 +985,7 @@ def prepare(args):
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "threshold": None}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
-        args, source, identity, FREE_FLAGS, state, n_params, n_params, precision, problems)
+        args, source, identity, FREE_FLAGS, state, n_params, n_trained, precision, problems, quantized)
     is_own = args.resume and (run_dir / common.COMPLETE).exists() and (
         json.loads((run_dir / "args.json").read_text()).get("pred_save_path") == args.pred_save_path)  # written by this run when it finished
     outputs = [results_path(args, run_dir, split) for split in ("eval", "test") if args.no_train or args.pred_save_path and not is_own]
@@ -1023,7 +1031,8 @@ def scores_key(args, job):
     """Which texts are scored by what: a file of partial scores is only continued under the same key."""
     files = sorted(pathlib.Path(job.source).glob("*.safetensors")) + sorted(pathlib.Path(job.source).glob("*.bin"))
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files] or [getattr(job.config, "_commit_hash", None), args.seed]
-    return f"{common.derive_seed(job.source, weights, [d.sha256 for d in job.data_sets], job.precision, args.eval_batch_size, args.debug):016x}"
+    quantize = common.adapter_plan(args, job.source, job.config, []).quantize
+    return f"{common.derive_seed(job.source, quantize, weights, [d.sha256 for d in job.data_sets], job.precision, args.eval_batch_size, args.debug):016x}"
 
 
 def main(args):
@@ -1055,6 +1064,7 @@ def main(args):
     dist.barrier()
 
     # 3 model
+    source = common.base_of_run(job.auto_class, source, config, tokenizer, args, precision, run_dir)
     model = common.load_model(job.auto_class, source, config, args, precision, ds_config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1105,15 +1115,12 @@ def main(args):
     eval_steps = args.eval_steps or steps_per_epoch
     save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
-    base = {"path": str(source), "revision": getattr(config, "_commit_hash", None)}
-    if rank == 0:  # hashing 45 GB takes minutes, so a resumed run takes it from its checkpoint
-        base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "clf.py", "task": "preference" if layout.loss == "pairwise" else "score", "family": layout.family,
                "record_layout": {"template": layout.template, "max_length": layout.max_length,
                                  "truncation": "start" if layout.loss == "pairwise" else "end"}, "loss": layout.loss,
                "verbaliser": {"positive": layout.positive_word, "negative": layout.negative_word, "positive_id": job.no_yes[1],
                               "negative_id": job.no_yes[0]},
-               "target_min": layout.target_min, "target_max": layout.target_max, "base": base, "adapter": "none", "quantize": None}
+               "target_min": layout.target_min, "target_max": layout.target_max, **common.origin(args, source, config, resume_from)}
     log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
              f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
              f"run folder {run_dir}")

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import difflib
 import fcntl
+import functools
 import gzip
 import hashlib
 import importlib
@@ -27,17 +28,19 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import unittest.mock
 import warnings
 import zlib
 
 import numpy as np
-import safetensors
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.pytorch_utils import Conv1D
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing DeepSpeed begins with a warning
@@ -322,6 +325,22 @@ def add_shared_args(parser):
     group.add_argument("--peak_tflops", type=float, help="of one GPU, for mfu [TFLOP/s], default: measured by a matrix product")
     group.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
+    group = parser.add_argument_group("adapters and quantised base")
+    group.add_argument("--lora_rank", type=int, default=0, help="train LoRA matrices of this rank, freeze the rest [columns], 0 = off")
+    group.add_argument("--lora_alpha", type=float, help="LoRA's update counts alpha / rank [no unit], default: 2 x --lora_rank")
+    group.add_argument("--lora_dropout", type=float, help="on LoRA's input [0-1], default 0 = off")
+    group.add_argument("--lora_targets", nargs="+", metavar="NAME", help="linear layers that get LoRA, by the end of their names, or "
+                       "all-linear (but the head); default auto: attention's, by family")
+    group.add_argument("--train_adapter", action="store_true", help="train bottleneck adapters (Houlsby et al. 2019), freeze the rest")
+    group.add_argument("--reduction_factor", type=int, help="hidden size / width of a bottleneck [no unit], default 128")
+    group.add_argument("--adapter_dropout", type=float, help="on the bottleneck's input [0-1], default 0.1, 0 = off")
+    group.add_argument("--no_mh_adapter", action="store_true", help="no bottleneck after attention")
+    group.add_argument("--no_output_adapter", action="store_true", help="no bottleneck after the feed-forward network")
+    group.add_argument("--quantize", choices=["nf4", "int8", "none"], help="keep the frozen linear layers in 4 or 8 bits per weight; "
+                       "default none, or what the adapter was trained with")
+    group.add_argument("--freeze", nargs="+", metavar="PATTERN", help="do not train parameters in whose names a regular expression is found")
+    group.add_argument("--merge_lora", metavar="OUT", help="write the model with its LoRA adapter merged in as a plain folder [path], and leave")
+
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_steps", type=int, help="evaluation interval [optimizer steps], default: once per epoch; "
                        "also before training and at the end")
@@ -380,6 +399,7 @@ def check_shared_args(args, problems):
         problems.append("--early_stopping_patience needs --metric_for_best")
     if args.resume and args.overwrite:
         problems.append("--resume and --overwrite exclude each other")
+    _check_adapter_args(args, problems)
     if args.report_to != "none":
         try:
             importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(args.report_to, args.report_to))
@@ -388,6 +408,41 @@ def check_shared_args(args, problems):
     for name in ("revision", "wandb_project", "wandb_entity", "mount_dir", "cache_dir", "training_run_name"):
         if getattr(args, name) == "":
             problems.append(f"--{name}: empty")
+
+
+def _check_adapter_args(args, problems):
+    """What can be said without the model; the rest is said by `adapter_plan` and `count_trained`."""
+    for needed, names in (("lora_rank", ["lora_alpha", "lora_dropout", "lora_targets"]),
+                          ("train_adapter", ["reduction_factor", "adapter_dropout", "no_mh_adapter", "no_output_adapter"])):
+        problems += [f"--{name} has no effect without --{needed}" for name in names
+                     if getattr(args, name) not in (None, False) and not getattr(args, needed)]
+    if args.lora_rank < 0 or args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        problems.append(f"--lora_rank {args.lora_rank} --lora_alpha {args.lora_alpha}: expected positive numbers")
+    if args.reduction_factor is not None and args.reduction_factor < 1:
+        problems.append(f"--reduction_factor {args.reduction_factor}: expected 1 or more")
+    for name in ("lora_dropout", "adapter_dropout"):
+        if not 0 <= (getattr(args, name) or 0) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: expected a share below 1")
+    if args.lora_rank and args.train_adapter:
+        problems.append("--lora_rank and --train_adapter exclude each other")
+    if args.no_mh_adapter and args.no_output_adapter:
+        problems.append("--no_mh_adapter and --no_output_adapter leave no adapter to train")
+    if args.lora_targets and len(args.lora_targets) > 1 and {"auto", "all-linear"} & set(args.lora_targets):
+        problems.append(f"--lora_targets {' '.join(args.lora_targets)}: auto and all-linear stand alone")
+    if args.quantize in ("nf4", "int8") and args.compile:
+        problems.append("--compile does not go with --quantize")
+    for pattern in args.freeze or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"--freeze {pattern!r}: not a regular expression ({error})")
+    if args.freeze and (args.no_train or args.merge_lora):
+        problems.append("--freeze has no effect without training")
+    if args.merge_lora is not None:
+        if not args.merge_lora or os.path.exists(args.merge_lora):
+            problems.append(f"--merge_lora {args.merge_lora!r}: exists; choose a new folder")
+        if world_size() > 1:
+            problems.append("--merge_lora runs in one process")
 
 
 def resolve_precision(args):
@@ -449,7 +504,7 @@ def move_aside(path):
 FREE_FLAGS = {"local_rank", "mount_dir", "cache_dir", "max_hours", "eval_batch_size", "save_steps", "save_total_limit", "resume",
               "overwrite", "force", "logging_steps", "report_to", "wandb_project", "wandb_entity", "estimate", "peak_tflops",
               "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile", "ds_config", "eval_steps",
-              "training_run_name", "precision"}  # precision: compared resolved, in `identity`
+              "training_run_name", "precision", "merge_lora"}  # precision: compared resolved, in `identity`
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # --resume alone may change these
 
 
@@ -487,11 +542,11 @@ def start_of_run(args, run_dir, identity, free_flags, problems):
     return latest_checkpoint(run_dir)
 
 
-def plan_run(args, source, identity, free_flags, state, n_params, n_trained, precision, problems):
+def plan_run(args, source, identity, free_flags, state, n_params, n_trained, precision, problems, quantized=(0, 0)):
     """(run folder, checkpoint to continue from or None, state, name and content of the DeepSpeed configuration). Reads only.
 
     identity, free_flags: see `start_of_run`; state: of a run that starts, else the checkpoint's is returned; n_params,
-    n_trained: 0 where the model is unknown, then there is no configuration (None).
+    n_trained: 0 where the model is unknown, then there is no configuration (None); quantized: how many of n_params, and bytes.
     """
     model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
@@ -505,7 +560,7 @@ def plan_run(args, source, identity, free_flags, state, n_params, n_trained, pre
         state = json.loads((resume_from / "state.json").read_text())
     if n_params:
         if ds_name == "auto":
-            ds_name = state.get("ds_config") or choose_stage(n_params, precision, problems, n_trained)
+            ds_name = state.get("ds_config") or choose_stage(n_params - quantized[0], precision, problems, n_trained, quantized[1])
         ds_config = read_ds_config(args, ds_name, precision, problems)
         if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
             problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
@@ -841,11 +896,14 @@ def open_model_folder(args, problems):
     source = args.model_init_path or (args.model_init_name and find_input(args, "models", args.model_init_name, [""], problems))
     if not source:
         return None, None, None
-    source, folder = str(source), pathlib.Path(source)
+    source = str(source)
+    adapter = read_adapter(source, problems)
+    base, revision = (adapter.base, adapter.rawtune.get("base", {}).get("revision")) if adapter else (source, args.revision)
+    folder = pathlib.Path(base)
     if folder.is_dir():
         names = {p.name for p in folder.iterdir()}
         if "config.json" not in names or not names & {"tokenizer.json", "spiece.model", "tokenizer_config.json", "vocab.json"}:
-            problems.append(f"{source}: no model folder: expected config.json and a tokenizer (it has: "
+            problems.append(f"{base}: no model folder: expected config.json and a tokenizer (it has: "
                             f"{', '.join(sorted(names)[:12]) or 'nothing'})")
             return None, None, None
         for file in folder.glob("*.safetensors"):
@@ -853,16 +911,23 @@ def open_model_folder(args, problems):
                 safetensors.safe_open(file, "pt").__enter__()
             except Exception as error:  # safetensors raises its own class, not an OSError, for a file cut short
                 problems.append(f"{file}: damaged ({error}); copy or download it again")
-    options = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+    stored = adapter.rawtune.get("base", {}).get("sha256") if adapter else None
+    if stored and rank() == 0 and weights_sha256(base) != stored:  # rank 0 alone: it may take minutes
+        problems.append(f"{source}: {base} has other weights than those that this adapter was trained on (sha256 {stored})")
+    options = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
+    own_tokenizer = adapter and (adapter.folder / "tokenizer_config.json").is_file()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        config = transformers.AutoConfig.from_pretrained(base, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source if own_tokenizer else base, config=config, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         remedy = "" if folder.is_dir() else (" A gated model needs HF_TOKEN and its licence accepted on the hub; without network "
                  "(HF_HUB_OFFLINE=1) it must be in HF_HOME; or copy its folder under models/.")
-        problems.append(f"model {source!r}: {first}{remedy}")
+        problems.append(f"model {base!r}: {first}{remedy}")
         return None, None, None
+    adapter_plan(args, source, config, problems if adapter is None else [])
+    if adapter and not any(problem.startswith(f"{adapter.folder}: ") for problem in problems):
+        adapter_plan(args, source, config, problems)
     return source, config, tokenizer
 
 
@@ -905,19 +970,8 @@ def _whole_weights_equal(a, b, equal=torch.equal):
         return equal(a, b)
 
 
-def load_model(auto_class, source, config, args, precision, ds_config):
-    """The model in the precision's dtype. ZeRO-3 loads weights already partitioned; without weights: new ones from
-    the seed, made whole on every rank, so that they are the same at every stage."""
-    dtype = DTYPES[precision]
-    if has_weights(source):
-        partitioned = _PartitionWhileLoading(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-        with unittest.mock.patch.object(torch, "equal", _whole_weights_equal) if partitioned else contextlib.nullcontext():
-            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, revision=args.revision or "main",
-                                                     trust_remote_code=args.trust_remote_code, output_loading_info=True)
-        if info["missing_keys"]:
-            fail(f"{source}: {len(info['missing_keys'])} weights are missing in its files, among them "
-                 f"{', '.join(sorted(info['missing_keys'])[:5])}; is it a {type(model).__name__} checkpoint?")
-        return model.train()
+def _new_model(auto_class, source, config, args):
+    """New weights from the seed, in fp32."""
     log.info(f"{source} has no weights: training from scratch (seed {args.seed})")
     torch.manual_seed(derive_seed(args.seed, "new weights"))
     model = auto_class.from_config(config)
@@ -927,7 +981,77 @@ def load_model(auto_class, source, config, args, precision, ds_config):
         # scale as in t5x: variance 1 / fan-in.
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * head.in_features**-0.5)
-    return model.to(dtype).train()
+    return model
+
+
+@torch.no_grad()
+def _add_rows(model, n_tokens):
+    """Embeddings, and an untied head, of exactly n_tokens rows; each new row is the mean of the old ones."""
+    n_old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[n_old:] = layer.weight[:n_old].double().mean(0).to(layer.weight.dtype)
+
+
+def load_model(auto_class, source, config, args, precision, ds_config, n_tokens=None, new_ids=()):
+    """The model in the precision's dtype, quantised and with adapters as flags or the adapter folder `source` say.
+
+    ZeRO-3 loads weights already partitioned; without weights: new ones from the seed, made whole on every rank, so that
+    they are the same at every stage. n_tokens: where it exceeds the embedding's rows, rows are added; new_ids: tokens
+    whose rows are trained beside an adapter, too.
+    """
+    dtype, plan = DTYPES[precision], adapter_plan(args, source, config, [])
+    plan.dtype, plan.token_ids = dtype, plan.token_ids or sorted(int(i) for i in new_ids)
+    n_tokens = max([n_tokens or 0] + [i + 1 for i in plan.token_ids])
+    grows = n_tokens > config.get_text_config().vocab_size
+    if has_weights(plan.base):
+        partitioned = _PartitionWhileLoading(ds_config) if ds_config["zero_optimization"]["stage"] == 3 and not grows else None
+        with unittest.mock.patch.object(torch, "equal", _whole_weights_equal) if partitioned else contextlib.nullcontext():
+            model, info = auto_class.from_pretrained(plan.base, config=config, dtype=dtype, revision=plan.revision,
+                                                     trust_remote_code=args.trust_remote_code, output_loading_info=True)
+        if info["missing_keys"]:
+            fail(f"{plan.base}: {len(info['missing_keys'])} weights are missing in its files, among them "
+                 f"{', '.join(sorted(info['missing_keys'])[:5])}; is it a {type(model).__name__} checkpoint?")
+    else:
+        model = _new_model(auto_class, plan.base, config, args).to(dtype)
+    if grows:
+        _add_rows(model, n_tokens)
+    install_layers(model, plan)
+    model.adapter_plan = plan
+    if plan.folder:
+        copy_weights(model, plan.folder)
+    freeze(model, args.freeze)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if layers:
+        n, size = sum(m.in_features * m.out_features for m in layers), quantized_bytes(layers)
+        log.info(f"--quantize {plan.quantize}: {len(layers)} linear layers, {size / 1e6:.2f} MB on every process, {size / n:.4f} bytes per parameter")
+    if plan.kind == "lora" and plan.targets == "all-linear" and args.lora_targets != ["all-linear"] and not plan.folder:
+        log.info(f"--lora_targets auto: {plan.model_type} is not among the known families, so all linear layers but the head get LoRA")
+    if plan.kind != "none" or args.freeze:
+        sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if p.requires_grad}
+        n_all = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) + sum(m.in_features * m.out_features for m in layers)
+        log.info(f"{plan.kind if plan.kind != 'none' else 'all'}{f' from {plan.folder}' if plan.folder else ''}: "
+                 f"{sum(sizes.values())} of {n_all} parameters are trained ({100 * sum(sizes.values()) / n_all:.3g} %)")
+    return model.train()
+
+
+def merge_and_save(auto_class, source, config, tokenizer, args):
+    """--merge_lora: base and LoRA adapter as one plain model folder, with the tokenizer and what rawtune.json says of the task.
+    Computed in fp32, saved in the base's type; a quantised base is dequantised and stays so."""
+    out = pathlib.Path(args.merge_lora)
+    model = load_model(auto_class, source, config, args, "fp32", {"zero_optimization": {"stage": 0}})
+    merge_adapter(model)
+    model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    aside = pathlib.Path(f"{out}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside, state_dict=full_state_dict(model))
+    tokenizer.save_pretrained(aside)
+    record = read_adapter(source, []).rawtune
+    write_json(aside / "rawtune.json", {"format": 1, **record, "adapter": "none", "quantize": None, "merged_from": str(source)})
+    fsync_tree(aside)
+    os.rename(aside, out)
+    log.info(f"{out}: {source} merged into its base, in {str(model.dtype).removeprefix('torch.')}")
 
 
 def plain_copy(model, device):
@@ -935,6 +1059,8 @@ def plain_copy(model, device):
     instead of one per weight and token. In eval mode, without gradients."""
     with torch.device("meta"):
         twin = type(model)(model.config)
+        if hasattr(model, "adapter_plan"):
+            install_layers(twin, model.adapter_plan)
     twins = {}  # by identity: a weight under two names stays one weight
     for name, weight in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if id(weight) not in twins:
@@ -954,7 +1080,7 @@ def generating_model(args, engine, device):
         return model, False
     if device.type == "cuda":
         torch.cuda.empty_cache()  # or what training has cached counts as used
-    need = sum(p.ds_numel * p.element_size() for p in model.parameters())
+    need = sum(p.ds_numel * p.element_size() for p in model.parameters()) + sum(b.numel() * b.element_size() for b in model.buffers())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else device_memory() / 2
     n_full = all_reduce_sum([need > 0.6 * free], device)[0]
     if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and n_full):
@@ -992,15 +1118,457 @@ class RowKeyedSampler(transformers.LogitsProcessor):
         return scores - torch.log(-torch.log(uniform)).float()
 
 
+# ------------------------------------------------------------------------------------------------ layers
+
+LORA_TARGETS = {  # --lora_targets auto, by config.model_type; elsewhere all-linear
+    **dict.fromkeys(["t5", "mt5", "umt5", "longt5"], ["q", "k", "v"]), "gpt2": ["c_attn", "c_proj", "c_fc"], "phi3": ["qkv_proj"],
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "gptj", "gpt_neo", "opt", "bart", "mbart"],
+                    ["q_proj", "k_proj", "v_proj"]), **dict.fromkeys(["gpt_neox", "falcon", "bloom"], ["query_key_value"])}
+BOTTLENECKS = {  # output projections of self-attention and of the feed-forward network, by config.model_type
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"], ("self_attn.o_proj", "mlp.down_proj")),
+    **dict.fromkeys(["t5", "mt5", "umt5"], ("SelfAttention.o", "DenseReluDense.wo")), "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), **dict.fromkeys(["opt", "bart", "mbart"], ("self_attn.out_proj", "fc2")),
+    "gptj": ("attn.out_proj", "mlp.fc_out"), "gpt_neo": ("attention.out_proj", "mlp.c_proj"), "phi": ("self_attn.dense", "mlp.fc2"),
+    **dict.fromkeys(["bloom", "falcon"], ("self_attention.dense", "mlp.dense_4h_to_h"))}
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
+       0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)  # the code book of QLoRA, appendix E
+ADAPTER_NAMES = re.compile(r"\.(lora_[AB]|token_adapter|mh_adapter|output_adapter)\.")  # parameters that an adapter folder holds
+
+
+def quantize_nf4(weight):
+    """4-bit NormalFloat (Dettmers et al. 2023, section 3) of a tensor in blocks of 64, read row by row, the last one filled
+    up with zeros -> codes (n / 2,) uint8, the first of two in the high half, and the blocks' largest magnitudes fp32."""
+    flat = weight.detach().float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % 64)).view(-1, 64)
+    absmax, table = blocks.abs().amax(1), torch.tensor(NF4, device=flat.device)
+    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8).flatten()  # the nearest one
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+@functools.cache
+def _nf4_pairs(device):
+    """(256, 2): the two values of each byte."""
+    table = torch.tensor(NF4, device=device)
+    return torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
+
+
+class QuantizedLinear(torch.nn.Module):
+    """A frozen linear layer in 4 (nf4) or 8 bits (int8) per weight; (.., n_in) -> (.., n_out) in autocast's or x's type.
+
+    nf4: double quantisation, as in QLoRA: the blocks' magnitudes less their mean are 8-bit integers under one fp32 scale per
+    256 blocks; equally spaced (bitsandbytes: its dynamic map), so each is off by at most 1/254 of the largest. int8: one fp32
+    scale per output row. All in integer buffers, scales by their bits: ZeRO-3 takes no uint8 parameter, a cast of the
+    module leaves them alone, and no checkpoint holds them. Buffers are not partitioned: every process has all of them.
+    """
+
+    def __init__(self, linear, kind, dtype):
+        super().__init__()
+        self.kind, self.dtype, self.bias, self.transposed = kind, dtype, linear.bias, isinstance(linear, Conv1D)
+        self.in_features, self.out_features = linear_sizes(linear)
+        with deepspeed.zero.GatheredParameters([linear.weight], enabled=hasattr(linear.weight, "ds_id")):
+            weight = linear.weight.detach()
+            if torch.cuda.is_available() and not weight.is_meta:
+                weight = weight.to(torch.cuda.current_device())  # a hundred times faster there
+            weight = weight.T if self.transposed else weight
+            if kind == "nf4":
+                codes, absmax = quantize_nf4(weight)
+                mean, self.n_blocks = absmax.mean(), len(absmax)
+                groups = torch.nn.functional.pad(absmax - mean, (0, -len(absmax) % 256)).view(-1, 256)
+                scales = groups.abs().amax(1).clamp(min=1e-38) / 127
+                self.register_buffer("absmax", (groups / scales[:, None]).round().to(torch.int8), persistent=False)
+                scales = torch.cat([scales, mean[None]])
+            else:
+                scales = weight.float().abs().amax(1).clamp(min=1e-38) / 127
+                codes = (weight.float() / scales[:, None]).round().to(torch.int8)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales.view(torch.int32), persistent=False)
+
+    @property
+    def weight(self):
+        """Model code asks for its dtype and device (T5's feed-forward). Empty: use `dequantize`."""
+        return torch.empty(0, dtype=self.dtype, device=self.codes.device)
+
+    def dequantize(self, dtype):
+        """(n_out, n_in)"""
+        scales = self.scales.view(torch.float32)
+        if self.kind == "int8":
+            return (self.codes * scales[:, None]).to(dtype)
+        absmax = (self.absmax * scales[:-1, None]).flatten()[: self.n_blocks] + scales[-1]
+        values = torch.nn.functional.embedding(self.codes.int(), _nf4_pairs(self.codes.device)).view(-1, 64) * absmax[:, None]
+        return values.flatten()[: self.in_features * self.out_features].view(self.out_features, self.in_features).to(dtype)
+
+    def forward(self, x):
+        kind = x.device.type
+        y = _FrozenMatmul.apply(x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x W^T for a quantised W, which the backward pass dequantises again: autograd would keep it whole in between."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+class LoraLinear(torch.nn.Module):
+    """y = base(x) + scale B A dropout(x) (Hu et al. 2021, equation 3). A starts as PEFT's does, B with zeros; names are PEFT's."""
+
+    def __init__(self, base_layer, rank, scale, dropout, dtype, seed):
+        super().__init__()
+        n_in, n_out = linear_sizes(base_layer)
+        self.base_layer, self.scale, self.dropout = base_layer, scale, torch.nn.Dropout(dropout)
+        self.lora_A, self.lora_B = _new_linear(n_in, rank, dtype, base_layer), _new_linear(rank, n_out, dtype, base_layer)
+        _fill(self.lora_A.weight, "uniform_", -(n_in**-0.5), n_in**-0.5, seed=seed)  # kaiming_uniform_(a=sqrt(5))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y + (self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scale).to(y.dtype)
+
+    def update(self):
+        """(n_out, n_in), fp32 or fp64."""
+        a, b = (torch.promote_types(w.dtype, torch.float32) for w in (self.lora_A.weight, self.lora_B.weight))
+        return self.lora_B.weight.to(b) @ self.lora_A.weight.to(a) * self.scale
+
+
+class BottleneckLinear(torch.nn.Module):
+    """h = base(x), then h + up(relu(down(dropout(h)))) (Houlsby et al. 2019, figure 2). `up` starts with zeros: no change."""
+
+    def __init__(self, base_layer, name, width, dropout, dtype, seed):
+        super().__init__()
+        h = linear_sizes(base_layer)[1]
+        self.base_layer, self.name = base_layer, name  # mh_adapter or output_adapter
+        down, up = (_new_linear(*sizes, dtype, base_layer, bias=True) for sizes in ((h, width), (width, h)))
+        _fill(down.weight, "normal_", 0.0, 0.02, seed=seed)
+        self.add_module(name, torch.nn.ModuleDict({"dropout": torch.nn.Dropout(dropout), "down": down, "up": up}))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        h, part = self.base_layer(x), getattr(self, self.name)
+        inner = part["down"](part["dropout"](h.to(part["down"].weight.dtype)))
+        return h + part["up"](inner.relu()).to(h.dtype)
+
+
+class TokenRows(torch.nn.Module):
+    """Trained rows (K, D) of an embedding or output head for the token numbers ids (K,), which rise; PEFT's names."""
+
+    def __init__(self, weight, ids, dtype):
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
+        with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            self.trainable_tokens_delta = torch.nn.Parameter(weight.detach()[self.ids].to(dtype, copy=True))
+
+    def forward(self, tokens, hidden, scale):
+        """Of an embedding: its vectors `hidden` (.., D), with ours where `tokens` (..) is one of ids; of a head (tokens None):
+        our logits (.., K) of `hidden` (.., D)."""
+        if tokens is None:
+            return torch.nn.functional.linear(hidden, self.trainable_tokens_delta)
+        at = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
+        ours = torch.nn.functional.embedding(at, self.trainable_tokens_delta) * scale
+        return torch.where((self.ids[at] == tokens)[..., None], ours.to(hidden.dtype), hidden)
+
+
+class EmbeddingWithRows(torch.nn.Module):
+    def __init__(self, base_layer, token_adapter):
+        super().__init__()
+        self.base_layer, self.token_adapter = base_layer, token_adapter
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, tokens):
+        return self.token_adapter(tokens, self.base_layer(tokens), getattr(self.base_layer, "embed_scale", 1.0))  # Gemma scales
+
+
+class HeadWithRows(EmbeddingWithRows):
+    def forward(self, hidden):
+        logits = self.base_layer(hidden)
+        return logits.index_copy_(-1, self.token_adapter.ids, self.token_adapter(None, hidden, 1.0).to(logits.dtype))
+
+
+def linear_sizes(linear):
+    """(n_in, n_out) of any linear layer; transformers' Conv1D (GPT-2) holds its weight transposed."""
+    if isinstance(linear, (LoraLinear, BottleneckLinear)):
+        return linear_sizes(linear.base_layer)
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+
+
+def _new_linear(n_in, n_out, dtype, like, bias=False):
+    """Of zeros, where the layer `like` is."""
+    linear = torch.nn.Linear(n_in, n_out, bias=bias, dtype=dtype, device=like.weight.device)
+    for weight in linear.parameters():
+        torch.nn.init.zeros_(weight)
+    return linear
+
+
+def _fill(weight, how, a, b, seed):
+    if not weight.is_meta:
+        weight.data.copy_(getattr(torch.empty(weight.shape), how)(a, b, generator=torch.Generator().manual_seed(seed)))
+
+
+def _replace(model, old, new):
+    """Put `new` where the module `old` is."""
+    path = next(path for path, module in model.named_modules() if module is old)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def linear_layers(model):
+    """{path: module} of every linear layer but the output head."""
+    head = model.get_output_embeddings()
+    return {path: module for path, module in model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D, QuantizedLinear)) and module is not head}
+
+
+def is_target(path, names):
+    """As PEFT understands a list: is_target("h.0.attn.q", ["q"]) but not is_target("h.0.attn.seq", ["q"])."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+ADAPTER_FILES = {"lora": ("adapter_config.json", "adapter_model.safetensors"), "bottleneck": ("bottleneck_config.json", "bottleneck.safetensors")}
+NOT_LORA = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "use_qalora",
+            "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config", "monteclora_config", "arrow_config")  # of PEFT
+
+
+def read_adapter(source, problems):
+    """What an adapter folder says, None for any other model: kind, its JSON, rawtune.json ({} in a folder of PEFT's), keys of
+    its weights, and base, the model it belongs to: a hub id, or a folder, which may have been moved together with this one."""
+    folder = pathlib.Path(source)
+    kind = next((kind for kind, (name, _) in ADAPTER_FILES.items() if (folder / name).is_file()), None)
+    if kind is None:
+        return None
+    found = types.SimpleNamespace(kind=kind, folder=folder, json={}, rawtune={}, keys=[], base=None)
+    name, weights = ADAPTER_FILES[kind]
+    try:
+        found.json = json.loads((folder / name).read_text())
+        found.rawtune = json.loads((folder / "rawtune.json").read_text()) if (folder / "rawtune.json").is_file() else {}
+        with safetensors.safe_open(folder / weights, "pt") as file:
+            found.keys = list(file.keys())
+    except Exception as error:  # safetensors raises its own class for a damaged file
+        problems.append(f"{folder}: no whole adapter, {name} and {weights} ({error})")
+        return found
+    stored = found.rawtune.get("base", {})
+    path = pathlib.Path(str(stored.get("path") or found.json.get("base_model_name_or_path") or ""))
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    places = [run / "base"] * (path.name == "base") + [path, folder / path, run.parent / path.name]
+    found.base = next((str(place) for place in places if path.name and (place / "config.json").is_file()), None)
+    if found.base is None and (path.is_absolute() or stored.get("sha256") or not path.name):
+        problems.append(f"{folder}: the model that this adapter belongs to is not at {str(path)!r}, nor beside the adapter; put it into "
+                        f"{run.parent / (path.name or 'base')}")
+    found.base = found.base or str(path)
+    return found
+
+
+def adapter_plan(args, source, config, problems):
+    """What `install_layers` puts into the model, from the flags or from the adapter folder `source`; reads small files only.
+
+    kind: none, lora or bottleneck; base: what from_pretrained loads; folder: the adapter to start from, or None; quantize:
+    None, nf4 or int8; token_ids: new tokens whose rows are trained, head_rows: in an untied head too.
+    """
+    stored = read_adapter(source, problems) if source else None
+    kind = "lora" if args.lora_rank else "bottleneck" if args.train_adapter else "none"
+    plan = types.SimpleNamespace(
+        kind=kind, base=source, revision=args.revision or "main", folder=None, paths=None, seed=args.seed, dtype=None, token_ids=[], head_rows=True,
+        quantize=args.quantize, model_type=config.model_type, rank=args.lora_rank, alpha=args.lora_alpha or 2 * args.lora_rank, rslora=False,
+        dropout=(args.lora_dropout or 0.0) if kind == "lora" else 0.1 if args.adapter_dropout is None else args.adapter_dropout,
+        targets=LORA_TARGETS.get(config.model_type, "all-linear") if args.lora_targets in (None, ["auto"]) else
+        "all-linear" if args.lora_targets == ["all-linear"] else args.lora_targets, reduction_factor=args.reduction_factor or 128,
+        parts=[name for name in ("mh_adapter", "output_adapter") if not getattr(args, f"no_{name}")])
+    if stored:
+        plan.kind, plan.base, plan.folder = stored.kind, stored.base, stored.folder
+        plan.revision = stored.rawtune.get("base", {}).get("revision") or stored.json.get("revision") or "main"
+        plan.quantize = args.quantize or stored.rawtune.get("quantize")
+        if kind not in ("none", stored.kind):
+            problems.append(f"{source} holds a {stored.kind} adapter, which training continues; for a {kind} adapter "
+                            + ("merge it first (--merge_lora) and start from that" if stored.kind == "lora" else "start from its base"))
+        given = dict(rank=args.lora_rank, alpha=args.lora_alpha, targets=args.lora_targets and plan.targets, reduction_factor=args.reduction_factor,
+                     parts=plan.parts if kind == "bottleneck" else None)
+        names = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"} if stored.kind == "lora" else {}
+        for name in ("rank", "alpha", "targets") if names else ("reduction_factor", "parts"):
+            value = stored.json.get(names.get(name, name))
+            value = sorted(value) if isinstance(value, list) else value
+            if given[name] and (sorted(given[name]) if isinstance(given[name], list) else given[name]) != value and given[name] != "all-linear":
+                problems.append(f"{source} is an adapter with {name} {value}, not {given[name]}; training continues it as it is. For another one "
+                                "merge it first (--merge_lora) and start from that")
+            setattr(plan, name, value)
+        dropout = args.lora_dropout if names else args.adapter_dropout
+        plan.dropout = stored.json.get("lora_dropout" if names else "dropout", 0.0) if dropout is None else dropout
+        plan.rslora = bool(stored.json.get("use_rslora"))
+        wrong = [name for name in NOT_LORA if stored.json.get(name)] + (["bias"] if stored.json.get("bias", "none") != "none" else [])
+        wrong += ["init_lora_weights"] if stored.json.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal") else []
+        if wrong or names and stored.json.get("peft_type") != "LORA":
+            problems.append(f"{source}: only plain LoRA can be read, not {', '.join(wrong) or stored.json.get('peft_type')} in adapter_config.json")
+        plan.paths = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in stored.keys if ".lora_A." in key}
+        tokens = stored.json.get("trainable_token_indices") or []
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+        plan.token_ids, plan.head_rows = lists[0], sum("token_adapter" in key for key in stored.keys) > 1
+        if any(ids != sorted(lists[0]) for ids in lists):
+            problems.append(f"{source}: trainable_token_indices must be the same rising numbers for every layer")
+    plan.quantize = None if plan.quantize == "none" else plan.quantize
+    if plan.kind == "bottleneck" and config.model_type not in BOTTLENECKS:
+        problems.append(f"--train_adapter: where adapters go in a {config.model_type} is not known; known: {', '.join(sorted(BOTTLENECKS))}")
+    if plan.kind == "none" and args.quantize in ("nf4", "int8") and not args.no_train:
+        problems.append(f"--quantize {args.quantize}: quantised weights are not trained; add --lora_rank or --train_adapter (or --no_train)")
+    if args.merge_lora and plan.kind != "lora" or args.merge_lora and not plan.folder:
+        problems.append(f"--merge_lora: {source} holds no LoRA adapter" + (", and bottleneck adapters are not linear: nothing can be merged"
+                                                                           if plan.kind == "bottleneck" else ""))
+    if args.no_train and kind != "none" and not stored:
+        problems.append("--lora_rank and --train_adapter have no effect with --no_train: name a folder that holds an adapter")
+    return plan
+
+
+def adapter_kind(model):
+    """none, lora or bottleneck."""
+    return model.adapter_plan.kind if hasattr(model, "adapter_plan") else "none"
+
+
+def count_trained(auto_class, source, config, args, n_params, problems):
+    """(trained parameters, (quantised ones, their bytes)), without allocating them; what the flags match nothing with is a
+    problem. n_params: all of them."""
+    _check_adapter_args(args, reported := [])
+    plan = adapter_plan(args, source, config, reported)
+    if plan.kind == "none" and not plan.quantize and not args.freeze or reported:
+        return n_params, (0, 0)
+    plan.dtype, plan.token_ids = torch.float32, []
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+        install_layers(model, plan)
+    unmatched = freeze(model, args.freeze)
+    if plan.kind != "none" and not any(isinstance(module, (LoraLinear, BottleneckLinear)) for module in model.modules()):
+        leaves = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
+        problems.append(f"--lora_targets {plan.targets}: no linear layer has such a name; this {config.model_type} has {', '.join(leaves)}")
+    problems += [f"--freeze {pattern!r}: found in no parameter's name; names are like {', '.join([n for n, _ in model.named_parameters()][:3])}"
+                 for pattern in unmatched]
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not n_trained and not args.no_train and not args.merge_lora:
+        problems.append("--freeze leaves no parameter to train")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return n_trained, (sum(m.in_features * m.out_features for m in layers), quantized_bytes(layers))
+
+
+def quantized_bytes(layers):
+    return sum(buffer.numel() * buffer.element_size() for layer in layers for buffer in layer.buffers())
+
+
+def base_of_run(auto_class, source, config, tokenizer, args, precision, run_dir):
+    """Collective. What `load_model` loads: `source`, or, for an adapter on new weights, <run>/base, where they are saved once
+    so that a resumed run and readers of the adapter have them."""
+    if adapter_plan(args, source, config, []).kind == "none" or has_weights(source):
+        return source
+    base = run_dir / "base"
+    if rank() == 0 and not base.exists():
+        aside = run_dir / "base.tmp"
+        model = _new_model(auto_class, source, config, args).to(DTYPES[precision])
+        model.save_pretrained(aside, state_dict=full_state_dict(model))
+        tokenizer.save_pretrained(aside)
+        fsync_tree(aside)
+        os.rename(aside, base)
+    dist.barrier()
+    return str(base)
+
+
+def origin(args, source, config, resume_from):
+    """The part of rawtune.json that says what the weights are: base (sha256 on rank 0 only), adapter, quantize."""
+    plan = adapter_plan(args, source, config, [])
+    base = {"path": str(plan.base), "revision": getattr(config, "_commit_hash", None) or (plan.revision if plan.folder else None)}
+    if rank() == 0:  # hashing 45 GB takes minutes, so a resumed run that holds all weights takes it from its checkpoint
+        before = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else None
+        base["sha256"] = before if resume_from and plan.kind == "none" else weights_sha256(plan.base)
+        if resume_from and base["sha256"] != before:
+            fail(f"{plan.base}: these are not the weights that {resume_from} was trained on (sha256 {base['sha256']}, then {before})")
+    return {"base": base, "adapter": plan.kind, "quantize": plan.quantize}
+
+
+def install_layers(model, plan):
+    """Quantise, put adapters in and freeze, as the plan says; works on a model without memory ("meta") too."""
+    if plan.quantize:
+        for path, linear in linear_layers(model).items():
+            _replace(model, linear, QuantizedLinear(linear, plan.quantize, plan.dtype))
+    if plan.kind != "none":
+        model.requires_grad_(False)
+    if plan.kind == "lora":
+        for path, linear in linear_layers(model).items():
+            if path in plan.paths if plan.paths else plan.targets == "all-linear" or is_target(path, plan.targets):
+                scale = plan.alpha / (math.sqrt(plan.rank) if plan.rslora else plan.rank)
+                _replace(model, linear, LoraLinear(linear, plan.rank, scale, plan.dropout, plan.dtype, derive_seed(plan.seed, "lora", path)))
+    for name, ending in zip(("mh_adapter", "output_adapter"), BOTTLENECKS[plan.model_type]) if plan.kind == "bottleneck" else ():
+        for path, linear in linear_layers(model).items() if name in plan.parts else ():
+            if is_target(path, [ending]):
+                width = max(1, linear_sizes(linear)[1] // plan.reduction_factor)
+                _replace(model, linear, BottleneckLinear(linear, name, width, plan.dropout, plan.dtype, derive_seed(plan.seed, name, path)))
+    if plan.kind != "none" and plan.token_ids:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        rows = TokenRows(embedding.weight, plan.token_ids, plan.dtype)
+        if getattr(head, "bias", None) is not None or model.config.is_encoder_decoder:
+            fail(f"{type(model).__name__}: new tokens cannot be trained beside an adapter in this family; train all weights")
+        is_tied = head.weight is embedding.weight
+        if plan.head_rows or is_tied:
+            _replace(model, head, HeadWithRows(head, rows if is_tied else TokenRows(head.weight, plan.token_ids, plan.dtype)))
+        _replace(model, embedding, EmbeddingWithRows(embedding, rows))
+
+
+def freeze(model, patterns):
+    """--freeze: no gradient for parameters whose name a regular expression is found in; returns those that match nothing."""
+    names = [name for name, _ in model.named_parameters()]
+    for name, weight in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in patterns or ()):
+            weight.requires_grad_(False)
+    return [pattern for pattern in patterns or () if not any(re.search(pattern, name) for name in names)]
+
+
+@torch.no_grad()
+def merge_adapter(model):
+    """In place, for a whole model: quantised weights become plain ones, LoRA and token rows are added in. fp32 or fp64."""
+    for module in list(model.modules()):
+        base = getattr(module, "base_layer", None)
+        if isinstance(module, EmbeddingWithRows):
+            base.weight[module.token_adapter.ids] = module.token_adapter.trainable_tokens_delta
+            _replace(model, module, base)
+        if isinstance(module, LoraLinear):
+            if isinstance(base, QuantizedLinear):
+                base = _plain_linear(base)
+            base.weight += module.update().T if isinstance(base, Conv1D) else module.update()
+            _replace(model, module, base)
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedLinear):
+            _replace(model, module, _plain_linear(module))
+
+
+def _plain_linear(quantized):
+    """A QuantizedLinear as torch.nn.Linear or, in GPT-2, Conv1D."""
+    linear = Conv1D(quantized.out_features, quantized.in_features) if quantized.transposed else torch.nn.Linear(
+        quantized.in_features, quantized.out_features, bias=quantized.bias is not None)
+    weight = quantized.dequantize(quantized.dtype)
+    linear.weight, linear.bias = torch.nn.Parameter(weight.T.contiguous() if quantized.transposed else weight), quantized.bias
+    return linear
+
+
 # ------------------------------------------------------------------------------------------------ DeepSpeed, optimiser
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 
 
-def memory_per_gpu(n_params, name, precision, n_gpus, n_trained=None):
+def memory_per_gpu(n_params, name, precision, n_gpus, n_trained=None, frozen_bytes=0):
     """Bytes of weights + gradients + AdamW state on each GPU (activations come on top). Rajbhandari et al. 2020, table 1,
     with fp32 accumulation of bf16 gradients, and for ZeRO-3 the up to 1e9 weights that DeepSpeed keeps gathered. Gradients
-    and state exist for n_trained of the parameters only, default all."""
+    and state exist for n_trained of the parameters only, default all. frozen_bytes: quantised weights, not among n_params."""
     weight = DTYPES[precision].itemsize
     n, n_trained = n_gpus, n_params if n_trained is None else n_trained
     grad = n_trained * (weight + (4 if precision == "bf16" else 0))
@@ -1010,14 +1578,15 @@ def memory_per_gpu(n_params, name, precision, n_gpus, n_trained=None):
             "zero1": n_params * weight + grad + state / n,
             "zero2": n_params * weight + (grad + state) / n,
             "zero3": (n_params * weight + grad + state) / n + live * (1 - 1 / n),
-            "zero2_offload": n_params * weight, "zero3_offload": live}[name]
+            "zero2_offload": n_params * weight, "zero3_offload": live}[name] + frozen_bytes
 
 
-def estimate_table(n_params, precision, memory):
+def estimate_table(n_params, precision, memory, n_trained=None, quantized=(0, 0)):
+    """quantized: how many of n_params are, and their bytes."""
     lines = [f"{n_params / 1e6:.1f} M parameters, {precision}: GB per GPU for weights, gradients and AdamW; activations come on "
              f"top, so up to 80 % of {memory / 1e9:.1f} GB is taken", "              " + "".join(f"{n:>6} GPU" for n in (1, 2, 4, 8, 16))]
     for name in STAGES:
-        cells = [memory_per_gpu(n_params, name, precision, n) for n in (1, 2, 4, 8, 16)]
+        cells = [memory_per_gpu(n_params - quantized[0], name, precision, n, n_trained, quantized[1]) for n in (1, 2, 4, 8, 16)]
         lines.append(f"{name:<14}" + "".join(f"{c / 1e9:>9.2f}{'*' if c < 0.8 * memory else ' '}" for c in cells))
     return "\n".join(lines + ["* fits here"])
 
@@ -1029,16 +1598,16 @@ def device_memory():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
 
 
-def choose_stage(n_params, precision, problems, n_trained=None):
+def choose_stage(n_params, precision, problems, n_trained=None, frozen_bytes=0):
     """--ds_config auto: the lowest stage that fits; none: an error that names the smallest set-up that does."""
     memory = device_memory()
     # bf16 with fp32 accumulation does not exist at stage 0, fp64 only at stages 1 and 2 (DeepSpeed 0.19.8)
     for name in STAGES[1 if precision in ("bf16", "fp64") else 0: 3 if precision == "fp64" else 4]:
-        if memory_per_gpu(n_params, name, precision, world_size(), n_trained) < 0.8 * memory:
+        if memory_per_gpu(n_params, name, precision, world_size(), n_trained, frozen_bytes) < 0.8 * memory:
             return name
     fp64 = precision == "fp64"
     fits = [f"{name} on {n} GPUs" for n in (1, 2, 4, 8, 16, 32, 64) for name in (("zero2", "zero2_offload") if fp64 else STAGES[3:]) if n >= world_size()
-            and memory_per_gpu(n_params, name, precision, n, n_trained) < 0.8 * memory]
+            and memory_per_gpu(n_params, name, precision, n, n_trained, frozen_bytes) < 0.8 * memory]
     problems.append(f"the model does not fit: no ZeRO stage keeps {n_params / 1e9:.2f} G parameters in {precision} under 80 % of "
                     f"{memory / 1e9:.1f} GB on {world_size()} GPUs; smallest set-up that does: {fits[0] if fits else 'none up to 64 GPUs'}"
                     " (--ds_config zero2_offload or zero3_offload use the machine's memory; table: --estimate)")
@@ -1122,6 +1691,13 @@ def warmup_steps(args, max_steps):
     return warmup
 
 
+def flops_per_token(part, but):
+    """Floating-point operations of a training step per token, attention scores not counted (so a lower bound): 6 per weight
+    (Kaplan et al. 2020), 4 where it is frozen, for it has no gradient. but: names to leave out [regular expression]."""
+    found = 4 * sum(m.in_features * m.out_features for m in part.modules() if isinstance(m, QuantizedLinear))
+    return found + sum((6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if not re.search(but, n))
+
+
 def lr_at(step, peak, schedule, warmup, max_steps):
     """Learning rate of the update from `step` to `step + 1`, in closed form; exactly 0 at max_steps (linear, cosine).
 
@@ -1181,9 +1757,13 @@ def latest_checkpoint(run_dir):
 
 
 def full_state_dict(model):
-    """Collective under ZeRO-3. {name: whole CPU tensor} on rank 0, each tied weight once; {} on the others."""
-    state, persistent = {}, set(model.state_dict())
+    """Collective under ZeRO-3. {name: whole CPU tensor} on rank 0, each tied weight once; {} on the others. Of a model with
+    adapters: theirs."""
+    only_adapter = adapter_kind(model) != "none"
+    state, persistent = {}, () if only_adapter else set(model.state_dict())
     for name, weight in model.named_parameters():
+        if only_adapter and not ADAPTER_NAMES.search(name):
+            continue
         with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
             if rank() == 0:
                 state[name] = weight.detach().to("cpu", copy=True)
@@ -1195,14 +1775,56 @@ def full_state_dict(model):
 
 
 def copy_weights(model, folder):
-    """Collective. Copy the safetensors weights of `folder` into the model in place, also under ZeRO-3."""
+    """Collective. Copy the safetensors weights of `folder` into the model in place, also under ZeRO-3; those of adapters only
+    where it has adapters."""
+    kind = adapter_kind(model)
+    prefix = "base_model.model." if kind == "lora" else ""
     files = [safetensors.safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}
-    for name, weight in model.named_parameters():
+    wanted = {name: weight for name, weight in model.named_parameters() if kind == "none" or ADAPTER_NAMES.search(name)}
+    if kind != "none" and (other := {prefix + name for name in wanted} ^ set(where)):
+        fail(f"{folder}: the adapter's weights and this model do not belong together: {', '.join(sorted(other)[:4])}")
+    for name, weight in wanted.items():
         partitioned = hasattr(weight, "ds_id")
         with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=partitioned):
             if rank() == 0 or not partitioned:
-                weight.copy_(where[name].get_tensor(name))
+                weight.copy_(where[prefix + name].get_tensor(prefix + name))
+
+
+def save_adapter(model, weights, folder):
+    """Rank 0. adapter_config.json and adapter_model.safetensors as PEFT writes them, or bottleneck_config.json and bottleneck.safetensors."""
+    plan = model.adapter_plan
+    name, file = ADAPTER_FILES[plan.kind]
+    where = {"base_model_name_or_path": str(plan.base)}
+    tokens = plan.token_ids or None
+    if tokens and isinstance(model.get_output_embeddings(), HeadWithRows):
+        layers = [layer.token_adapter for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+        leaves = [next(path for path, m in model.named_modules() if m is layer).rpartition(".")[2]
+                  for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+        tokens = tokens if layers[0] is layers[1] else dict.fromkeys(leaves, tokens)
+    if plan.kind == "bottleneck":
+        write_json(folder / name, {**where, "reduction_factor": plan.reduction_factor, "dropout": plan.dropout, "parts": plan.parts,
+                                   "trainable_token_indices": tokens})
+    else:
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+        write_json(folder / name, {
+            **where, "bias": "none", "fan_in_fan_out": any(isinstance(m.base_layer, Conv1D) or getattr(m.base_layer, "transposed", False)
+                                                           for m in layers.values()),
+            "inference_mode": True, "init_lora_weights": True, "lora_alpha": int(plan.alpha) if plan.alpha == int(plan.alpha) else plan.alpha,
+            "lora_dropout": plan.dropout, "modules_to_save": None, "peft_type": "LORA", "r": plan.rank,
+            "revision": None if plan.revision == "main" else plan.revision,
+            "target_modules": sorted({path.rpartition(".")[2] for path in layers}) if plan.targets == "all-linear" else plan.targets,
+            "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", "trainable_token_indices": tokens,
+            "use_dora": False, "use_rslora": plan.rslora})
+    prefix = "base_model.model." if plan.kind == "lora" else ""
+    safetensors.torch.save_file({prefix + key: weight.contiguous() for key, weight in weights.items()}, folder / file, {"format": "pt"})
+
+
+def _drop_frozen(module, state, prefix, _):
+    """State-dict hook. DeepSpeed's exclude_frozen_parameters (0.19.8) overlooks second names of one weight, such as T5's tied embeddings."""
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        if not weight.requires_grad:
+            state.pop(prefix + name, None)
 
 
 def fsync_tree(folder, pattern="**/*"):
@@ -1214,12 +1836,14 @@ def fsync_tree(folder, pattern="**/*"):
 
 
 def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, limit, best_step=None):
-    """Collective. checkpoint-<step>/: a Hugging Face folder, engine/ for resuming, state.json, rawtune.json.
+    """Collective. checkpoint-<step>/: a Hugging Face folder (with adapters: only theirs), engine/ for resuming, state.json,
+    rawtune.json.
 
     Written as checkpoint-<step>.tmp, synced, marked COMPLETE, renamed: a kill at any moment leaves a whole checkpoint
     or a .tmp folder that the next start removes. Then all but the newest `limit` and the best are deleted.
     """
     done, aside = run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}.tmp"
+    has_adapter = adapter_kind(model) != "none"
     try:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -1227,14 +1851,21 @@ def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, lim
         dist.barrier()
         weights = full_state_dict(model)
         if rank() == 0:
-            model.save_pretrained(aside, state_dict=weights)
+            if has_adapter:
+                save_adapter(model, weights, aside)
+            else:
+                model.save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
             write_json(aside / "rawtune.json", rawtune)
             write_json(aside / "state.json", {**state, "step": step, "world_size": world_size(),
                                               "zero_stage": engine.zero_optimization_stage()})
         del weights
         # universal_checkpoint_info lets the optimizer state move to another number of ranks
-        engine.save_checkpoint(str(aside / "engine"), tag="state", client_state={"universal_checkpoint_info": {}}, save_latest=False)
+        hook = model.register_state_dict_post_hook(_drop_frozen) if has_adapter else None
+        engine.save_checkpoint(str(aside / "engine"), tag="state", client_state={"universal_checkpoint_info": {}}, save_latest=False,
+                               exclude_frozen_parameters=has_adapter)
+        if hook:
+            hook.remove()
         fsync_tree(aside)  # every rank: each node has pages of its own to write
         dist.barrier()
         if rank() == 0:
@@ -1276,7 +1907,8 @@ def load_checkpoint(engine, checkpoint, universal):
     """Collective. Weights, optimizer and masters into a fresh engine."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(checkpoint / ("universal" if universal else "engine")), tag="state")
+    has_adapter = any(isinstance(module, (LoraLinear, BottleneckLinear)) for module in engine.module.modules())  # then the base is not in it
+    path, _ = engine.load_checkpoint(str(checkpoint / ("universal" if universal else "engine")), tag="state", load_module_strict=not has_adapter)
     assert path is not None, f"DeepSpeed loaded nothing from {checkpoint}"
     # DeepSpeed 0.19.8's universal ZeRO-3 loader gives all groups ONE step tensor, which fused AdamW then advances once
     # per group, and the first group's weight decay

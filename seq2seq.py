@@ -511,11 +511,11 @@ class TargetLosses(torch.nn.Module):
 
 
 def train_flops(model, n_source, n_target):
-    """Floating-point operations of a training step, 6 per weight and token (Kaplan et al. 2020), embeddings left out and
-    attention scores not counted (so a lower bound): encoder weights see source tokens, decoder and head target tokens."""
-    size = {name: sum(getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if "embed" not in n and "shared" not in n)
-            for name, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder()))}
-    return 6 * (size["encoder"] * n_source + (size["decoder"] + model.config.vocab_size * getattr(model.config, "d_model", 0)) * n_target)
+    """Floating-point operations of a training step, embeddings left out: encoder weights see source tokens, decoder and head
+    target tokens."""
+    encoder, decoder = (common.flops_per_token(part, "embed|shared") for part in (model.get_encoder(), model.get_decoder()))
+    head = (6 if model.get_output_embeddings().weight.requires_grad else 4) * model.config.vocab_size * getattr(model.config, "d_model", 0)
+    return encoder * n_source + (decoder + head) * n_target
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -639,7 +639,7 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    precision, n_params = common.resolve_precision(args), 0
+    precision, n_params, n_trained, quantized = common.resolve_precision(args), 0, 0, (0, 0)
     if config is not None:
         n_params = common.count_parameters(AutoModelForSeq2SeqLM, config) if config.is_encoder_decoder else 0
         if not n_params or config.decoder_start_token_id is None:
@@ -648,10 +648,17 @@ def prepare(args):
         if precision == "fp16" and "t5" in config.model_type and "fp16" not in args.force:
             problems.append("--precision fp16: T5 overflows in fp16 (inf after the feed-forward layer, then NaN); use bf16 or "
                             "bf16-mixed, or --force fp16")
+        if n_params:
+            n_trained, quantized = common.count_trained(AutoModelForSeq2SeqLM, source, config, args, n_params, problems)
     if args.estimate:
         if problems:
             common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory()))
+        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
+        return None
+    if args.merge_lora:
+        if problems:
+            common.fail(problems)
+        common.merge_and_save(AutoModelForSeq2SeqLM, source, config, tokenizer, args)
         return None
     data_sets = load_data(args, tokenizer, problems)
     problems += [f"--metric_for_best {args.metric_for_best}: {d.name} has no evaluation records" for d in data_sets
@@ -660,7 +667,7 @@ def prepare(args):
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
-        args, source, identity, FREE_FLAGS, state, n_params, n_params, precision, problems)
+        args, source, identity, FREE_FLAGS, state, n_params, n_trained, precision, problems, quantized)
     if args.no_train:
         for path in (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.records[split] for d in data_sets)):
             if path.exists():
@@ -705,6 +712,7 @@ def main(args):
     dist.barrier()
 
     # 3 model
+    source = common.base_of_run(AutoModelForSeq2SeqLM, source, config, tokenizer, args, precision, run_dir)
     model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, precision, ds_config)
     packed = config.model_type in PACKED_FAMILIES
     if args.gradient_checkpointing:
@@ -745,11 +753,8 @@ def main(args):
     eval_steps = args.eval_steps or steps_per_epoch
     save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
-    base = {"path": str(source), "revision": getattr(config, "_commit_hash", None)}
-    if rank == 0:  # hashing 45 GB takes minutes, so a resumed run takes it from its checkpoint
-        base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
-               "base": base, "adapter": "none", "quantize": None}
+               **common.origin(args, source, config, resume_from)}
     log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
              f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
              f"run folder {run_dir}")
