@@ -1549,6 +1549,7 @@ def merge_adapter(model):
     for module in list(model.modules()):
         if isinstance(module, QuantizedLinear):
             _replace(model, module, _plain_linear(module))
+    del model.adapter_plan
 
 
 def _plain_linear(quantized):
