@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AddedToken, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from common import log
 
@@ -951,16 +951,10 @@ def check_model(args, engine, documents, pad_id, device):
                     "leave out --packing")
 
 
-def train_flops(model, n_params, n_tokens, n_targets):
-    """Floating-point operations of a training step (Kaplan et al. 2020), attention scores not counted (so a lower bound): per weight and
-    token 4, and 2 more where the weight is trained; the input embedding costs nothing, the head sees target tokens only."""
-    trained = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if p.requires_grad}
-    head = model.get_output_embeddings()
-    tied = model.config.tie_word_embeddings
-    table = model.config.vocab_size * model.config.hidden_size
-    body = n_params - table * (1 if tied else 2)
-    trained_body = sum(n for name, n in trained.items() if not re.search("embed|wte|wpe|lm_head", name))
-    return (4 * body + 2 * min(trained_body, body)) * n_tokens + (4 + 2 * head.weight.requires_grad) * table * n_targets
+def train_flops(model, n_tokens, n_targets):
+    """Floating-point operations of a training step, embeddings left out: the layers see all tokens, the head target tokens."""
+    head = (6 if model.get_output_embeddings().weight.requires_grad else 4) * model.config.vocab_size * model.config.hidden_size
+    return common.flops_per_token(model.base_model, "embed|wte|wpe") * n_tokens + head * n_targets
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -1099,22 +1093,31 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    precision, n_params, n_trained, n_old, template, end = common.resolve_precision(args), 0, 0, 0, None, None
+    precision, n_params, n_trained, quantized, n_old, template, end = common.resolve_precision(args), 0, 0, (0, 0), 0, None, None
     if config is not None:
         if (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
                 and config.model_type not in NOT_CAUSAL):
-            n_params = n_trained = common.count_parameters(AutoModelForCausalLM, config)
-            n_old = len(tokenizer)
-            n_problems = len(problems)
-            set_tokens(args, tokenizer, problems)
-            if len(problems) == n_problems:
-                template, end = set_template(args, tokenizer, problems)
+            n_params = common.count_parameters(AutoModelForCausalLM, config)
+            n_trained, quantized = common.count_trained(AutoModelForCausalLM, source, config, args, n_params, problems)
+            n_old, n_problems = len(tokenizer), len(problems)
+            if not args.merge_lora:
+                set_tokens(args, tokenizer, problems)
+                if len(problems) == n_problems:
+                    template, end = set_template(args, tokenizer, problems)
+            if len(tokenizer) > n_old and common.adapter_plan(args, source, config, []).folder:
+                problems.append(f"{source} is an adapter whose tokenizer lacks {', '.join(tokenizer.convert_ids_to_tokens(range(n_old, len(tokenizer))))}: "
+                                "merge it first (--merge_lora) and start from that, or choose another --template")
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected a decoder-only language model; encoder-decoders: seq2seq.py")
     if args.estimate:
         if problems:
             common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory()))
+        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
+        return None
+    if args.merge_lora:
+        if problems:
+            common.fail(problems)
+        merge(args, source, config, tokenizer)
         return None
     data_sets = load_data(args, tokenizer, template, end, problems)
     limit = getattr(config, "max_position_embeddings", None)
@@ -1135,7 +1138,7 @@ def prepare(args):
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
-        args, source, identity, FREE_FLAGS, state, n_params, n_trained, precision, problems)
+        args, source, identity, FREE_FLAGS, state, n_params, n_trained, precision, problems, quantized)
     if args.no_train:
         for path in (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.records[split] for d in data_sets)):
             if path.exists():
@@ -1147,15 +1150,28 @@ def prepare(args):
                                  ds_config=ds_config, template=template, end=end, new_ids=list(range(n_old, len(tokenizer))))
 
 
-def set_stop_ids(model, tokenizer, end):
-    """Write into the model what a chat needs: where a reply stops, and a padding id that is none of these. -> stop ids."""
-    end_id, generation = tokenizer.convert_tokens_to_ids(end), model.generation_config
-    stop_ids = [end_id] + [i for i in [tokenizer.eos_token_id] if i not in (end_id, tokenizer.pad_token_id)]
+def merge(args, source, config, tokenizer):
+    """--merge_lora. The merged model stops where the adapter's replies did."""
+    common.merge_and_save(AutoModelForCausalLM, source, config, tokenizer, args)
+    stop_ids = common.read_adapter(source, []).rawtune.get("stop_ids")
+    if stop_ids and common.rank() == 0:
+        generation = GenerationConfig.from_pretrained(args.merge_lora)
+        set_stop_ids(generation, tokenizer, stop_ids)
+        generation.save_pretrained(args.merge_lora)
+
+
+def stop_ids_of(tokenizer, end):
+    """Ids at which a reply stops: the end of a turn, and the tokenizer's end token, unless that is what rows are filled with."""
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    return [end_id] + [i for i in [tokenizer.eos_token_id] if i not in (end_id, tokenizer.pad_token_id)]
+
+
+def set_stop_ids(generation, tokenizer, stop_ids):
+    """Write into a generation configuration what a chat needs: where a reply stops, and a padding id that is none of these."""
     generation.eos_token_id = stop_ids
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id not in stop_ids else None
     if not generation.do_sample and (generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0)):
         generation.do_sample = True  # or transformers refuses to save the configuration that it has loaded
-    return stop_ids
 
 
 def out_of_memory(step, error, micro_batches):
@@ -1194,11 +1210,13 @@ def main(args):
             log.info(f"{data.name}, document {i + 1}, targets between ⟦ and ⟧:\n{marked(tokenizer, *unseal(data.tokens['train'][i]))}\n")
 
     # 3 model
-    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config)
+    source = common.base_of_run(AutoModelForCausalLM, source, config, tokenizer, args, precision, run_dir)
+    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, len(tokenizer), job.new_ids)
     sparse = args.packing and (args.attention in ("flex_attention", "flash_attention_2") or args.attention == "auto" and device.type == "cuda")
     if args.attention != "auto" or sparse:
         model.set_attn_implementation("flex_attention" if args.attention == "auto" else args.attention)
-    stop_ids, pad_id = set_stop_ids(model, tokenizer, job.end), tokenizer.pad_token_id
+    stop_ids, pad_id = stop_ids_of(tokenizer, job.end), tokenizer.pad_token_id
+    set_stop_ids(model.generation_config, tokenizer, stop_ids)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if precision == "bf16-mixed":
@@ -1243,12 +1261,9 @@ def main(args):
     eval_steps = args.eval_steps or steps_per_epoch
     save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
     warmup = common.warmup_steps(args, max_steps)
-    base = {"path": str(source), "revision": getattr(config, "_commit_hash", None)}
-    if rank == 0:  # hashing 45 GB takes minutes, so a resumed run takes it from its checkpoint
-        base["sha256"] = json.loads((resume_from / "rawtune.json").read_text())["base"]["sha256"] if resume_from else common.weights_sha256(source)
     rawtune = {"format": 1, "script": "sft_causal.py", "task": "chat", "family": "causal", "template": job.template, "end_token": job.end,
                "stop_ids": stop_ids, "raw_prompt": args.raw_prompt, "bidirectional_prompt": args.bidirectional_prompt,
-               "max_length": args.max_length, "base": base, "adapter": "none", "quantize": None}
+               "max_length": args.max_length, **common.origin(args, source, config, resume_from)}
     log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
              f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
              f"run folder {run_dir}")
@@ -1354,7 +1369,7 @@ def main(args):
                    "peak_memory_gb": common.peak_memory_gb(device)}
             if peak_flops:
                 row["mfu" if args.peak_tflops else "mfu_of_matmul"] = (
-                    train_flops(model, job.n_params, tokens, window["targets"]) / window["seconds"] / peak_flops / world)
+                    train_flops(model, tokens, window["targets"]) / window["seconds"] / peak_flops / world)
             log_row("train", row)
             window.clear()
         if (step % eval_steps == 0 or step == max_steps) and not stop:
