@@ -190,6 +190,12 @@ def run_clf(monkeypatch):
 
 
 @pytest.fixture
+def run_sft(monkeypatch):
+    """run_sft(words) -> exit code of sft_causal.main in this process."""
+    return in_process("sft_causal", monkeypatch)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than a short run of clf.py itself."""
     import clf

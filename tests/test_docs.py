@@ -10,13 +10,14 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, clf_flags, finish, flags, rows, start
+from conftest import ROOT, clf_flags, finish, flags, rows, start, write_llama
 
 import clf
 import common
 import seq2seq
+import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf}
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER_FLAGS = {"--num_gpus", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
@@ -63,7 +64,8 @@ def flags_of(page, monkeypatch):
     return set().union(*(known_flags(monkeypatch, parse) for name, parse in parsers.items() if own not in parsers or name == own))
 
 
-@pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"})])
+@pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
+                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md", "adapters.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
     assert len(found) > n and {page for page, _ in found} >= pages
@@ -93,12 +95,23 @@ def test_the_earlier_systems_command_and_its_wrapper_stand_in_the_pages_as_they_
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir()))
 def test_preset_parses_and_a_later_flag_wins(preset):
-    words = [f"@presets/{preset}", "--model_init_path", "google/flan-t5-base", "--data", "mydata", "--seed", "7"]
-    assert seq2seq.parse_args(words).data_name == ["mydata"]
-    args, problems = seq2seq.parse_args([*words, "--learning_rate", "0.125"]), []
-    seq2seq.check_args(args, problems)
+    script = seq2seq if preset == "flan-t5" else sft_causal
+    words = [f"@presets/{preset}", "--model_init_path", "some/model", "--data", "mydata", "--seed", "7"]
+    assert script.parse_args(words).data_name == ["mydata"]
+    args, problems = script.parse_args([*words, "--learning_rate", "0.125"]), []
+    script.check_args(args, problems)
     assert (args.learning_rate, args.seed, problems) == (0.125, 7, [])
-    assert seq2seq.parse_args(words).learning_rate != 0.125
+    assert isinstance(script.parse_args(words).learning_rate, float) and script.parse_args(words).learning_rate != 0.125
+
+
+def test_presets_are_layered_from_left_to_right():
+    """galactica-125m over sft-defaults: what it names wins, the rest stays; and the other way round."""
+    base, own = (sft_causal.parse_args([f"@presets/{name}", "--model_init_path", "m", "--data", "d"]) for name in ("sft-defaults", "galactica-125m"))
+    both = sft_causal.parse_args(["@presets/sft-defaults", "@presets/galactica-125m", "--model_init_path", "m", "--data", "d"])
+    turned = sft_causal.parse_args(["@presets/galactica-125m", "@presets/sft-defaults", "--model_init_path", "m", "--data", "d"])
+    assert (both.learning_rate, both.weight_decay, both.train_batch_size * both.gradient_accumulation_steps) == (5e-5, 0.01, 8)
+    assert both.max_grad_norm == base.max_grad_norm == 2.0 and own.max_grad_norm == 1.0
+    assert turned.learning_rate == base.learning_rate == 1e-5
 
 
 def test_what_the_readme_says_of_scores_happens(clf_mount, run_clf):
@@ -121,6 +134,28 @@ def test_what_the_readme_says_of_scores_happens(clf_mount, run_clf):
     assert row.keys() == json.loads(named).keys() and row["dataset"] == "mytexts"
     assert len(json.loads((clf_mount / "models" / "sports_articles_eval" / "preds.json").read_text())) == 1
     assert json.loads((clf_mount / "models" / "reward" / "rawtune.json").read_text())["task"] == "preference"
+
+
+def test_what_the_readme_says_of_assistants_happens(tmp_path, run_sft):
+    """Its data file and its commands in their order, with a tiny model and 2 steps."""
+    write_llama(tmp_path / "models" / "tiny")
+    section = re.search(r"^## An assistant from instructions or conversations\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    content, = re.findall(r"^```json\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mychats.json").write_text(content)
+    found = [shlex.split(line)[2:] for line in section.replace("\\\n", " ").splitlines() if line.startswith("python sft_causal.py")]
+    assert len(found) == 3
+    models = tmp_path / "models"
+    for words in found:
+        tiny = [{"HuggingFaceTB/SmolLM2-135M": str(models / "tiny"), "models/merged": str(models / "merged")}.get(word, word) for word in words]
+        merging = "--merge_lora" in words
+        assert run_sft([*tiny, "--mount_dir", tmp_path, *([] if merging else ["--max_steps", 2, "--train_batch_size", 2, "--max_new_tokens", 4])]) == 0
+    assert (models / "adapter" / "adapter_model.safetensors").exists() and not (models / "adapter" / "model.safetensors").exists()
+    for name in ("assistant", "merged"):
+        assert (models / name / "model.safetensors").exists() and "<|im_end|>" in (models / name / "chat_template.jinja").read_text()
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "sft_causal.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "page.py").write_text(code.replace('"models/sft-demo"', repr(str(models / "merged"))))
+    assert isinstance(runpy.run_path(tmp_path / "page.py")["reply"], str)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -159,6 +194,26 @@ def test_every_metric_is_explained(mount, run_main):
     explained = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "seq2seq.md").read_text()))
     assert {"loss", "eval/<dataset>/exact_match", "test/token_f1"} <= logged
     assert logged <= explained
+
+
+def test_every_metric_of_sft_is_explained_and_none_besides(tmp_path, run_sft):
+    """Runs with two data sets and a test part log the names of the tables in docs/sft_causal.md, no more, no less."""
+    write_llama(tmp_path / "models" / "llama")
+    (tmp_path / "data").mkdir()
+    records = [{"prompt": f"the cat reads {i}", "completion": "a long book"} for i in range(8)]
+    for name in ("one", "two"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps({"train": records[:4], "eval": records[4:6], "test": records[6:]}))
+    words = {"model_init_name": "llama", "data": ["one", "two"], "max_steps": 1, "train_batch_size": 8}
+    assert run_sft(flags(tmp_path, **words)) == 0
+    section = re.search(r"^## Metrics\n(.*?)^## ", (ROOT / "docs" / "sft_causal.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    tables = re.findall(r"^\| (training|evaluation) rows \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", section, re.MULTILINE)
+    tables = {kind: set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in body.splitlines()))) for kind, body in tables}
+    logged = {split: {name for row in rows(tmp_path / "models" / "run", split) for name in row} - {"step", "epoch", "split", "time"}
+              for split in ("train", "eval", "test")}
+    assert logged["train"] | {"mfu", "mfu_of_matmul"} == tables["training"]
+    for split in ("eval", "test"):
+        assert {re.sub(rf"^{split}/((one|two)/)?", "", name) for name in logged[split]} == tables["evaluation"]
+    assert {"eval/two/perplexity", "eval/two/exact_match"} <= logged["eval"]
 
 
 def clf_metric_tables():
