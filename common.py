@@ -898,6 +898,8 @@ def open_model_folder(args, problems):
         return None, None, None
     source = str(source)
     adapter = read_adapter(source, problems)
+    if adapter and adapter.base is None:
+        return None, None, None
     base, revision = (adapter.base, adapter.rawtune.get("base", {}).get("revision")) if adapter else (source, args.revision)
     folder = pathlib.Path(base)
     if folder.is_dir():
@@ -925,9 +927,7 @@ def open_model_folder(args, problems):
                  "(HF_HUB_OFFLINE=1) it must be in HF_HOME; or copy its folder under models/.")
         problems.append(f"model {base!r}: {first}{remedy}")
         return None, None, None
-    adapter_plan(args, source, config, problems if adapter is None else [])
-    if adapter and not any(problem.startswith(f"{adapter.folder}: ") for problem in problems):
-        adapter_plan(args, source, config, problems)
+    adapter_plan(args, source, config, problems)
     return source, config, tokenizer
 
 
@@ -1349,7 +1349,7 @@ NOT_LORA = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_p
 
 def read_adapter(source, problems):
     """What an adapter folder says, None for any other model: kind, its JSON, rawtune.json ({} in a folder of PEFT's), keys of
-    its weights, and base, the model it belongs to: a hub id, or a folder, which may have been moved together with this one."""
+    its weights, and base, the model it belongs to (None: not found): a hub id, or a folder, perhaps moved together with this one."""
     folder = pathlib.Path(source)
     kind = next((kind for kind, (name, _) in ADAPTER_FILES.items() if (folder / name).is_file()), None)
     if kind is None:
@@ -1369,10 +1369,11 @@ def read_adapter(source, problems):
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     places = [run / "base"] * (path.name == "base") + [path, folder / path, run.parent / path.name]
     found.base = next((str(place) for place in places if path.name and (place / "config.json").is_file()), None)
-    if found.base is None and (path.is_absolute() or stored.get("sha256") or not path.name):
+    if found.base is None and path.name and not path.is_absolute() and not stored.get("sha256"):
+        found.base = str(path)  # a hub id
+    if found.base is None:
         problems.append(f"{folder}: the model that this adapter belongs to is not at {str(path)!r}, nor beside the adapter; put it into "
                         f"{run.parent / (path.name or 'base')}")
-    found.base = found.base or str(path)
     return found
 
 
@@ -1382,7 +1383,7 @@ def adapter_plan(args, source, config, problems):
     kind: none, lora or bottleneck; base: what from_pretrained loads; folder: the adapter to start from, or None; quantize:
     None, nf4 or int8; token_ids: new tokens whose rows are trained, head_rows: in an untied head too.
     """
-    stored = read_adapter(source, problems) if source else None
+    stored = read_adapter(source, []) if source else None
     kind = "lora" if args.lora_rank else "bottleneck" if args.train_adapter else "none"
     plan = types.SimpleNamespace(
         kind=kind, base=source, revision=args.revision or "main", folder=None, paths=None, seed=args.seed, dtype=None, token_ids=[], head_rows=True,
@@ -1519,7 +1520,8 @@ def install_layers(model, plan):
         if getattr(head, "bias", None) is not None or model.config.is_encoder_decoder:
             fail(f"{type(model).__name__}: new tokens cannot be trained beside an adapter in this family; train all weights")
         is_tied = head.weight is embedding.weight
-        if plan.head_rows or is_tied:
+        plan.head_rows = plan.head_rows or is_tied  # also for a twin without memory, whose weights are not tied
+        if plan.head_rows:
             _replace(model, head, HeadWithRows(head, rows if is_tied else TokenRows(head.weight, plan.token_ids, plan.dtype)))
         _replace(model, embedding, EmbeddingWithRows(embedding, rows))
 

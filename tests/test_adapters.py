@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import bpe_tokenizer, clf_flags, distance, flags, rows, scores, stop_at, weights, write_clf_mount
+from conftest import bpe_tokenizer, clf_flags, distance, flags, rows, stop_at, weights, write_clf_mount
 
 import common
 
@@ -217,6 +217,34 @@ def test_training_moves_the_new_rows_and_nothing_else_of_the_embeddings(tmp_path
         p.requires_grad_(p is whole.get_input_embeddings().weight or p is whole.get_output_embeddings().weight)
     whole(input_ids=torch.tensor([[5, 300, 7, 301]]), labels=torch.tensor([[5, 300, 7, 301]])).loss.backward()
     assert off(model.get_input_embeddings().token_adapter.trainable_tokens_delta.grad, whole.get_input_embeddings().weight.grad[300:]) < 1e-5
+
+
+@pytest.mark.parametrize("name, n_tokens", [("llama tied", 304), ("llama", 300)])
+def test_new_rows_train_and_generate_alike_with_partitioned_weights(tmp_path, name, n_tokens, monkeypatch):
+    """Stages 0 and 3, three steps; added rows (loaded whole) and spare ones (loaded partitioned), on a quantised base."""
+    monkeypatch.setattr("sys.argv", ["test"])
+    base, ids, found = write_base(tmp_path / "base", name), torch.arange(n_tokens - 20, n_tokens).view(2, 10), {}
+    common.adopt_launcher()
+    device = common.setup_distributed()
+    for stage in (0, 3):
+        args = arguments("--model_init_path", base, "--lora_rank", 2, "--quantize", "nf4", "--train_batch_size", 2)
+        config = common.open_model_folder(args, [])[1]
+        ds_config = common.read_ds_config(args, f"zero{stage}", "fp32", [])
+        model = common.load_model(transformers.AutoModelForCausalLM, base, config, args, "fp32", ds_config, n_tokens=n_tokens,
+                                  new_ids=[n_tokens - 4, n_tokens - 1])
+        assert any(hasattr(w, "ds_id") for w in model.parameters()) == (stage == 3 and n_tokens == 300)
+        optimizer = torch.optim.AdamW(common.param_groups(model, 0.0), lr=0.01)
+        engine, *_ = common.deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        for _ in range(3):
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+        engine.eval()
+        with torch.no_grad():
+            found[stage] = engine(input_ids=ids).logits, engine.module.get_output_embeddings()(torch.ones(2, 3, 32)), common.full_state_dict(model)
+        if stage == 3:
+            assert off(logits(common.plain_copy(model, device), ids), found[3][0]) < 1e-6
+    assert off(found[0][0], found[3][0]) < 1e-5 and off(found[0][1], found[3][1]) < 1e-5
+    assert distance(found[0][2], found[3][2]) < 1e-5 and sum("token_adapter" in key for key in found[3][2]) == (1 if "tied" in name else 2)
 
 
 def test_we_read_rows_that_peft_trained(tmp_path):
