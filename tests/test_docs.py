@@ -65,7 +65,7 @@ def flags_of(page, monkeypatch):
 
 
 @pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
-                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md", "adapters.md"})])
+                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
     assert len(found) > n and {page for page, _ in found} >= pages
