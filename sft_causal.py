@@ -105,7 +105,7 @@ def parse_args(argv=None):
                        help="kernel in training; auto = flex_attention for packed rows on a GPU, else sdpa")
     group.add_argument("--loss", choices=["cross_entropy", "poly"], default="cross_entropy",
                        help="poly: cross entropy + poly_eps (1 - p) (Leng et al. 2022)")
-    group.add_argument("--poly_eps", type=float, default=1.0, help="weight of the second term of --loss poly [no unit]")
+    group.add_argument("--poly_eps", type=float, help="weight of the second term of --loss poly [no unit], default 1")
     group.add_argument("--neftune_alpha", type=float, default=0.0, help="noise on the embeddings in training (Jain et al. 2023) [no unit], 0 = off")
     group.add_argument("--bidirectional_prompt", action="store_true",
                        help="tokens before the first target see each other in both directions (prefix-LM, as GPT-JT)")
@@ -135,7 +135,7 @@ def parse_args(argv=None):
 
 def check_args(args, problems):
     common.check_shared_args(args, problems)
-    for name, low in dict(max_length=4, max_new_tokens=1, n_samples=1, show_examples=0, n_generate=0, neftune_alpha=0, poly_eps=-1,
+    for name, low in dict(max_length=4, max_new_tokens=1, n_samples=1, show_examples=0, n_generate=0, neftune_alpha=0,
                           oasst_min_quality=0, temperature=0).items():
         if not low <= getattr(args, name) < math.inf:
             problems.append(f"--{name} {getattr(args, name)}: expected {low} or more")
@@ -148,6 +148,8 @@ def check_args(args, problems):
         problems.append("--top_p has no effect in greedy decoding: raise --temperature")
     if args.truncated_eos and args.truncation != "end":
         problems.append(f"--truncated_eos has no effect with --truncation {args.truncation}, which leaves the end in place")
+    if args.poly_eps is not None and (args.loss != "poly" or not math.isfinite(args.poly_eps)):
+        problems.append(f"--poly_eps {args.poly_eps}: expected a finite number, and has no effect without --loss poly")
     if args.raw_prompt and args.template != "auto":
         problems.append(f"--raw_prompt uses no template: leave out --template {args.template}")
     if args.bidirectional_prompt and args.attention not in ("auto", "sdpa", "eager"):
@@ -401,7 +403,9 @@ def examples_of(path, default_split, args, template, problems, counts):
             problems.append(f"{where}: {wrong}")
         elif (record.get("tree_state") or "ready_for_export") != "ready_for_export" or not conversations:
             counts["trees without a usable thread"] += 1
-        elif isinstance(record.get("prompt"), dict):  # a whole tree would be a lot to carry along
+        elif isinstance(record.get("prompt"), dict):
+            counts["trees"] += 1
+            # a whole tree would be a lot to carry along
             record = {"message_tree_id": record.get("message_tree_id")}
             for group in [[thread] for thread in conversations] if args.oasst_paths == "all" else [conversations]:
                 yield where, split, record, group, key
@@ -629,6 +633,9 @@ def load_data(args, tokenizer, template, end, problems):
         data = DataSet(name, amount, root / key, 100 if args.debug else None)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
+    tree_flags = [f"--{name}" for name, off in (("oasst_paths", "best"), ("oasst_lang", None), ("oasst_min_quality", 0.0)) if getattr(args, name) != off]
+    if tree_flags and len(data_sets) == len(args.data_name) and not any(d.counts.get("trees") for d in data_sets):
+        problems.append(f"{', '.join(tree_flags)}: no effect, there is no OpenAssistant tree in {', '.join(args.data_name)}")
     if len(data_sets) == len(args.data_name) and not any(d.records["eval"] or (args.no_train and d.records["test"]) for d in data_sets):
         problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
                         "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
@@ -1093,20 +1100,21 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    precision, n_params, n_trained, quantized, n_old, template, end = common.resolve_precision(args), 0, 0, (0, 0), 0, None, None
+    precision, n_params, n_trained, quantized, new_ids, template, end = common.resolve_precision(args), 0, 0, (0, 0), [], None, None
     if config is not None:
         if (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
                 and config.model_type not in NOT_CAUSAL):
             n_params = common.count_parameters(AutoModelForCausalLM, config)
             n_trained, quantized = common.count_trained(AutoModelForCausalLM, source, config, args, n_params, problems)
-            n_old, n_problems = len(tokenizer), len(problems)
+            old_ids, n_problems = set(tokenizer.get_vocab().values()), len(problems)
             if not args.merge_lora:
                 set_tokens(args, tokenizer, problems)
                 if len(problems) == n_problems:
                     template, end = set_template(args, tokenizer, problems)
-            if len(tokenizer) > n_old and common.adapter_plan(args, source, config, []).folder:
-                problems.append(f"{source} is an adapter whose tokenizer lacks {', '.join(tokenizer.convert_ids_to_tokens(range(n_old, len(tokenizer))))}: "
-                                "merge it first (--merge_lora) and start from that, or choose another --template")
+            new_ids = sorted(set(tokenizer.get_vocab().values()) - old_ids)
+            if new_ids and common.adapter_plan(args, source, config, []).folder:
+                problems.append(f"{source} is an adapter whose tokenizer lacks {', '.join(tokenizer.convert_ids_to_tokens(new_ids))}: merge it first "
+                                "(--merge_lora) and start from that, or choose another --template")
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected a decoder-only language model; encoder-decoders: seq2seq.py")
     if args.estimate:
@@ -1147,7 +1155,7 @@ def prepare(args):
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
                                  data_sets=data_sets, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state,
-                                 ds_config=ds_config, template=template, end=end, new_ids=list(range(n_old, len(tokenizer))))
+                                 ds_config=ds_config, template=template, end=end, new_ids=new_ids)
 
 
 def merge(args, source, config, tokenizer):
@@ -1211,10 +1219,14 @@ def main(args):
 
     # 3 model
     source = common.base_of_run(AutoModelForCausalLM, source, config, tokenizer, args, precision, run_dir)
-    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, len(tokenizer), job.new_ids)
-    sparse = args.packing and (args.attention in ("flex_attention", "flash_attention_2") or args.attention == "auto" and device.type == "cuda")
-    if args.attention != "auto" or sparse:
-        model.set_attn_implementation("flex_attention" if args.attention == "auto" else args.attention)
+    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, max(tokenizer.get_vocab().values()) + 1,
+                              job.new_ids)
+    kernel = args.attention  # a packed row on a GPU: one that skips what is masked
+    if kernel == "auto" and args.packing and device.type == "cuda" and not args.bidirectional_prompt:
+        kernel = "flex_attention"
+    if kernel != "auto":
+        model.set_attn_implementation(kernel)
+    sparse = kernel in ("flex_attention", "flash_attention_2")
     stop_ids, pad_id = stop_ids_of(tokenizer, job.end), tokenizer.pad_token_id
     set_stop_ids(model.generation_config, tokenizer, stop_ids)
     if args.gradient_checkpointing:
@@ -1328,7 +1340,7 @@ def main(args):
                 is_last = i == len(micro_batches) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
                 losses = engine(common.to_device(batch, device), n_chunks)  # (N,); N may be 0
-                summed = (poly_loss(losses, args.poly_eps) if args.loss == "poly" else losses).sum()
+                summed = (poly_loss(losses, 1.0 if args.poly_eps is None else args.poly_eps) if args.loss == "poly" else losses).sum()
                 loss_sum += summed.detach()
                 # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                 # steps, this is the sum over all target tokens of the step / their number. (It must be computed from
