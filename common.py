@@ -1239,9 +1239,8 @@ class LoraLinear(torch.nn.Module):
         return y + (self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))) * self.scale).to(y.dtype)
 
     def update(self):
-        """(n_out, n_in), fp32 or fp64."""
-        a, b = (torch.promote_types(w.dtype, torch.float32) for w in (self.lora_A.weight, self.lora_B.weight))
-        return self.lora_B.weight.to(b) @ self.lora_A.weight.to(a) * self.scale
+        """scale B A: (n_out, n_in)."""
+        return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 class BottleneckLinear(torch.nn.Module):
@@ -1381,58 +1380,63 @@ def adapter_plan(args, source, config, problems):
     """What `install_layers` puts into the model, from the flags or from the adapter folder `source`; reads small files only.
 
     kind: none, lora or bottleneck; base: what from_pretrained loads; folder: the adapter to start from, or None; quantize:
-    None, nf4 or int8; token_ids: new tokens whose rows are trained, head_rows: in an untied head too.
+    None, nf4 or int8; paths: layers with LoRA, where a folder says them; token_ids: new tokens whose rows are trained,
+    head_rows: in an untied head too.
     """
-    stored = read_adapter(source, []) if source else None
-    kind = "lora" if args.lora_rank else "bottleneck" if args.train_adapter else "none"
+    kind, targets = "lora" if args.lora_rank else "bottleneck" if args.train_adapter else "none", args.lora_targets or ["auto"]
     plan = types.SimpleNamespace(
-        kind=kind, base=source, revision=args.revision or "main", folder=None, paths=None, seed=args.seed, dtype=None, token_ids=[], head_rows=True,
-        quantize=args.quantize, model_type=config.model_type, rank=args.lora_rank, alpha=args.lora_alpha or 2 * args.lora_rank, rslora=False,
-        dropout=(args.lora_dropout or 0.0) if kind == "lora" else 0.1 if args.adapter_dropout is None else args.adapter_dropout,
-        targets=LORA_TARGETS.get(config.model_type, "all-linear") if args.lora_targets in (None, ["auto"]) else
-        "all-linear" if args.lora_targets == ["all-linear"] else args.lora_targets, reduction_factor=args.reduction_factor or 128,
+        kind=kind, base=source, revision=args.revision or "main", folder=None, quantize=args.quantize, model_type=config.model_type, seed=args.seed,
+        dtype=None, token_ids=[], head_rows=True, rank=args.lora_rank, alpha=args.lora_alpha or 2 * args.lora_rank, rslora=False, paths=None,
+        targets=LORA_TARGETS.get(config.model_type, "all-linear") if targets == ["auto"] else "all-linear" if targets == ["all-linear"] else targets,
+        dropout=args.lora_dropout or 0.0, reduction_factor=args.reduction_factor or 128,
         parts=[name for name in ("mh_adapter", "output_adapter") if not getattr(args, f"no_{name}")])
+    if kind == "bottleneck":
+        plan.dropout = 0.1 if args.adapter_dropout is None else args.adapter_dropout
+    stored = read_adapter(source, []) if source else None
     if stored:
-        plan.kind, plan.base, plan.folder = stored.kind, stored.base, stored.folder
-        plan.revision = stored.rawtune.get("base", {}).get("revision") or stored.json.get("revision") or "main"
-        plan.quantize = args.quantize or stored.rawtune.get("quantize")
-        if kind not in ("none", stored.kind):
-            problems.append(f"{source} holds a {stored.kind} adapter, which training continues; for a {kind} adapter "
-                            + ("merge it first (--merge_lora) and start from that" if stored.kind == "lora" else "start from its base"))
-        given = dict(rank=args.lora_rank, alpha=args.lora_alpha, targets=args.lora_targets and plan.targets, reduction_factor=args.reduction_factor,
-                     parts=plan.parts if kind == "bottleneck" else None)
-        names = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"} if stored.kind == "lora" else {}
-        for name in ("rank", "alpha", "targets") if names else ("reduction_factor", "parts"):
-            value = stored.json.get(names.get(name, name))
-            value = sorted(value) if isinstance(value, list) else value
-            if given[name] and (sorted(given[name]) if isinstance(given[name], list) else given[name]) != value and given[name] != "all-linear":
-                problems.append(f"{source} is an adapter with {name} {value}, not {given[name]}; training continues it as it is. For another one "
-                                "merge it first (--merge_lora) and start from that")
-            setattr(plan, name, value)
-        dropout = args.lora_dropout if names else args.adapter_dropout
-        plan.dropout = stored.json.get("lora_dropout" if names else "dropout", 0.0) if dropout is None else dropout
-        plan.rslora = bool(stored.json.get("use_rslora"))
-        wrong = [name for name in NOT_LORA if stored.json.get(name)] + (["bias"] if stored.json.get("bias", "none") != "none" else [])
-        wrong += ["init_lora_weights"] if stored.json.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal") else []
-        if wrong or names and stored.json.get("peft_type") != "LORA":
-            problems.append(f"{source}: only plain LoRA can be read, not {', '.join(wrong) or stored.json.get('peft_type')} in adapter_config.json")
-        plan.paths = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in stored.keys if ".lora_A." in key}
-        tokens = stored.json.get("trainable_token_indices") or []
-        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-        plan.token_ids, plan.head_rows = lists[0], sum("token_adapter" in key for key in stored.keys) > 1
-        if any(ids != sorted(lists[0]) for ids in lists):
-            problems.append(f"{source}: trainable_token_indices must be the same rising numbers for every layer")
+        _continue_adapter(plan, stored, args, problems)
+    elif args.no_train and kind != "none":
+        problems.append("--lora_rank and --train_adapter have no effect with --no_train: name a folder that holds an adapter")
     plan.quantize = None if plan.quantize == "none" else plan.quantize
     if plan.kind == "bottleneck" and config.model_type not in BOTTLENECKS:
         problems.append(f"--train_adapter: where adapters go in a {config.model_type} is not known; known: {', '.join(sorted(BOTTLENECKS))}")
-    if plan.kind == "none" and args.quantize in ("nf4", "int8") and not args.no_train:
+    if plan.kind == "none" and plan.quantize and not args.no_train:
         problems.append(f"--quantize {args.quantize}: quantised weights are not trained; add --lora_rank or --train_adapter (or --no_train)")
-    if args.merge_lora and plan.kind != "lora" or args.merge_lora and not plan.folder:
+    if args.merge_lora and not (plan.kind == "lora" and plan.folder):
         problems.append(f"--merge_lora: {source} holds no LoRA adapter" + (", and bottleneck adapters are not linear: nothing can be merged"
                                                                            if plan.kind == "bottleneck" else ""))
-    if args.no_train and kind != "none" and not stored:
-        problems.append("--lora_rank and --train_adapter have no effect with --no_train: name a folder that holds an adapter")
     return plan
+
+
+def _continue_adapter(plan, stored, args, problems):
+    """The plan becomes that of an adapter folder (see `read_adapter`); flags that say otherwise are problems."""
+    asked, is_lora, said = plan.kind, stored.kind == "lora", stored.json
+    remedy = "merge it first (--merge_lora) and start from that" if is_lora else "start from its base"
+    if asked not in ("none", stored.kind):
+        problems.append(f"{stored.folder} holds a {stored.kind} adapter, which training continues; for a {asked} adapter {remedy}")
+    names = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules"} if is_lora else {"reduction_factor": "reduction_factor", "parts": "parts"}
+    given = {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets and plan.targets, "parts": asked == stored.kind and plan.parts,
+             "reduction_factor": args.reduction_factor}
+    for name, key in names.items():
+        wanted, value = (sorted(v) if isinstance(v, list) else v for v in (given[name], said.get(key)))
+        if wanted and wanted not in (value, "all-linear"):
+            problems.append(f"{stored.folder} is an adapter with {name} {value}, not {wanted}; training continues it as it is. For another one {remedy}")
+        setattr(plan, name, value)
+    dropout = args.lora_dropout if is_lora else args.adapter_dropout
+    plan.dropout = said.get("lora_dropout" if is_lora else "dropout", 0.0) if dropout is None else dropout
+    plan.kind, plan.base, plan.folder, plan.rslora = stored.kind, stored.base, stored.folder, bool(said.get("use_rslora"))
+    plan.revision = stored.rawtune.get("base", {}).get("revision") or said.get("revision") or "main"
+    plan.quantize = args.quantize or stored.rawtune.get("quantize")
+    plan.paths = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in stored.keys if ".lora_A." in key}
+    tokens = said.get("trainable_token_indices") or []
+    tokens = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    plan.token_ids, plan.head_rows = tokens[0], sum("token_adapter" in key for key in stored.keys) > 1
+    if any(ids != sorted(tokens[0]) for ids in tokens):
+        problems.append(f"{stored.folder}: trainable_token_indices must be the same rising numbers for every layer")
+    other = [name for name in NOT_LORA if said.get(name)] + ["bias"] * (said.get("bias", "none") != "none")
+    other += ["init_lora_weights"] * (said.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"))
+    if other or is_lora and said.get("peft_type") != "LORA":
+        problems.append(f"{stored.folder}: only plain LoRA can be read, not {', '.join(other) or said.get('peft_type')} in adapter_config.json")
 
 
 def adapter_kind(model):
@@ -1500,7 +1504,8 @@ def origin(args, source, config, resume_from):
 def install_layers(model, plan):
     """Quantise, put adapters in and freeze, as the plan says; works on a model without memory ("meta") too."""
     if plan.quantize:
-        for path, linear in linear_layers(model).items():
+        for path in list(linear_layers(model)):  # one after the other: the old weights are freed
+            linear = model.get_submodule(path)
             _replace(model, linear, QuantizedLinear(linear, plan.quantize, plan.dtype))
     if plan.kind != "none":
         model.requires_grad_(False)
@@ -1537,7 +1542,7 @@ def freeze(model, patterns):
 
 @torch.no_grad()
 def merge_adapter(model):
-    """In place, for a whole model: quantised weights become plain ones, LoRA and token rows are added in. fp32 or fp64."""
+    """In place, for a whole model: quantised weights become plain ones, LoRA and token rows are added in. For models in fp32 or fp64."""
     for module in list(model.modules()):
         base = getattr(module, "base_layer", None)
         if isinstance(module, EmbeddingWithRows):
