@@ -527,7 +527,7 @@ def start_of_run(args, run_dir, identity, free_flags, problems):
     before = json.loads(record.read_text())
     now = {**vars(args), **identity}
     changed = {key: (before.get(key), value) for key, value in json.loads(json.dumps(now, default=str)).items()
-               if key not in FREE_FLAGS | free_flags and before.get(key) != value}
+               if key not in FREE_FLAGS | free_flags and before.get(key) != value and (key in before or value)}  # or: a flag that did not exist
     text = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
     if (run_dir / COMPLETE).exists() and not args.resume:
         problems.append(f"{run_dir} is a finished run: --resume continues it (with more --max_steps), --overwrite starts "
@@ -1065,8 +1065,9 @@ def plain_copy(model, device):
     for name, weight in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if id(weight) not in twins:
             with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
-                value = weight.detach().to(device, copy=True)
-            twins[id(weight)] = torch.nn.Parameter(value, False) if isinstance(weight, torch.nn.Parameter) else value
+                is_parameter = isinstance(weight, torch.nn.Parameter)
+                value = weight.detach().to(device, copy=is_parameter)  # quantised weights, which are buffers, are shared
+            twins[id(weight)] = torch.nn.Parameter(value, False) if is_parameter else value
         module, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(module), leaf, twins[id(weight)])
     twin.generation_config = model.generation_config
@@ -1080,7 +1081,7 @@ def generating_model(args, engine, device):
         return model, False
     if device.type == "cuda":
         torch.cuda.empty_cache()  # or what training has cached counts as used
-    need = sum(p.ds_numel * p.element_size() for p in model.parameters()) + sum(b.numel() * b.element_size() for b in model.buffers())
+    need = sum(p.ds_numel * p.element_size() for p in model.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else device_memory() / 2
     n_full = all_reduce_sum([need > 0.6 * free], device)[0]
     if args.zero3_generation == "synced" or (args.zero3_generation == "auto" and n_full):

@@ -506,6 +506,10 @@ def test_adapter_flags_may_not_change_on_the_way(mount, run_main, no_pictures, m
         stop_at(patch, 2)
         assert run_main(flags(mount, lora_rank=2)) == 75
     assert run_main(flags(mount, lora_rank=2, lora_alpha=16)) == 2 and "lora_alpha" in capsys.readouterr().err
+    record = mount / "models" / "run" / "args.json"  # of a version that had no --quantize and no --freeze: off, as they are now
+    record.write_text(json.dumps({name: value for name, value in json.loads(record.read_text()).items() if name not in ("quantize", "freeze")}))
+    assert run_main(flags(mount, lora_rank=2, quantize="nf4")) == 2 and "quantize: None -> nf4" in capsys.readouterr().err
+    assert run_main(flags(mount, lora_rank=2)) == 0
 
 
 REFUSED = {
