@@ -19,7 +19,7 @@ import sft_causal
 
 SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAUNCHER_FLAGS = {"--num_gpus", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
+LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
 
 
