@@ -198,8 +198,10 @@ def test_rows_of_new_tokens_travel_with_the_adapter_and_peft_reads_them(tmp_path
     hidden = torch.randn(2, 5, 32)
     whole = model.get_output_embeddings()(hidden)
     assert off(whole.flatten(0, 1), model.get_output_embeddings()(hidden.flatten(0, 1))) < 1e-6 and whole.shape == (2, 5, 304)
-    common.merge_adapter(model)
-    assert off(logits(model, ids), theirs) < 1e-5 and not any(".base_layer" in n for n, _ in model.named_parameters())
+    args = arguments("--model_init_path", tmp_path, "--merge_lora", tmp_path / "merged")
+    common.merge_and_save(auto_class(model.config), *common.open_model_folder(args, []), args)
+    merged = auto_class(model.config).from_pretrained(tmp_path / "merged")
+    assert off(logits(merged, ids), theirs) < 1e-5 and merged.config.vocab_size == 304
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
@@ -217,6 +219,16 @@ def test_training_moves_the_new_rows_and_nothing_else_of_the_embeddings(tmp_path
         p.requires_grad_(p is whole.get_input_embeddings().weight or p is whole.get_output_embeddings().weight)
     whole(input_ids=torch.tensor([[5, 300, 7, 301]]), labels=torch.tensor([[5, 300, 7, 301]])).loss.backward()
     assert off(model.get_input_embeddings().token_adapter.trainable_tokens_delta.grad, whole.get_input_embeddings().weight.grad[300:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+def test_rows_of_new_tokens_travel_with_bottlenecks_too(tmp_path, name):
+    base, ids = write_base(tmp_path / "base", name), torch.arange(290, 304).view(2, 7)
+    model = shake(load(base, "--train_adapter", "--reduction_factor", 8, n_tokens=304, new_ids=[300, 303]))
+    common.save_adapter(model, common.full_state_dict(model), tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(logits(again, ids), logits(model, ids)) and off(logits(again, ids), logits(load(base, n_tokens=304), ids)) > 0.01
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("name, n_tokens", [("llama tied", 304), ("llama", 300)])
