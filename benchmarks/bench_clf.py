@@ -18,19 +18,14 @@ Data: JSON lines; the values of "question" and "answer" (or "input") are the tex
 import argparse
 import json
 import math
-import os
 import pathlib
-import platform
 import random
-import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import harness
+
 SIZES = {"mini": (256, 32, 1024, 4, 8), "base": (768, 64, 2048, 12, 12), "large": (1024, 64, 2816, 24, 16)}  # width, d_kv, d_ff, layers, heads
 PEERS = ("ours", "hf", "hf-grouped")
 
@@ -76,63 +71,45 @@ def run_ours(args, folder, steps):
     """Scored texts and trained tokens per second of the script as users run it, from its own metrics.jsonl; the first third of the
     steps is left out."""
     every, found = max(1, steps // 3), {}
-    shared = [sys.executable, str(ROOT / "clf.py"), "--mount_dir", str(folder), "--model_init_name", "bench", "--precision", args.precision,
-              "--max_length", "1024", "--eval_batch_size", str(args.batch)]
+    shared = ["--mount_dir", str(folder), "--model_init_name", "bench", "--precision", args.precision, "--max_length", "1024",
+              "--eval_batch_size", str(args.batch), "--training_run_name", "run"]
     jobs = {"score": ["--data", "score", "--no_train"],
             "train": ["--data", "train", "--max_steps", str(3 * every), "--logging_steps", str(every), "--train_batch_size", str(args.batch),
                       "--gradient_accumulation_steps", str(args.accumulation), "--save_steps", "0", "--eval_steps", "1000000"]}
     for name, words in jobs.items():
-        run = f"{name}-{time.time_ns()}"
-        result = subprocess.run([*shared, *words, "--training_run_name", run], capture_output=True, text=True)
-        if result.returncode:
-            sys.exit(result.stdout[-2000:] + result.stderr[-4000:])
-        rows = [json.loads(line) for line in (folder / "models" / run / "metrics.jsonl").read_text().splitlines()]
+        harness.run_script("clf.py", [*shared, *words])
         if name == "score":
-            found["scored_per_sec"] = rows[0]["eval/texts_per_sec"]
+            found["scored_per_sec"] = harness.metric_rows(folder / "models" / "run", "eval")[0]["eval/texts_per_sec"]
         else:
-            rows = [row for row in rows if row["split"] == "train"][1:]
+            rows = harness.metric_rows(folder / "models" / "run")[1:]
             seconds = [row["target_tokens"] / row["tokens_per_sec"] for row in rows]
             tokens = sum(row["input_tokens_per_sec"] * s for row, s in zip(rows, seconds))
             found["trained_tokens_per_sec"] = tokens / sum(seconds)
             found.update(padding_share=statistics.mean(row["padding_share"] for row in rows), peak_memory_gb=rows[-1]["peak_memory_gb"])
-        shutil.rmtree(folder / "models" / run)
+        shutil.rmtree(folder / "models" / "run")
     return found
 
 
 def run_hf(args, folder, steps, grouped):
     """In this process (a child of its own): Trainer.predict over all texts, then Trainer.train from a fresh head."""
     import torch
-    from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback,
-                              TrainingArguments)
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
     tokenizer = AutoTokenizer.from_pretrained(folder / "models" / "bench")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "models" / "bench", num_labels=2, pad_token_id=0, dtype=torch.float32)
     records = json.loads((folder / "data" / "score.json").read_text())["eval"]
     ids = tokenizer([record["input"] for record in records], truncation=True, max_length=1024).input_ids
     rows = [{"input_ids": row if args.family == "t5" else row[:-1], "labels": record["target"]} for row, record in zip(ids, records)]
     collator, every = DataCollatorWithPadding(tokenizer), max(1, steps // 3)
-    clock, counts = {}, []  # counts: (real tokens, computed positions) of each forward step, in order
+    clock, counts = harness.StepClock(), []  # counts: (real tokens, computed positions) of each forward step, in order
 
     def counted(features):
         batch = collator(features)
         counts.append((int(batch["attention_mask"].sum()), batch["input_ids"].numel()))
         return batch
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, args_, control_state, control, **_):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if control_state.global_step == every:
-                clock["start"] = time.perf_counter()
-            clock["end"] = time.perf_counter()
-
-    options = {"output_dir": str(folder / "hf"), "per_device_train_batch_size": args.batch, "per_device_eval_batch_size": args.batch,
-               "max_steps": 3 * every, "gradient_accumulation_steps": args.accumulation, "optim": "adamw_torch_fused", "max_grad_norm": 1.0,
-               "learning_rate": 5e-5, "save_strategy": "no", "report_to": "none", "logging_steps": every, "bf16": args.precision == "bf16",
-               "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available()}
-    if grouped:  # the option's name changed in transformers 5
-        name = "train_sampling_strategy" if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__ else "group_by_length"
-        options[name] = "group_by_length" if name.startswith("train") else True
-    trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows, data_collator=counted, callbacks=[Clock()],
+    options = {**harness.trainer_options(folder, args, every), "per_device_eval_batch_size": args.batch, "bf16": args.precision == "bf16",
+               **(harness.by_length(TrainingArguments) if grouped else {})}
+    trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows, data_collator=counted, callbacks=[clock],
                       processing_class=tokenizer)
     found = {}
     if not grouped:
@@ -140,12 +117,8 @@ def run_hf(args, folder, steps, grouped):
     counts.clear()
     trainer.train()
     real, computed = (sum(column) for column in zip(*counts[every * args.accumulation: 3 * every * args.accumulation]))
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        peak = int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text()).group(1)) * 1024 / 1e9
-    print(json.dumps({**found, "trained_tokens_per_sec": real / (clock["end"] - clock["start"]), "padding_share": 1 - real / computed,
-                      "peak_memory_gb": peak}))
+    print(json.dumps({**found, "trained_tokens_per_sec": real / (clock.times[-1] - clock.times[every - 1]), "padding_share": 1 - real / computed,
+                      "peak_memory_gb": harness.peak_memory_gb()}))
 
 
 def main():
@@ -158,48 +131,26 @@ def main():
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a training run; the first third is not timed")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gpu-only", action="store_true", help='print "not run" where there is no GPU')
-    parser.add_argument("--out", help="write the figures to this JSON file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    harness.add_flags(parser)
     args = parser.parse_args()
     if args.child:
         run_hf(args, pathlib.Path(args.folder), args.steps, args.child == "hf-grouped")
         return
-    import torch
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    if args.gpu_only and not torch.cuda.is_available():
-        print("not run: no GPU here")
+    if harness.no_gpu(args):
         return
-    results = {peer: [] for peer in PEERS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         prepare(args, folder)
-        for round_ in range(args.rounds):
-            for peer in PEERS:
-                if peer == "ours":
-                    found = run_ours(args, folder, args.steps)
-                else:
-                    child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child", peer, "--folder", str(folder)],
-                                           capture_output=True, text=True)
-                    if child.returncode:
-                        sys.exit(child.stderr[-4000:])
-                    found = json.loads(child.stdout.strip().splitlines()[-1])
-                results[peer].append(found)
-                print(f"round {round_ + 1}  {peer:<11}" + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
-    median = {peer: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for peer, runs in results.items()}
+        results = harness.alternate(
+            PEERS, args.rounds, lambda peer: run_ours(args, folder, args.steps) if peer == "ours" else harness.in_child(peer, folder))
+    median = harness.medians(results)
     ours, hf, grouped = (median[peer] for peer in PEERS)
-    summary = {"command": " ".join(["python", "benchmarks/bench_clf.py", *sys.argv[1:]]), "device": device,
-               "python": platform.python_version(), "torch": torch.__version__, "transformers": __import__("transformers").__version__,
-               "deepspeed": __import__("deepspeed").__version__, "median": median, "runs": results,
-               "scoring_over_hf": ours["scored_per_sec"] / hf["scored_per_sec"],
-               "training_over_hf": ours["trained_tokens_per_sec"] / hf["trained_tokens_per_sec"],
-               "training_over_hf_grouped": ours["trained_tokens_per_sec"] / grouped["trained_tokens_per_sec"]}
-    print(f"{args.family} on {device}: scoring {summary['scoring_over_hf']:.2f} x Trainer.predict; training {summary['training_over_hf']:.2f} x "
-          f"Trainer, {summary['training_over_hf_grouped']:.2f} x with its length grouping")
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(summary, indent=2) + "\n")
+    ratios = {"scoring_over_hf": ours["scored_per_sec"] / hf["scored_per_sec"],
+              "training_over_hf": ours["trained_tokens_per_sec"] / hf["trained_tokens_per_sec"],
+              "training_over_hf_grouped": ours["trained_tokens_per_sec"] / grouped["trained_tokens_per_sec"]}
+    print(f"{args.family} on {harness.device_name()}: scoring {ratios['scoring_over_hf']:.2f} x Trainer.predict; training "
+          f"{ratios['training_over_hf']:.2f} x Trainer, {ratios['training_over_hf_grouped']:.2f} x with its length grouping")
+    harness.write_summary(args, results, **ratios)
 
 
 if __name__ == "__main__":
