@@ -562,6 +562,9 @@ def plan_run(args, source, identity, free_flags, state, n_params, n_trained, pre
         if ds_name == "auto":
             ds_name = state.get("ds_config") or choose_stage(n_params - quantized[0], precision, problems, n_trained, quantized[1])
         ds_config = read_ds_config(args, ds_name, precision, problems)
+        if precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            problems.append(f"--precision {args.precision}: DeepSpeed has no fp16 on this machine's {'GPU' if torch.cuda.is_available() else 'CPU'}; "
+                            "use bf16 or fp32")
         if ds_config and resume_from and ds_config["zero_optimization"]["stage"] != state["zero_stage"]:
             problems.append(f"--ds_config {args.ds_config}: {resume_from} was written at ZeRO stage {state['zero_stage']} and continues there")
     return run_dir, resume_from, state, ds_name, ds_config
