@@ -335,20 +335,24 @@ def tree_paths(root, args):
     best: at every message the reply with the lowest `rank`; all: each thread up to a leaf once; random: each thread with the probability
     that a walk over random replies takes it. Deleted, other-language and low-quality messages do not exist, nor do their replies.
     """
+    def number(value):
+        return value if isinstance(value, (int, float)) else math.inf
+
     def usable(node):
-        quality = node.get("labels") or {}
-        quality = dict(zip(quality["name"], quality["value"])).get("quality") if "name" in quality else quality.get("quality")
+        if not isinstance(node, dict) or node.get("deleted") or node.get("role") not in ("prompter", "assistant"):
+            return False
+        labels = node.get("labels") if isinstance(node.get("labels"), dict) else {}
+        quality = dict(zip(labels["name"], labels["value"])).get("quality") if {"name", "value"} <= set(labels) else labels.get("quality")
         quality = quality.get("value") if isinstance(quality, dict) else quality
-        return (not node.get("deleted") and isinstance(node.get("text"), str) and node["text"].strip() and node.get("role") in ("prompter", "assistant")
-                and (not args.oasst_lang or node.get("lang") in args.oasst_lang)
-                and (quality is None or quality >= args.oasst_min_quality))
+        return (isinstance(node.get("text"), str) and bool(node["text"].strip()) and (not args.oasst_lang or node.get("lang") in args.oasst_lang)
+                and number(quality) >= args.oasst_min_quality)
 
     paths, stack = {}, [(1.0, [root])] if usable(root) else []
     while stack:
         probability, path = stack.pop()
-        replies = [reply for reply in path[-1].get("replies") or [] if usable(reply) and reply["role"] != path[-1]["role"]]
+        replies = [reply for reply in path[-1].get("replies") or () if usable(reply) and reply["role"] != path[-1]["role"]]
         if args.oasst_paths == "best":
-            replies = sorted(replies, key=lambda r: (r.get("rank") is None, r.get("rank")))[:1]
+            replies = sorted(replies, key=lambda reply: number(reply.get("rank")))[:1]
         if replies:
             stack += [(probability / len(replies), [*path, reply]) for reply in reversed(replies)]
             continue
@@ -364,11 +368,16 @@ def tree_paths(root, args):
     return [(probability / total, messages) for probability, messages in found]
 
 
-def grow_trees(nodes):
+def grow_trees(nodes, problems):
     """[(where, split, message)] of a flat OpenAssistant file -> [(where, split, {"message_tree_id", "prompt": nested})], and the number of
     messages whose parent is not in the file."""
-    by_id = {node["message_id"]: {**node, "replies": []} for _, _, node in nodes}
-    roots, n_orphans = [], 0
+    by_id, roots, n_orphans = {}, [], 0
+    for where, _, node in nodes:
+        if not isinstance(node["message_id"], str) or not isinstance(node.get("parent_id"), (str, type(None))) or node["message_id"] in by_id:
+            problems.append(f"{where}: 'message_id' {node['message_id']!r}, 'parent_id' {node.get('parent_id')!r}: expected a string that no other "
+                            "message has, and that of another message or null")
+            return [], 0
+        by_id[node["message_id"]] = {**node, "replies": []}
     for where, split, node in nodes:
         parent = node.get("parent_id")
         if parent is None:
@@ -394,7 +403,7 @@ def examples_of(path, default_split, args, template, problems, counts):
                 flat.append((where, split, record))
             else:
                 yield where, split, record
-        trees, counts["messages without their parent"] = grow_trees(flat)
+        trees, counts["messages without their parent"] = grow_trees(flat, problems)
         yield from trees
 
     for where, split, record in records():
