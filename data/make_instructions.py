@@ -12,14 +12,14 @@ occurs in training, and nothing can be answered by memory. The answers are known
 is for training; the others also name their family.
 
     python data/make_instructions.py     # rewrites data/instructions.jsonl, byte for byte the same every time
-Expected: 7500 train, 300 eval, 300 test records; 1.0 MB.
+Expected: 7400 train, 300 eval, 300 test records; 1.0 MB.
 """
 
 import json
 import pathlib
 import random
 
-SIZES = {"train": 7500, "eval": 300, "test": 300}
+SIZES = {"train": 7400, "eval": 300, "test": 300}
 WORDS = "red cat moon tree dog fish milk lamp sun boat hand salt rain door bird king".split()
 OPPOSITES = "hot cold|tall short|wet dry|fast slow|old new|hard soft|rich poor|near far".split("|")
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
@@ -93,7 +93,7 @@ def conversation(family, rng):
 
 def make():
     rng, seen = random.Random(0), set()
-    families = [*ASK, "system", "follow", "again"]
+    families = [*ASK, "opposite", "plural", "system", "follow", "follow", "again"]  # twice what takes longest to learn
     for split, size in SIZES.items():
         n = 0
         while n < size:

@@ -58,7 +58,7 @@ if __name__ == "__main__":
     bpe.save(str(folder / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": N_ROWS, "hidden_size": 96,
-        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
+        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 6,
         "max_position_embeddings": 512, "initializer_range": 0.1, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }
