@@ -51,8 +51,8 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, MOD
 
 from common import log
 
-DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sft-demo --max_steps 800 --train_batch_size 64 "
-        "--learning_rate 0.004 --warmup_steps 80 --eval_steps 400 --max_new_tokens 24 --logging_steps 50")
+DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sft-demo --max_steps 1800 --train_batch_size 64 "
+        "--learning_rate 0.006 --weight_decay 0.1 --warmup_steps 100 --eval_steps 900 --max_new_tokens 24 --logging_steps 50 --n_generate 300")
 NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
 MAX_DROPPED = 0.01  # share of the documents that truncation may leave without a target
