@@ -907,9 +907,9 @@ class TargetLosses(torch.nn.Module):
         return self.model.base_model(input_ids=batch["input_ids"], use_cache=False, **options).last_hidden_state
 
     def prefix_mask(self, document, is_prompt):
-        """(R, 1, S, S), True = may attend: what came before in the document, and inside its prompt also what comes after."""
+        """(R, 1, S, S), True = may attend: what came before in the document, and its whole prompt, which so sees itself both ways."""
         causal = torch.ones(document.shape[1:] * 2, dtype=torch.bool, device=document.device).tril()
-        seen = (document[:, :, None] == document[:, None]) & (causal | is_prompt[:, :, None] & is_prompt[:, None])
+        seen = (document[:, :, None] == document[:, None]) & (causal | is_prompt[:, None])
         seen = seen.unsqueeze(1)
         if self.model.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
             dtype = self.model.dtype
