@@ -298,7 +298,7 @@ def test_mixtures_take_exact_counts_and_another_sample_each_epoch(sft_mount):
 
 
 def test_random_threads_and_windows_are_functions_of_seed_and_epoch(sft_mount):
-    trees = [{"message_tree_id": str(i), "prompt": node(f"{i}", "prompter", [node(" ".join(WORDS) * k) for k in (1, 2, 3)])} for i in range(30)]
+    trees = [{"message_tree_id": str(i), "prompt": node(f"{i}", "prompter", [node(" ".join(WORDS) * k) for k in (1, 20, 40)])} for i in range(30)]
     (sft_mount / "data" / "trees.jsonl").write_text("".join(json.dumps(tree) + "\n" for tree in trees))
     options = {"data": "trees", "oasst_paths": "random", "truncation": "random_window", "max_length": 40, "train_batch_size": 64, "eval_fraction": 0.2}
 
