@@ -123,6 +123,22 @@ def test_raw_prompts_are_joined_as_they_are_and_the_completion_is_trained():
     assert ids[: before[0]].tolist() == tokenizer("a:").input_ids
 
 
+def test_plain_texts_and_chats_of_one_block_keep_their_places():
+    tokenizer, end, _ = tokenizer_with()
+    block = [("", "the cat"), CHAT, ("a:", " yes"), CHAT[1:3], [{"role": "user", "content": "<s>"}, CHAT[2]], CHAT[:3]]
+    together = sft_causal.encode(tokenizer, block, args_of(), end)
+    for conversation, found in zip(block, together, strict=True):
+        alone, = sft_causal.encode(tokenizer, [conversation], args_of(), end)
+        assert str(alone) == str(found)
+    assert len({str(found) for found in together}) == len(block) and "special token" in together[4]
+
+
+def test_other_names_of_roles_are_understood_and_what_follows_the_last_reply_is_left_out():
+    human = [{"role": role, "content": message["content"]} for role, message in zip(("system", "human", "gpt", "prompter", "bot"), CHAT)]
+    assert sft_causal.clean_messages([*human, {"role": "user", "content": "unanswered"}]) == (CHAT, None)
+    assert sft_causal.clean_messages(CHAT[:2])[0] is None
+
+
 def test_a_missing_token_is_named_with_its_flag_and_given_by_it():
     for name, flag in (("pad_token", "--pad_token"), ("eos_token", "--eos_token")):
         _, _, problems = tokenizer_with(**{name: None})
@@ -293,8 +309,38 @@ def test_mixtures_take_exact_counts_and_another_sample_each_epoch(sft_mount):
     epochs = [data.step_ids(k) for k in range(4)]
     for ids in epochs:
         assert (ids < n_a).sum() == round(0.5 * n_a) and (ids >= n_a).sum() == 7 and len(set(ids.tolist())) == len(ids)
-    assert {tuple(sorted(ids.tolist())) for ids in epochs[:2]} != {tuple(sorted(ids.tolist())) for ids in epochs[2:]}
+    assert len({tuple(sorted(ids.tolist())) for ids in epochs}) == 4
     assert data_sets[1].counts["eval"] + n_b == 20 and n_b < 20  # a bare list, part of which is held out
+
+
+def test_evaluation_rows_keep_their_prompt_their_reply_and_their_record(sft_mount):
+    """Of a tree: its likeliest thread, the second of these three, in evaluation; all of them in training."""
+    tree = node("q", "prompter", [node("once", replies=[node("x?", "prompter", [node("x1"), node("x2")])]), node("often")])
+    rows = [{"messages": CHAT, "note": 5, "split": "eval"}, {"prompt": "a", "completion": "b", "split": "test"},
+            {"prompt": tree, "message_tree_id": "t", "split": "eval"}, {"prompt": tree, "message_tree_id": "t"},
+            {"prompt": tree, "message_tree_id": "u", "tree_state": "aborted_low_grade"}]
+    (sft_mount / "data" / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, (data,), tokenizer = training_data(sft_mount, data="c", oasst_paths="random")
+    chat, thread = data.records["eval"]
+    assert chat["prompt"] == CHAT[:-1] and chat["completion"] == "no" and chat["orig_d"]["note"] == 5
+    assert thread == {"prompt": [{"role": "user", "content": "q"}], "completion": "often", "orig_d": {"message_tree_id": "t"}}
+    assert data.prompt["eval"][0].tolist() == tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=False)
+    assert [record["completion"] for record in data.records["test"]] == ["b"] and len(data.tokens["eval"]) == 2
+    assert len(data.tokens["train"]) == 3 and np.diff([0, *data.edges["train"]]) == pytest.approx([0.25, 0.25, 0.5])
+    assert data.counts["train"] == 1 and data.counts["trees without a usable thread"] == 1
+
+
+def test_answers_to_one_prompt_are_not_held_out_apart_and_known_evaluation_prompts_are_warned_of(sft_mount, messages):
+    """--eval_fraction splits by prompt: its answer stands nowhere in the training data. Control: a prompt given in both lists is counted."""
+    twice = [{"prompt": f"the cat {i % 40}", "completion": str(i)} for i in range(80)]
+    (sft_mount / "data" / "d.json").write_text(json.dumps(twice))
+    _, (data,), _ = training_data(sft_mount, data="d", eval_fraction=0.3)
+    train, held = set(data.hashes["train"]), set(data.hashes["eval"])
+    assert held and train and not held & train and len(held | train) == 40 and len(data.hashes["eval"]) == 2 * len(held)
+    assert not any("occur in the training data" in line for line in messages)
+    (sft_mount / "data" / "e.json").write_text(json.dumps({"train": twice, "eval": [*twice[:1], {"prompt": "a dog?", "completion": "no"}]}))
+    training_data(sft_mount, data="e")
+    assert any("e: 1 of 2 eval prompts occur in the training data" in line for line in messages)
 
 
 def test_random_threads_and_windows_are_functions_of_seed_and_epoch(sft_mount):
