@@ -226,7 +226,8 @@ def test_the_exported_folder_is_the_trained_model_for_plain_transformers(shared,
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1: -1].double()
             wanted = torch.tensor(ids[len(prompt):])
-            sums += [torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item(), (logits.argmax(1) == wanted).sum().item(), len(wanted)]
+            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            sums += [loss.item(), (logits.argmax(1) == wanted).sum().item(), len(wanted)]
         return sums[:2] / sums[2]
     loss, accuracy = loss_and_accuracy(run)
     last = rows(run, "eval")[-1]
