@@ -63,7 +63,8 @@ def texts(tokenizer, ids, is_target):
     ("chatml", {"messages": CHAT[:3]}, "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
      "<|im_start|>assistant\nyes<|im_end|>\n"),
     ("plain", {"messages": CHAT[1:]}, "<s>the cat?\nyes</s>a book?\nno</s>"),
-    ("alpaca", {"messages": CHAT}, "<s>Be brief.\n\n### Instruction:\nthe cat?\n\n### Response:\nyes</s>\n\n### Instruction:\na book?\n\n### Response:\nno</s>"),
+    ("alpaca", {"messages": CHAT}, "<s>Be brief.\n\n### Instruction:\nthe cat?\n\n### Response:\nyes</s>\n\n"
+     "### Instruction:\na book?\n\n### Response:\nno</s>"),
     ("chatml", {"text": "the cat"}, "<s>the cat</s>"),
     ("chatml", {"prompt": {"role": "prompter", "text": "the cat?", "replies": [{"role": "assistant", "text": "yes", "replies": []}]}},
      "<s><|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"),
@@ -101,7 +102,8 @@ def test_prompt_ids_are_those_that_a_reader_of_the_saved_tokenizer_gets(template
     def prompt(messages):
         return reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert [prompt(CHAT[:2]), prompt(CHAT[:4])] == [ids[:n].tolist() for n in before]
-    assert reader.apply_chat_template(CHAT, tokenize=True, return_dict=False) == ids.tolist() and prompt(CHAT[:1] + CHAT[3:4]) != ids[:before[0]].tolist()
+    assert reader.apply_chat_template(CHAT, tokenize=True, return_dict=False) == ids.tolist()
+    assert prompt(CHAT[:1] + CHAT[3:4]) != ids[:before[0]].tolist()
     assert sft_causal.check_ids(tokenizer, CHAT, ids, before, "assistant") is None
     assert "apply_chat_template" in sft_causal.check_ids(tokenizer, CHAT, ids[1:], before, "assistant")
     assert "other ids alone" in sft_causal.check_ids(tokenizer, CHAT, ids, [before[0] + 1, before[1]], "assistant")
@@ -139,6 +141,15 @@ def test_other_names_of_roles_are_understood_and_what_follows_the_last_reply_is_
     assert sft_causal.clean_messages(CHAT[:2])[0] is None
 
 
+def test_no_begin_token_where_the_tokenizer_puts_none_in_front():
+    tokenizer, problems = tokenizer_with()[0], []
+    tokenizer.backend_tokenizer.post_processor = type(tokenizer.backend_tokenizer.post_processor)("$A", "$A $B", [])
+    _, end = sft_causal.set_template(args_of(template="chatml"), tokenizer, problems)
+    for record, start in (({"messages": CHAT[1:3]}, "<|im_start|>user"), ({"text": "the cat"}, "the cat</s>")):
+        (ids, _, _), = encoded(tokenizer, end, record)
+        assert tokenizer.bos_token == "<s>" and tokenizer.decode(ids).startswith(start)
+
+
 def test_a_missing_token_is_named_with_its_flag_and_given_by_it():
     for name, flag in (("pad_token", "--pad_token"), ("eos_token", "--eos_token")):
         _, _, problems = tokenizer_with(**{name: None})
@@ -163,7 +174,8 @@ def test_a_template_that_teaches_no_end_is_refused(template, words):
 def test_a_template_that_rewrites_history_is_refused_naming_a_way_out_that_works():
     tokenizer, problems = tokenizer_with()[0], []
     tokenizer.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + ('(thought)' if m['role'] == 'assistant' and loop.last "
-                               "else '') + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+                               "else '') + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     name, end = sft_causal.set_template(args_of(), tokenizer, problems)
     found, = sft_causal.encode(tokenizer, [CHAT], args_of(), end)
     assert not problems and "--targets last" in found and "turn 3" in found
@@ -213,6 +225,18 @@ def test_random_windows_always_hold_a_target_and_reach_every_one():
     assert set(seen) == {3, 20, 39}
 
 
+@pytest.mark.parametrize("limit", [50, 70, 110])
+def test_packed_rows_never_reach_over_max_length_however_wide_rows_pay(limit):
+    """A huge model: attention costs nothing beside the rest, so fewer paddings win and rows grow up to the limit. A tiny one: they do not."""
+    lengths = np.random.default_rng(limit).integers(2, 50, 30)
+    huge, tiny = (sft_causal.pack(np.arange(30), lengths, limit, width, False) for width in (10**6, 1))
+    for rows in (huge, tiny):
+        assert sorted(i for row in rows for i in row) == list(range(30)) and max(lengths[row].sum() for row in rows) <= limit
+    assert len(huge) <= len(tiny)
+    with_room = sft_causal.pack(np.arange(30), np.full(30, 10), 300, 1, True)  # sparse: one row takes all
+    assert len(with_room) == 1
+
+
 # ------------------------------------------------------------------------------------------------ message trees
 
 
@@ -221,8 +245,10 @@ def node(text, role="assistant", replies=(), **more):
 
 
 TREE = node("q", "prompter", [
-    node("worse", rank=1, lang="en", replies=[node("more?", "prompter", [node("more", lang="en")], lang="en"), node("unanswered", "prompter", lang="en")]),
-    node("best", rank=0, lang="en", labels={"name": ["quality"], "value": [0.3]}), node("unranked", lang="de", labels={"quality": {"value": 0.9, "count": 3}}),
+    node("worse", rank=1, lang="en", replies=[node("more?", "prompter", [node("more", lang="en")], lang="en"),
+                                              node("unanswered", "prompter", lang="en")]),
+    node("best", rank=0, lang="en", labels={"name": ["quality"], "value": [0.3]}),
+    node("unranked", lang="de", labels={"quality": {"value": 0.9, "count": 3}}),
     node("gone", rank=-1, deleted=True, lang="en")], lang="en")
 
 
@@ -235,7 +261,8 @@ def test_threads_of_a_tree():
     """best: lowest rank, not the deleted one; all: every leaf, an unanswered question ends with the reply before it; random: by its walk."""
     assert threads() == {("q", "best"): 1.0}
     assert threads(oasst_paths="all") == {("q", "worse", "more?", "more"): 1.0, ("q", "worse"): 1.0, ("q", "best"): 1.0, ("q", "unranked"): 1.0}
-    assert threads(oasst_paths="random") == {("q", "worse", "more?", "more"): 0.1667, ("q", "worse"): 0.1667, ("q", "best"): 0.3333, ("q", "unranked"): 0.3333}
+    assert threads(oasst_paths="random") == {("q", "worse", "more?", "more"): 0.1667, ("q", "worse"): 0.1667,
+                                             ("q", "best"): 0.3333, ("q", "unranked"): 0.3333}
     assert threads(oasst_paths="all", oasst_lang=["en"]).keys() == {("q", "worse", "more?", "more"), ("q", "worse"), ("q", "best")}
     assert threads(oasst_min_quality=0.5) == {("q", "worse", "more?", "more"): 1.0}
     assert threads(oasst_lang=["de"]) == {}
@@ -271,12 +298,13 @@ def sft_mount(tmp_path):
     write_llama(tmp_path / "models" / "llama")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.json").write_text(json.dumps({"train": records(43), "eval": records(3)}))
-    (tmp_path / "data" / "b.json").write_text(json.dumps([{"instruction": f"the cat {i}", "output": str(i)} for i in range(20)]))  # as Alpaca is published
+    alpaca = [{"instruction": f"the cat {i}", "output": str(i)} for i in range(20)]  # a bare list, as it is published
+    (tmp_path / "data" / "b.json").write_text(json.dumps(alpaca))
     return tmp_path
 
 
-def training_data(mount, problems=None, **changes):
-    args, problems = sft_causal.parse_args([str(w) for w in flags(mount, model_init_name="llama", **{"data": "a", **changes})]), problems if problems is not None else []
+def training_data(mount, **changes):
+    args, problems = sft_causal.parse_args([str(w) for w in flags(mount, model_init_name="llama", **{"data": "a", **changes})]), []
     _, config, tokenizer = common.open_model_folder(args, problems)
     sft_causal.set_tokens(args, tokenizer, problems)
     template, end = sft_causal.set_template(args, tokenizer, problems)
@@ -346,7 +374,8 @@ def test_answers_to_one_prompt_are_not_held_out_apart_and_known_evaluation_promp
 def test_random_threads_and_windows_are_functions_of_seed_and_epoch(sft_mount):
     trees = [{"message_tree_id": str(i), "prompt": node(f"{i}", "prompter", [node(" ".join(WORDS) * k) for k in (1, 20, 40)])} for i in range(30)]
     (sft_mount / "data" / "trees.jsonl").write_text("".join(json.dumps(tree) + "\n" for tree in trees))
-    options = {"data": "trees", "oasst_paths": "random", "truncation": "random_window", "max_length": 40, "train_batch_size": 64, "eval_fraction": 0.2}
+    options = {"data": "trees", "oasst_paths": "random", "truncation": "random_window", "max_length": 40, "train_batch_size": 64,
+               "eval_fraction": 0.2}
 
     def drawn(epoch, **changes):
         data = training_data(sft_mount, **{**options, **changes})[0]
@@ -355,6 +384,10 @@ def test_random_threads_and_windows_are_functions_of_seed_and_epoch(sft_mount):
         assert all(len(row) == data.lengths[i] <= 40 and (row < 0).sum() == data.n_targets[i] > 0 and row[0] >= 0 for i, row in enumerate(rows))
         return data.chosen.tolist(), [row.tolist() for row in rows]
     assert drawn(0) == drawn(0) and drawn(0)[0] != drawn(1)[0] and drawn(0)[1] != drawn(1)[1] and drawn(0) != drawn(0, seed=1)
+    long = {"data": "long", "oasst_paths": "best"}
+    (sft_mount / "data" / "long.json").write_text(json.dumps([{"prompt": str(i), "completion": " ".join(WORDS) * 3} for i in range(30)]))
+    first, again, second = drawn(0, **long), drawn(0, **long), drawn(1, **long)
+    assert first == again and first[0] == second[0] and first[1] != second[1]  # one document each, another window of it
     picks = np.array([drawn(epoch)[0] for epoch in range(40)])
     shares = np.bincount((picks % 3).ravel(), minlength=3) / picks.size  # three threads of each tree, equally likely
     assert abs(shares - 1 / 3).max() < 0.06
@@ -369,14 +402,18 @@ def test_documents_without_a_target_are_dropped_aloud_and_refused_above_one_perc
     assert "1 of 103 documents have no target token left" in capsys.readouterr().err
     assert run_sft(flags(sft_mount, "other", model_init_name="llama", data="long2", max_length=40, max_steps=1)) == 2
     assert "2 of 103 documents have no target token left" in capsys.readouterr().err
-    assert run_sft(flags(sft_mount, "third", model_init_name="llama", data="long2", max_length=40, max_steps=1, truncation="start", n_generate=0)) == 0
+    kept = {"truncation": "start", "max_steps": 1, "n_generate": 0}
+    assert run_sft(flags(sft_mount, "third", model_init_name="llama", data="long2", max_length=40, **kept)) == 0
 
 
 def test_everything_that_is_wrong_is_reported_at_once_before_the_model_loads(sft_mount, run_sft, capsys, monkeypatch):
-    lines = {'{"instruction": "a", "output": ""}': "'output' is empty", '{"messages": [{"role": "user", "content": "x"}]}': "no message of the role 'assistant'",
-             '{"messages": "x"}': "no list of objects", '{"prompt": "a"}': "no 'completion'", '{"foo": 1}': "none of the known formats", "not json": "not JSON",
+    lines = {'{"instruction": "a", "output": ""}': "'output' is empty",
+             '{"messages": [{"role": "user", "content": "x"}]}': "no message of the role 'assistant'",
+             '{"messages": "x"}': "no list of objects", '{"prompt": "a"}': "no 'completion'", '{"foo": 1}': "none of the known formats",
+             "not json": "not JSON",
              '{"prompt": "a", "completion": "x<|im_end|>y"}': "special token '<|im_end|>'", '{"text": 5}': "expected a string",
-             '{"instruction": "a", "input": 7, "output": "b"}': "'input' is a int", '{"prompt": "a", "completion": "b", "split": "dev"}': "split 'dev'",
+             '{"instruction": "a", "input": 7, "output": "b"}': "'input' is a int",
+             '{"prompt": "a", "completion": "b", "split": "dev"}': "split 'dev'",
              '{"prompt": "a", "completion": "\\ud800"}': "half a character",
              '{"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "y"}]}': "messages[0] has no"}
     (sft_mount / "data" / "bad.jsonl").write_text("\n".join(lines) + "\n")
