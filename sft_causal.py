@@ -403,7 +403,8 @@ def examples_of(path, default_split, args, template, problems, counts):
                 flat.append((where, split, record))
             else:
                 yield where, split, record
-        trees, counts["messages without their parent"] = grow_trees(flat, problems)
+        trees, n_orphans = grow_trees(flat, problems)
+        counts["messages without their parent"] += n_orphans
         yield from trees
 
     for where, split, record in records():
