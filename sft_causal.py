@@ -1036,7 +1036,7 @@ def evaluate(args, engine, tokenizer, data_sets, split, stop_ids, step, run_dir,
     started, model = time.perf_counter(), engine.module.model
     training_kernel = model.config._attn_implementation
     if training_kernel == "flex_attention":  # compiled for one shape after the other; evaluation has many
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         local_losses = row_losses(args, engine, [d.tokens[split][i] for d, i in rows], [int(d.n_targets[split][i]) for d, i in rows], vocabulary,
                                   tokenizer.pad_token_id, device)
@@ -1184,6 +1184,17 @@ def stop_ids_of(tokenizer, end):
     return [end_id] + [i for i in [tokenizer.eos_token_id] if i not in (end_id, tokenizer.pad_token_id)]
 
 
+def set_attention(model, kernel):
+    """--attention; a family without it either raises or only warns and keeps its own."""
+    try:
+        model.set_attn_implementation(kernel)
+        reason = "the model keeps its own"
+    except (ValueError, ImportError) as error:
+        reason = str(error).split(". ")[0]
+    if model.config._attn_implementation != kernel:
+        common.fail(f"--attention {kernel}: not for a {model.config.model_type} here ({reason}); leave it out, or choose another")
+
+
 def set_stop_ids(generation, tokenizer, stop_ids):
     """Write into a generation configuration what a chat needs: where a reply stops, and a padding id that is none of these."""
     generation.eos_token_id = stop_ids
@@ -1231,11 +1242,11 @@ def main(args):
     source = common.base_of_run(AutoModelForCausalLM, source, config, tokenizer, args, precision, run_dir)
     model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, max(tokenizer.get_vocab().values()) + 1,
                               job.new_ids)
-    kernel = args.attention  # a packed row on a GPU: one that skips what is masked
-    if kernel == "auto" and args.packing and device.type == "cuda" and not args.bidirectional_prompt:
+    kernel = args.attention  # a packed row on a GPU: one that skips what is masked, where the family has it
+    if kernel == "auto" and args.packing and device.type == "cuda" and not args.bidirectional_prompt and model._supports_flex_attn:
         kernel = "flex_attention"
     if kernel != "auto":
-        model.set_attn_implementation(kernel)
+        set_attention(model, kernel)
     sparse = kernel in ("flex_attention", "flash_attention_2")
     stop_ids, pad_id = stop_ids_of(tokenizer, job.end), tokenizer.pad_token_id
     set_stop_ids(model.generation_config, tokenizer, stop_ids)
