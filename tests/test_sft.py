@@ -261,6 +261,16 @@ def test_positions_that_do_not_restart_are_refused_where_they_are_learnt(monkeyp
         sft_causal.check_model(arguments(packing=True), wrapped(family("gpt2")), some_documents(), 0, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name, kernel", [("gpt2", "flex_attention"), ("gemma2", "sdpa"), ("bloom", "sdpa")])
+def test_a_kernel_that_a_family_lacks_is_refused_not_ignored(name, kernel, capsys):
+    """transformers raises for the first two and keeps what it has for the third."""
+    model = family(name)
+    with pytest.raises(SystemExit) as stop:
+        sft_causal.set_attention(model, kernel)
+    assert stop.value.code == 2 and f"--attention {kernel}: not for a {model.config.model_type}" in capsys.readouterr().err
+    sft_causal.set_attention(model, "eager")
+
+
 # ------------------------------------------------------------------------------------------------ noise, prefix attention
 
 
