@@ -714,7 +714,7 @@ def pack(ids, lengths, limit, width, sparse):
             best_cost, best_rows = cost, rows
         if sparse or len(rows) == 1 or capacity >= limit:
             return best_rows
-        capacity = min(limit, capacity * 3 // 2)
+        capacity = min(limit, max(capacity + 1, capacity * 3 // 2))
 
 
 def collate(rows, documents, pad_id, packed=False, prefix=False, noise=False):
