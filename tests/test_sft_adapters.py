@@ -70,8 +70,8 @@ LORA, BOTTLENECK = {"lora_rank": 4, "lora_dropout": 0.1}, {"lora_rank": None, "t
 NF4, INT8 = {"lora_rank": 4, "quantize": "nf4", "lora_targets": "all-linear"}, {"lora_rank": 4, "quantize": "int8", "packing": True}
 
 
-@pytest.mark.parametrize("kind, stage", [(LORA, 0), (NF4, 3), *(pytest.param(kind, stage, marks=pytest.mark.slow) for kind, stage in [
-    (LORA, 1), (LORA, 2), (LORA, 3), (BOTTLENECK, 0), (BOTTLENECK, 3), (NF4, 0), (INT8, 2), (INT8, 3)])])
+@pytest.mark.parametrize("kind, stage", [(LORA, 0), *(pytest.param(kind, stage, marks=pytest.mark.slow) for kind, stage in [
+    (LORA, 1), (LORA, 2), (LORA, 3), (BOTTLENECK, 0), (BOTTLENECK, 3), (NF4, 0), (NF4, 3), (INT8, 2), (INT8, 3)])])
 def test_stopped_and_resumed_equals_uninterrupted_and_holds_only_what_is_trained(sft_mount, run_sft, monkeypatch, kind, stage):
     """R6, dropout on: equal to the bit, the base untouched, a checkpoint of adapter + AdamW state + 1 MiB at most."""
     words_of = {**kind, "ds_config": f"zero{stage}", "save_steps": 2, "n_generate": 2}
@@ -102,6 +102,7 @@ def test_gradients_with_checkpointing_and_a_frozen_base_are_the_same(sft_mount, 
     assert all(row["grad_norm"] > 0 for row in a)
 
 
+@pytest.mark.slow
 def test_adapters_and_precisions_start_from_the_same_loss(sft_mount, run_sft):
     """LoRA and bottlenecks change nothing before the first update; a quantised base changes the loss a little."""
     kinds = {"full": {"lora_rank": None}, "lora": {}, "bottleneck": {"lora_rank": None, "train_adapter": True}, "nf4": {"quantize": "nf4"},
