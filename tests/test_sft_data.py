@@ -570,11 +570,15 @@ def test_tokens_are_cached_until_something_changes_them(mount, prepare, monkeypa
         job = prepare(records, **changes)
         assert len(calls) == n, changes
         assert "targets" in changes or document(job, 1)[0] != first[0] or changes == {"eos_token": "<|new|>"}
-    set_template(mount, OWN)
-    prepare(records)
-    assert len(calls) == 9
+    for n, template in enumerate(("alpaca", "plain"), 9):  # neither adds a token, so the tokenizer is the same
+        prepare(records, template=template)
+        assert len(calls) == n
+    for n, template in enumerate((OWN, OWN.replace("|>", "]")), 11):
+        set_template(mount, template)
+        prepare(records)
+        assert len(calls) == n
     prepare(records[:1])
-    assert len(calls) == 10
+    assert len(calls) == 13
 
 
 def test_a_refused_file_leaves_nothing_in_the_cache(prepare, refusal):
