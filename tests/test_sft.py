@@ -1,441 +1,312 @@
-"""sft_causal.py's mathematics on tiny models in fp64, without an engine: losses and gradients against a slow loop over full logits, packing,
-prefix attention, noise, generation."""
+"""sft_causal.py: losses, gradients, packing and masks against slow references; generation. Models are made on the spot."""
 
-import json
+import math
 import types
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from conftest import bpe_tokenizer, sft_flags
+from conftest import bpe_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import common
 import sft_causal
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
-GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+V = 300
+SMALL = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {**SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 128, "initializer_range": 0.1}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    "llama-tied": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "gpt2": transformers.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "neox": transformers.GPTNeoXConfig(**SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1),
+    "gemma2": transformers.Gemma2Config(**{**LLAMA, "num_attention_heads": 4}, head_dim=8, sliding_window=5, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "granite": transformers.GraniteConfig(**LLAMA, logits_scaling=3.0),
+    "cohere": transformers.CohereConfig(**LLAMA, logit_scale=0.3),
+    "opt": transformers.OPTConfig(**SMALL, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+                                  word_embed_proj_dim=32, init_std=0.1, dropout=0.0),
+}
+PACKABLE = ["llama", "gpt2", "neox", "gemma2", "granite", "cohere"]
 
 
-def family(name):
-    """A model with weights large enough for its logits to matter, in fp64 and training mode, without dropout."""
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**GATED, tie_word_embeddings=False),
-        "llama-tied": lambda: transformers.LlamaConfig(**GATED, tie_word_embeddings=True),
-        "gpt2": lambda: transformers.GPT2Config(**SIZES, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-        "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0, init_std=0.3),
-        "neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=48, tie_word_embeddings=False),
-        "bloom": lambda: transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, pad_token_id=0),
-        # small caps and windows, so that both act on these short documents
-        "gemma2": lambda: transformers.Gemma2Config(**GATED, head_dim=8, sliding_window=5, final_logit_softcapping=3.0, attn_logit_softcapping=5.0),
-        "granite": lambda: transformers.GraniteConfig(**GATED, logits_scaling=4.0, residual_multiplier=0.5, embedding_multiplier=3.0),
-        "cohere": lambda: transformers.CohereConfig(**GATED, logit_scale=0.25),
-    }[name]()
+def make(name, dtype=torch.float64):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name in ("gemma2", "bloom") else "sdpa")
-    assert getattr(model.config, "hidden_size", 32) == 32
-    return model.double().train()
+    return sft_causal.TargetLosses(transformers.AutoModelForCausalLM.from_config(FAMILIES[name]).to(dtype))
 
 
-FAMILIES = ["llama", "llama-tied", "gpt2", "opt", "neox", "gemma2", "granite", "cohere"]
-
-
-def some_documents(lengths=(7, 13, 3, 9, 2, 17), seed=0):
-    """One to three runs of targets each, as stored; the first token is never one."""
+def documents(n=7, seed=0):
+    """Ragged documents with several runs of targets, as `seal` stores them."""
     rng, found = np.random.default_rng(seed), []
-    for length in lengths:
+    for i in range(n):
+        length = int(rng.integers(4, 30))
         is_target = rng.random(length) < 0.4
-        is_target[0], is_target[-1] = False, True
-        found.append(sft_causal.seal(rng.integers(3, 61, length), is_target))
+        is_target[:2], is_target[-1] = False, True
+        found.append(sft_causal.seal(rng.integers(3, V, length), is_target))
     return found
 
 
-def slow_losses(model, documents):
-    """-log p of each target from the model's own full logits, a document at a time, a token at a time."""
-    losses = []
-    for document in documents:
-        ids = torch.tensor([-1 - v if v < 0 else v for v in document.tolist()])
-        logits = model(input_ids=ids[None], use_cache=False).logits[0].double()
-        for t in range(1, len(ids)):
-            if document[t] < 0:
-                losses.append(torch.logsumexp(logits[t - 1], 0) - logits[t - 1, ids[t]])
-    return torch.stack(losses)
+def slow_loss(model, row):
+    """Sum of the cross entropy of the targets of one document, from the model's own whole logits."""
+    ids, is_target = sft_causal.unseal(row)
+    logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0]
+    return F.cross_entropy(logits[:-1][is_target[1:]], torch.from_numpy(ids)[1:][is_target[1:]], reduction="sum")
 
 
 def gradient(model, loss):
     model.zero_grad()
     loss.backward()
-    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in model.parameters()]).clone()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def apart(a, b):
+    """Relative distance in norm; some families compute parts in fp32 whatever their weights are."""
     return float((a - b).norm() / b.norm())
 
 
-def batch_of(documents, rows=None, **options):
-    return sft_causal.collate(rows or [[i] for i in range(len(documents))], documents, 0, **options)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradient_are_those_of_the_models_own_whole_logits(name):
+    """Padded rows, one chunk and several; a mask that is off by one would be seen."""
+    module, rows = make(name), documents()
+    wanted = sum(slow_loss(module.model, row) for row in rows)
+    wanted_gradient = gradient(module.model, wanted)
+    batch = sft_causal.collate([[i] for i in range(len(rows))], rows, 0)
+    for n_chunks in (1, 3):
+        losses = module(batch, n_chunks)
+        assert losses.dtype == torch.float64 and losses.shape == batch["target_ids"].shape
+        assert losses.sum().item() == pytest.approx(wanted.item(), rel=1e-7)
+        assert apart(gradient(module.model, losses.sum()), wanted_gradient) < 1e-6
+    shifted = {**batch, "target_index": batch["target_index"] + 1}
+    shifted["target_index"][-1] -= 1
+    assert module(shifted).sum().item() != pytest.approx(wanted.item(), rel=1e-3)
 
 
-def wrapped(model, documents=(), **changes):
-    """What check_model and generate use of an engine."""
-    module = sft_causal.TargetLosses(model)
-    return types.SimpleNamespace(module=module, eval=module.eval, train=module.train, torch_autocast_enabled=lambda: False,
-                                 zero_optimization_partition_weights=lambda: False)
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_rows_give_the_losses_and_gradients_of_the_documents_one_by_one(name):
+    """Sliding windows (Gemma 2) and learned positions (GPT-2) included; without restarting positions the loss is another."""
+    module, rows = make(name), documents()
+    lengths = np.array([len(row) for row in rows])
+    packed = sft_causal.collate(sft_causal.best_fit(np.arange(len(rows)), lengths, 60), rows, 0, packed=True)
+    assert len(packed["input_ids"]) < len(rows) - 2
+    wanted = sum(slow_loss(module.model, row) for row in rows)
+    losses = module(packed).sum()
+    assert losses.item() == pytest.approx(wanted.item(), rel=1e-7)
+    assert apart(gradient(module.model, losses), gradient(module.model, wanted)) < 1e-6
+    leaking = {name: tensor for name, tensor in packed.items() if name != "position_ids"}
+    assert module(leaking).sum().item() != pytest.approx(wanted.item(), rel=1e-4)
 
 
-def arguments(**changes):
-    args = sft_causal.parse_args(["--data", "x"])
-    vars(args).update(changes)
-    return args
+@pytest.mark.parametrize("name", PACKABLE)
+def test_changing_one_packed_document_never_changes_anothers_states(name):
+    module, rows = make(name, torch.float32), documents(3)
+    other = [sft_causal.seal(sft_causal.unseal(rows[0])[0][::-1], rows[0] < 0), *rows[1:]]
+    with torch.no_grad():
+        a, b = (module.hidden(sft_causal.collate([[0, 1, 2]], some, 0, packed=True)) for some in (rows, other))
+    n = len(rows[0])
+    assert torch.equal(a[:, n:], b[:, n:]) and not torch.equal(a[:, :n], b[:, :n])
 
 
-# ------------------------------------------------------------------------------------------------ losses and gradients
+def check(module, packing, bidirectional=False):
+    """check_model with a stand-in for the engine -> exit code, 0 where it is content."""
+    engine = types.SimpleNamespace(module=module, eval=module.eval, train=module.train, torch_autocast_enabled=lambda: False)
+    args = types.SimpleNamespace(packing=packing, bidirectional_prompt=bidirectional)
+    try:
+        sft_causal.check_model(args, engine, documents(), 0, torch.device("cpu"))
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_losses_and_gradients_are_those_of_full_logits_in_one_chunk_and_in_several(name):
-    model, documents = family(name), some_documents()
-    expected = slow_losses(model, documents)
-    wanted = gradient(model, expected.sum())
-    for n_chunks in (1, 3, 100):  # 100: more chunks than targets
-        losses = sft_causal.TargetLosses(model)(batch_of(documents), n_chunks)
-        assert losses.shape == expected.shape and apart(losses.detach(), expected.detach()) < 1e-6
-        assert apart(gradient(model, losses.sum()), wanted) < 1e-5
+def test_the_check_at_the_start_lets_families_pass_that_pack_and_refuses_opt(name, capsys):
+    module = make(name, torch.float32)
+    assert check(module, False) == 0
+    assert check(module, True) == (0 if name in [*PACKABLE, "llama-tied"] else 2)
+    if name == "opt":
+        assert "does not keep the documents of a row apart" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
-def test_without_its_logits_transform_a_family_is_wrong_and_check_model_refuses_it(name, monkeypatch, capsys):
-    model, documents = family(name), some_documents()
-    sft_causal.check_model(arguments(), wrapped(model), documents, 0, torch.device("cpu"))
-    expected = slow_losses(model, documents)
+def test_the_check_at_the_start_refuses_a_transform_of_the_logits_that_is_not_known(name, monkeypatch, capsys):
     monkeypatch.setattr(sft_causal, "finish_logits", lambda config, logits: logits)
-    assert apart(sft_causal.TargetLosses(model)(batch_of(documents)).detach(), expected.detach()) > 0.01
-    with pytest.raises(SystemExit) as stop:
-        sft_causal.check_model(arguments(), wrapped(model), documents, 0, torch.device("cpu"))
-    assert stop.value.code == 2 and "does something to its logits that sft_causal.py does not know" in capsys.readouterr().err
+    assert check(make(name, torch.float32), False) == 2
+    assert "does something to its logits" in capsys.readouterr().err
 
 
-def test_no_logits_are_computed_where_there_is_no_target_so_prompts_get_no_gradient():
-    """The head sees exactly the states before targets; whatever logits a prompt had could not change the loss."""
-    model, documents, seen = family("llama"), some_documents(), []
-    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(inputs[0].detach()))
-    module = sft_causal.TargetLosses(model)
-    module(batch_of(documents))
-    hidden = [model.model(input_ids=torch.from_numpy(sft_causal.unseal(d)[0])[None]).last_hidden_state[0].detach() for d in documents]
-    expected = torch.cat([h[:-1][torch.from_numpy(d[1:] < 0)] for h, d in zip(hidden, documents)])
-    assert len(seen) == 1 and seen[0].shape == expected.shape and apart(seen[0], expected) < 1e-6
+def test_a_forward_step_without_targets_or_documents_has_loss_0_and_gradient_0():
+    module = make("llama")
+    losses = module(sft_causal.collate([], {}, 0))
+    assert losses.shape == (0,) and losses.sum().item() == 0.0
+    assert not gradient(module.model, losses.sum()).any()
 
 
-def test_the_likeliest_tokens_are_counted_and_cross_entropy_keeps_its_value():
-    model, documents = family("llama"), some_documents()
-    expected = slow_losses(model, documents)
+def test_losses_are_fp32_under_bf16_weights():
+    module = make("llama", torch.bfloat16)
+    losses = module(sft_causal.collate([[0], [1]], documents(2), 0), 2)
+    assert losses.dtype == torch.float32 and torch.isfinite(losses).all()
+
+
+def test_hits_are_where_the_likeliest_token_is_the_target():
+    module, rows = make("llama"), documents()
+    batch = sft_causal.collate([[i] for i in range(len(rows))], rows, 0)
     with torch.no_grad():
-        losses, hits = sft_causal.TargetLosses(model)(batch_of(documents), 2, True)
-        slow = [int(model(input_ids=torch.from_numpy(ids)[None]).logits[0, t - 1].argmax() == ids[t]) for ids, is_target in map(sft_causal.unseal, documents)
-                for t in np.flatnonzero(is_target)]
-    assert apart(losses, expected.detach()) < 1e-6 and hits.tolist() == slow
-    documents = [sft_causal.seal(np.array([5, int(model(input_ids=torch.tensor([[5]])).logits.argmax())]), np.array([False, True]))]
-    assert sft_causal.TargetLosses(model)(batch_of(documents), 1, True)[1].tolist() == [1.0]
+        logits = module.model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["target_index"]]
+        targets = logits.argmax(1)
+        targets[::2] = (targets[::2] + 1) % V
+        losses, hits = module({**batch, "target_ids": targets}, 2, True)
+    assert hits.tolist() == [i % 2 for i in range(len(targets))]
+    assert torch.allclose(losses, F.cross_entropy(logits, targets, reduction="none"))
 
 
-def test_cross_entropy_and_its_gradient_are_torchs_and_extreme_logits_stay_finite():
+def test_only_targets_get_gradient_from_the_loss():
+    """The gradient with respect to the hidden states is zero at all other positions."""
+    module, rows = make("llama"), documents(3)
+    batch, kept = sft_causal.collate([[0], [1], [2]], rows, 0), []
+    real = module.hidden
+    module.hidden = lambda batch: kept.append(real(batch)) or kept[0].retain_grad() or kept[0]
+    module(batch).sum().backward()
+    touched = kept[0].grad.flatten(0, 1).abs().sum(1) > 0
+    assert touched.nonzero().flatten().tolist() == sorted(batch["target_index"].tolist())
+
+
+def test_poly_loss_is_the_closed_form():
+    losses = torch.tensor([math.log(2), 0.0, 3.0], dtype=torch.float64)
+    assert sft_causal.poly_loss(losses, 1.0).tolist() == pytest.approx([math.log(2) + 0.5, 0.0, 3.0 + 1 - math.exp(-3)])
+    assert torch.equal(sft_causal.poly_loss(losses, 0.0), losses)
+
+
+def test_cross_entropy_is_torchs_in_value_and_gradient():
     torch.manual_seed(0)
-    logits, targets = torch.randn(9, 17, dtype=torch.float64) * 30, torch.randint(0, 17, (9,))
-    weights = torch.rand(9, dtype=torch.float64)
-    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    mine, theirs = sft_causal.CrossEntropy.apply(a * 1, targets), torch.nn.functional.cross_entropy(b, targets, reduction="none")
-    (mine * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    assert apart(mine.detach(), theirs.detach()) < 1e-12 and apart(a.grad, b.grad) < 1e-12
-    extreme = torch.tensor([[1e4, -1e4, 0.0]])
-    assert sft_causal.CrossEntropy.apply(extreme.clone(), torch.tensor([1])).tolist() == [2e4]
+    logits = torch.randn(9, 50, dtype=torch.float64) * 5
+    targets, weight = torch.randint(50, (9,)), torch.rand(9, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    a = sft_causal.CrossEntropy.apply(ours * 1.0, targets)
+    b = F.cross_entropy(theirs, targets, reduction="none")
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
+    assert torch.allclose(a, b) and torch.allclose(ours.grad, theirs.grad)
 
 
-def test_poly_loss_has_its_closed_form_and_gradient():
-    """CE + eps (1 - p)."""
-    losses = torch.tensor([1e-9, 0.1, np.log(2), 3.0, 40.0], dtype=torch.float64, requires_grad=True)
-    for eps in (1.0, -0.5, 2.0):
-        got = sft_causal.poly_loss(losses, eps)
-        assert torch.allclose(got, losses + eps * (1 - torch.exp(-losses)), rtol=1e-7, atol=0)
-        grad, = torch.autograd.grad(got.sum(), losses)
-        assert torch.allclose(grad, 1 + eps * torch.exp(-losses))
-    assert float(sft_causal.poly_loss(torch.tensor(np.log(2)), 1.0)) == pytest.approx(np.log(2) + 0.5)
+def test_neftune_noise_has_the_papers_size_whatever_the_row_and_is_off_at_evaluation():
+    """Each document's embeddings move by at most alpha / sqrt(L D), also beside a longer document in a packed row."""
+    torch.manual_seed(0)
+    module = sft_causal.TargetLosses(transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]), neftune_alpha=5.0)
+    rows, seen = documents(2), []
+    module.model.get_input_embeddings().register_forward_hook(lambda module, inputs, embedded: seen.append(embedded.detach()))
+    batch = sft_causal.collate([[0, 1]], rows, 0, packed=True, noise=True)
+    module.train().hidden(batch)
+    module.eval().hidden(batch)
+    clean = module.model.get_input_embeddings().weight.detach()[batch["input_ids"]]
+    assert torch.equal(seen[1], clean)
+    moved, start = (seen[0] - clean).abs(), 0
+    for row in rows:
+        limit = 5.0 / math.sqrt(len(row) * 32)
+        largest = moved[0, start: start + len(row)].max().item()
+        assert 0.9 * limit < largest <= limit * (1 + 1e-5)
+        start += len(row)
 
 
-def test_no_target_at_all_gives_zero_and_no_gradient_but_calls_every_layer():
-    """A rank without an example, and what the other losses are made of: sums, never a mean over nothing."""
-    model, called = family("llama"), []
-    model.lm_head.register_forward_hook(lambda *_: called.append(1))
-    for rows, documents in (([], {}), ([[0]], [sft_causal.seal(np.array([5, 6]), np.array([False, True]))])):
-        batch = sft_causal.collate(rows, documents, 0)
-        for n_chunks in (1, 3):
-            called.clear()
-            losses = sft_causal.TargetLosses(model)(batch, n_chunks)
-            found = gradient(model, (sft_causal.poly_loss(losses, 1.0).sum() * 2.0))
-            assert len(called) >= n_chunks and torch.isfinite(found).all() and bool(found.any()) == bool(rows) and losses.shape == (len(rows),)
-
-
-def test_losses_are_fp32_under_bf16_weights_and_fp64_under_fp64():
-    """B: log-softmax of the bf16 logits in fp32, exactly."""
-    model, documents = family("llama").bfloat16(), some_documents()
-    batch = batch_of(documents)
-    module = sft_causal.TargetLosses(model)
-    losses = module(batch)
-    assert losses.dtype == torch.float32
-    logits = model.lm_head(module.hidden(batch).flatten(0, 1)[batch["target_index"]])
-    assert logits.dtype == torch.bfloat16
-    expected = torch.nn.functional.cross_entropy(logits.float(), batch["target_ids"], reduction="none")
-    assert torch.allclose(losses, expected, rtol=1e-5)
-    coarse = torch.nn.functional.cross_entropy(logits, batch["target_ids"], reduction="none").float()
-    assert float((coarse - losses).abs().max()) > 1e-3  # what a loss in bf16 would have been
-    assert sft_causal.TargetLosses(family("llama"))(batch).dtype == torch.float64
-
-
-# ------------------------------------------------------------------------------------------------ packing
-
-
-ROWS = [[5, 0], [1, 2, 3], [4]]  # 24, 25 and 2 tokens: padding in two of them
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2", "granite"])
-def test_packed_rows_give_the_losses_and_gradients_of_single_documents(name):
-    model, documents = family(name), some_documents()
-    module = sft_causal.TargetLosses(model)
-    alone, packed = batch_of(documents), batch_of(documents, ROWS, packed=True)
-    losses, losses_packed = module(alone), module(packed)
-    order = [torch.argsort(batch["target_example"], stable=True) for batch in (alone, packed)]
-    assert apart(losses_packed[order[1]].detach(), losses[order[0]].detach()) < 1e-6
-    assert apart(gradient(model, losses_packed.sum()), gradient(model, losses.sum())) < 1e-5
-
-
-@pytest.mark.parametrize("name, attention", [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("neox", "sdpa"), ("gemma2", "eager"), ("opt", "sdpa")])
-def test_changing_one_packed_document_never_changes_another(name, attention):
-    """To the bit; and whether check_model sees the difference. Negative control: without position ids everything behind it changes, and so
-    it does for families that leak."""
-    model, documents = family(name), some_documents()
-    model.set_attn_implementation(attention)
-    module = sft_causal.TargetLosses(model)
-    changed = list(documents)
-    changed[2] = sft_causal.seal(60 - sft_causal.unseal(documents[2])[0], documents[2] < 0)
-    a, b = (module.hidden(batch_of(d, [[5], [1, 2, 3]], packed=True))[1] for d in (documents, changed))
-    first, last = slice(0, 13), slice(16, 25)
-    assert torch.equal(a[first], b[first])
-    leaks = not torch.equal(a[last], b[last])
-    assert not torch.equal(a[13:16], b[13:16])
-    def refused():
-        with pytest.raises(SystemExit) as stop:
-            sft_causal.check_model(arguments(packing=True), wrapped(model), documents, 0, torch.device("cpu"))
-        assert stop.value.code == 2
-    if leaks:
-        refused()
-    else:
-        sft_causal.check_model(arguments(packing=True), wrapped(model), documents, 0, torch.device("cpu"))
-    assert leaks == (name == "opt")
-    module.takes_positions = False
-    a, b = (module.hidden(batch_of(d, [[5], [1, 2, 3]], packed=True))[1] for d in (documents, changed))
-    assert not torch.equal(a[last], b[last])
-
-
-def test_a_family_that_leaks_is_refused_with_packing_and_taken_without(capsys):
-    model = family("bloom")
-    for packing in (False, True):
-        try:
-            sft_causal.check_model(arguments(packing=packing), wrapped(model), some_documents(), 0, torch.device("cpu"))
-            assert not packing
-        except SystemExit as stop:
-            assert packing and stop.code == 2
-    assert "--packing: a bloom" in capsys.readouterr().err and model.training
-
-
-def test_positions_that_do_not_restart_are_refused_where_they_are_learnt(monkeypatch):
-    """GPT-2: separate attention is not enough."""
-    real = sft_causal.collate
-    def running(rows, documents, pad_id, packed=False, *options):
-        batch = real(rows, documents, pad_id, packed, *options)
-        if packed:  # restarts, but not at 0
-            batch["position_ids"] = torch.where(batch["position_ids"] < 0, 0, batch["position_ids"] + 7 * (torch.arange(batch["input_ids"].shape[1]) >= 14))
-        return batch
-    monkeypatch.setattr(sft_causal, "collate", running)
-    with pytest.raises(SystemExit):
-        sft_causal.check_model(arguments(packing=True), wrapped(family("gpt2")), some_documents(), 0, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name, kernel", [("gpt2", "flex_attention"), ("gemma2", "sdpa"), ("bloom", "sdpa")])
-def test_a_kernel_that_a_family_lacks_is_refused_not_ignored(name, kernel, capsys):
-    """transformers raises for the first two and keeps what it has for the third."""
-    model = family(name)
-    with pytest.raises(SystemExit) as stop:
-        sft_causal.set_attention(model, kernel)
-    assert stop.value.code == 2 and f"--attention {kernel}: not for a {model.config.model_type}" in capsys.readouterr().err
-    sft_causal.set_attention(model, "eager")
-
-
-# ------------------------------------------------------------------------------------------------ noise, prefix attention
-
-
-def test_neftune_noise_has_its_size_per_document_packed_or_not_and_none_at_evaluation(monkeypatch):
-    """Uniform in +- alpha / sqrt(tokens x D)."""
-    model, documents = family("llama"), some_documents()
-    module = sft_causal.TargetLosses(model, neftune_alpha=5.0)
-    embed, seen = model.get_input_embeddings(), []
-    model.model.layers[0].register_forward_pre_hook(lambda layer, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach()),
-                                                    with_kwargs=True)
-    for rows in ([[i] for i in range(6)], ROWS):
-        batch = batch_of(documents, rows, packed=rows is ROWS, noise=True)
-        largest, everything = {}, []
-        for seed in range(40):
-            torch.manual_seed(seed)
-            seen.clear()
-            module.hidden(batch)
-            noise = (seen[0] - embed.weight[batch["input_ids"]].detach())
-            for r, row in enumerate(rows):
-                t = 0
-                for i in row:
-                    part = noise[r, t: t + len(documents[i])]
-                    bound = 5.0 / (len(documents[i]) * 32) ** 0.5
-                    assert float(part.abs().max()) <= bound * (1 + 1e-9)
-                    largest[i] = max(largest.get(i, 0), float(part.abs().max()) / bound)
-                    everything.append(part.flatten() / bound)
-                    t += len(documents[i])
-        assert min(largest.values()) > 0.98
-        everything = torch.cat(everything)
-        assert abs(float(everything.mean())) < 0.01 and float((everything ** 2).mean()) == pytest.approx(1 / 3, abs=0.01)
-    module.eval()
-    seen.clear()
-    module.hidden(batch)
-    assert torch.equal(seen[0], embed.weight[batch["input_ids"]])
-
-
-def prompt_and_reply():
-    """Two documents of a prompt of 6 or 4 tokens and a reply of 4 or 5, and a copy of the first whose k-th token is another one."""
-    ids = [np.arange(10, 20), np.arange(30, 39)]
-    documents = [sft_causal.seal(ids[0], np.arange(10) >= 6), sft_causal.seal(ids[1], np.arange(9) >= 4)]
-    def changed(k):
-        other = ids[0].copy()
-        other[k] = 50
-        return [sft_causal.seal(other, np.arange(10) >= 6), documents[1]]
-    return documents, changed
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_prefix_attention_is_two_way_in_the_prompt_and_causal_in_the_reply(attention, packed):
-    model, (documents, changed) = family("llama"), prompt_and_reply()
-    model.set_attn_implementation(attention)
-    module = sft_causal.TargetLosses(model)
-    rows = [[0, 1]] if packed else [[0], [1]]
-    def states(documents, prefix=True):
-        hidden = module.hidden(sft_causal.collate(rows, documents, 0, packed, prefix)).detach()
-        return (hidden[0, :10], hidden[0, 10:19]) if packed else (hidden[0], hidden[1, :9])
-    first, second = states(documents)
-    for k in range(10):
-        other, unconcerned = states(changed(k))
-        assert torch.equal(unconcerned, second)  # packed or not, another document is another document
-        differ = [not torch.equal(a, b) for a, b in zip(first, other)]
-        assert differ == [t >= k or k < 6 and t < 6 for t in range(10)], k
-    causal, _ = states(documents, prefix=False)
-    assert apart(causal, first) > 0.01  # negative control: the ordinary mask sees otherwise
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_bidirectional_prompt_sees_itself_both_ways_and_replies_stay_causal(packed, kernel):
+    module = make("llama")
+    module.model.set_attn_implementation(kernel)
+    ids = np.arange(10, 22)
+    two = [sft_causal.seal(ids, np.arange(12) >= 6), sft_causal.seal(ids + 50, np.arange(12) >= 8)]
+
+    def states(row, position):
+        """Hidden states of both documents when one token of the first is another one."""
+        changed = two[0].copy()
+        if position is not None:
+            changed[position] = sft_causal.seal(np.array([99]), np.array([position >= 6]))[0]
+        with torch.no_grad():
+            batch = sft_causal.collate([[0, 1]] if packed else [[0], [1]], [changed, two[1]], 0, packed, prefix=True)
+            return module.hidden(batch).reshape(2, 12, -1)[row]
+    before = states(0, None)
+    differs = [(states(0, t) - before).abs().amax(1) > 1e-9 for t in (4, 8)]
+    assert differs[0][:6].all()  # a later token of the prompt reaches the earlier ones
+    assert not differs[1][:8].any() and differs[1][8:].all()  # a later token of the reply does not
+    assert torch.equal(states(1, 4), states(1, None))
+    causal = module.hidden({name: tensor for name, tensor in sft_causal.collate([[0]], two, 0).items()})
+    assert not torch.allclose(causal[0], before)
+    assert check(make("llama", torch.float32), packed, bidirectional=True) == 0
 
 
-def test_prefix_attention_is_the_same_in_both_kernels_packed_and_single_and_passes_the_start_check():
-    model, (documents, _) = family("llama"), prompt_and_reply()
-    module, found = sft_causal.TargetLosses(model), []
-    for attention in ("eager", "sdpa"):
-        model.set_attn_implementation(attention)
-        for rows, packed in (([[0], [1]], False), ([[1, 0]], True)):
-            batch = sft_causal.collate(rows, documents, 0, packed, True)
-            found.append(module(batch).detach()[torch.argsort(batch["target_example"], stable=True)])
-        sft_causal.check_model(arguments(packing=True, bidirectional_prompt=True), wrapped(model), documents, 0, torch.device("cpu"))
-    assert all(apart(losses, found[0]) < 1e-6 for losses in found)
+# ------------------------------------------------------------------------------------------------ rows
 
 
-# ------------------------------------------------------------------------------------------------ generation, evaluation
-
-
-def generating(name="llama", **changes):
-    """(args, engine, tokenizer) with a model over the fixture's tokenizer, whose pad token is its end token, as in many chat models."""
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer().backend_tokenizer, pad_token="</s>", bos_token="<s>", eos_token="</s>")
-    sizes = {**(GATED if name == "llama" else SIZES), "vocab_size": len(tokenizer), "max_position_embeddings": 128}
-    config = {"llama": transformers.LlamaConfig, "gpt2": transformers.GPT2Config, "neox": transformers.GPTNeoXConfig}[name](**sizes)
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    sft_causal.set_stop_ids(model.generation_config, tokenizer, [2])
-    return arguments(**{"max_new_tokens": 12, "temperature": 0.0, "eval_batch_size": 16, "seed": 0, **changes}), wrapped(model), tokenizer
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-@pytest.mark.parametrize("temperature, n_samples", [(0.0, 1), (1.3, 3)])
-def test_replies_do_not_depend_on_the_batch_and_padding_is_never_seen(name, temperature, n_samples):
-    """Prompts of 1 to 40 tokens, some of which hold the padding's id. Greedy ones against a slow loop over full forward passes."""
+def test_best_fit_keeps_every_document_whole_and_every_row_within_its_capacity():
     rng = np.random.default_rng(0)
-    prompts = [np.concatenate([[1], np.where(rng.random(n) < 0.2, 2, rng.integers(3, 280, n))]) for n in (1, 3, 7, 12, 12, 25, 39)]
-    found = {}
-    for size in (1, 3, 16):
-        args, engine, tokenizer = generating(name, temperature=temperature, n_samples=n_samples, eval_batch_size=size * n_samples)
-        found[size] = sft_causal.generate(args, engine, tokenizer, list(enumerate(prompts)), [2], 5, torch.device("cpu"))
-        assert sorted(found[size]) == list(range(7)) and {len(texts) for texts in found[size].values()} == {n_samples}
-    assert found[1] == found[3] == found[16]
-    if n_samples > 1:
-        assert len({tuple(texts) for texts in found[1].values()}) == 7 and any(len(set(texts)) > 1 for texts in found[1].values())
-        assert sft_causal.generate(args, engine, tokenizer, list(enumerate(prompts)), [2], 6, torch.device("cpu")) != found[16]  # another step
-        twins = sft_causal.generate(args, engine, tokenizer, [(3, prompts[3]), (8, prompts[3])], [2], 5, torch.device("cpu"))
-        assert twins[3] == found[16][3] != twins[8]  # the same question in another row
-    else:
-        for i, prompt in enumerate(prompts):
-            ids = prompt.tolist()
-            with torch.no_grad():
-                while len(ids) < len(prompt) + 12 and (len(ids) == len(prompt) or ids[-1] != 2):
-                    ids.append(int(engine.module.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            assert found[1][i] == [tokenizer.decode(ids[len(prompt):], skip_special_tokens=True)]
+    assert sft_causal.best_fit(np.arange(4), np.array([5, 4, 3, 2]), 7) == [[0, 3], [1, 2]]
+    for _ in range(20):
+        lengths = rng.integers(1, 50, 40)
+        ids = rng.permutation(40)[:30]
+        rows = sft_causal.best_fit(ids, lengths, 50)
+        assert sorted(i for row in rows for i in row) == sorted(ids.tolist()) and all(lengths[row].sum() <= 50 for row in rows)
+        assert len(rows) <= -(-int(lengths[ids].sum()) // 50) * 1.25 + 1  # far from one document per row
+        for sparse in (False, True):
+            packed = sft_causal.pack(ids, lengths, 200, 64, sparse)
+            assert sorted(i for row in packed for i in row) == sorted(ids.tolist()) and max(lengths[row].sum() for row in packed) <= 200
+        assert len(sft_causal.pack(ids, lengths, 200, 64, True)) <= len(sft_causal.pack(ids, lengths, 200, 64, False))
+    assert sft_causal.pack(np.empty(0, int), lengths, 100, 64, False) == []
 
 
-def test_a_mask_made_from_ids_would_be_seen():
-    """Negative control of the test above: hiding tokens by their id changes the replies to prompts that hold the padding's id."""
-    args, engine, tokenizer = generating(eval_batch_size=1)
-    prompt = np.array([1, 270, 2, 2, 2, 30, 40, 2, 2])
-    right = sft_causal.generate(args, engine, tokenizer, [(0, prompt)], [2], 0, torch.device("cpu"))
-    model, real = engine.module.model, engine.module.model.generate
-    model.generate = lambda input_ids, attention_mask, **options: real(input_ids=input_ids, attention_mask=(input_ids != 2).long(), **options)
-    assert sft_causal.generate(args, engine, tokenizer, [(0, prompt)], [2], 0, torch.device("cpu")) != right
+def test_collate_shifts_once_and_restarts_positions_with_each_document_and_the_padding():
+    a, b = sft_causal.seal(np.array([1, 5, 6, 7]), np.array([0, 0, 1, 1], bool)), sft_causal.seal(np.array([1, 8]), np.array([0, 1], bool))
+    batch = sft_causal.collate([[0, 1], [1]], [a, b], 9, packed=True, prefix=True)
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 1, 8], [1, 8, 9, 9, 9, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
+    assert batch["target_index"].tolist() == [1, 2, 4, 6] and batch["target_ids"].tolist() == [6, 7, 8, 8]
+    assert batch["target_example"].tolist() == [0, 0, 1, 1]
+    assert batch["document"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 0, 0, 0, 0]]
+    assert batch["is_prompt"].tolist() == [[True, True, False, False, True, False], [True, False, False, False, False, False]]
 
 
-def test_stop_ids_hold_the_end_of_a_turn_and_never_the_padding(tmp_path):
-    """C6, for the three ways in which pad, end of turn and end token can coincide."""
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def replies(prompts, batch_size, pad="<pad>", **changes):
+    """{row: texts} of sft_causal.generate on one rank."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer().backend_tokenizer, pad_token=pad, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**LLAMA, "vocab_size": 283}, tie_word_embeddings=False)).eval()
+    engine = types.SimpleNamespace(module=types.SimpleNamespace(model=model), torch_autocast_enabled=lambda: False,
+                                   zero_optimization_partition_weights=lambda: False)
+    args = types.SimpleNamespace(**{"eval_batch_size": batch_size, "n_samples": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 0,
+                                    "zero3_generation": "auto", **changes})
+    return sft_causal.generate(args, engine, tokenizer, list(enumerate(prompts)), [2], 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.8, "n_samples": 2, "top_p": 0.9}])
+def test_left_padded_generation_in_any_batch_is_that_of_each_prompt_alone(changes):
+    """Greedy and sampled; the end token's id is not masked away inside a prompt, though padding may have it."""
+    prompts = [np.array([1, 5, 2, 9]), np.array([1, 7]), np.array([1, *range(10, 40)]), np.array([1, 2, 2]), np.array([1, 60, 61, 62, 63])]
+    alone = replies(prompts, 1, **changes)
+    assert alone == replies(prompts, 8, **changes) == replies(prompts, 2, **changes)
+    assert len({text for texts in alone.values() for text in texts}) > len(prompts) - 2
+    if changes:
+        assert alone != replies(prompts, 8, **{**changes, "seed": 1})
+    assert alone == replies(prompts, 8, pad="</s>", **changes)
+
+
+def test_stop_ids_name_the_end_of_a_turn_and_never_the_padding():
     tokenizer = bpe_tokenizer()
-    for pad, end, stop_ids, pad_id in (("<pad>", "</s>", [2], 0), ("</s>", "</s>", [2], None), ("</s>", "<s>", [1], 2), ("<pad>", "<s>", [1, 2], 0)):
-        mine = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token=pad, bos_token="<s>", eos_token="</s>")
-        generation = transformers.GenerationConfig(temperature=0.7)
-        found = sft_causal.stop_ids_of(mine, end)
-        sft_causal.set_stop_ids(generation, mine, found)
-        assert (found, generation.eos_token_id, generation.pad_token_id) == (stop_ids, stop_ids, pad_id)
-        generation.save_pretrained(tmp_path)  # refuses what contradicts itself
+    for pad, end, eos, wanted, pad_id in [("<pad>", "</s>", "</s>", [2], 0), ("</s>", "</s>", "</s>", [2], None), ("</s>", "<pad>", "</s>", [0], 2)]:
+        some = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token=pad, bos_token="<s>", eos_token=eos)
+        generation = transformers.GenerationConfig(temperature=0.6)
+        stop_ids = sft_causal.stop_ids_of(some, end)
+        sft_causal.set_stop_ids(generation, some, stop_ids)
+        assert stop_ids == generation.eos_token_id == wanted and generation.pad_token_id == pad_id
+        generation.validate(strict=True)
 
 
-def test_perplexity_of_an_untrained_model_is_about_its_vocabulary():
-    model = family("llama")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e-3)
-        loss = sft_causal.TargetLosses(model)(batch_of(some_documents())).mean()
-    assert float(loss) == pytest.approx(np.log(61), abs=0.01)
-
-
-def test_operations_of_a_step_count_the_head_for_targets_only():
-    model = family("llama")
-    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
-    assert sft_causal.train_flops(model, 0, 10) == 6 * 10 * 61 * 32
-    assert sft_causal.train_flops(model, 7, 0) == pytest.approx(6 * 7 * body, rel=1e-6)
-
-
-def test_results_are_appended_and_another_tables_columns_are_left_alone(tmp_path):
-    args, run = arguments(model_init_name="m", seed=3), tmp_path / "models" / "a run"
-    path = tmp_path / "out" / "results.csv"
-    for step in (1, 2):
-        sft_causal.write_results(path, run, arguments(write_results=str(path), data_name=["d"], model_init_name="m", seed=3), step,
-                                 {"eval/loss": 0.5, "eval/eval_seconds": 1.0, "eval/peak_memory_gb": 2})
-    assert path.read_text().splitlines() == ["run,model,data,seed,step,eval/loss", "a run,m,d,3,1,0.5", "a run,m,d,3,2,0.5"]
-    before = path.read_bytes()
-    for loss in (0.1, 0.2):
-        sft_causal.write_results(path, run, arguments(write_results=str(path), data_name=["d"], model_init_name="m", seed=3), 3, {"test/loss": loss})
-    assert path.read_bytes() == before
-    assert (tmp_path / "out" / "results.2.csv").read_text().splitlines() == ["run,model,data,seed,step,test/loss", "a run,m,d,3,3,0.1", "a run,m,d,3,3,0.2"]
+def test_train_flops_count_frozen_weights_less():
+    module = make("llama")
+    full = sft_causal.train_flops(module.model, 100, 10)
+    body = sum(p.numel() for name, p in module.model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    assert full == 6 * body * 100 + 6 * V * 32 * 10
+    module.model.requires_grad_(False)
+    assert sft_causal.train_flops(module.model, 100, 10) == 4 * body * 100 + 4 * V * 32 * 10
+    assert common.flops_per_token(module.model.base_model, "embed") == 4 * body

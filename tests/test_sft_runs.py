@@ -1,418 +1,323 @@
-"""sft_causal.py's training, through the engine in this process: its mathematics, learning, evaluation, stopping and resuming, what it writes."""
+"""sft_causal.py's runs: batch splits, stopping and continuing, what a run leaves, and that replies end. All in this process."""
 
+import csv
 import json
 import math
-import re
+import os
+import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import assert_same_run, chat_records, distance, rows, sft_flags, stop_at, weights, write_llama, write_sft_mount
+from conftest import assert_same_run, distance, flags, in_process, rows, stop_at, weights, write_llama
 
 import common
 import sft_causal
 
-pytestmark = pytest.mark.usefixtures("no_pictures", "widest_rows")
+WORDS = "the cat dog reads water book answer word number one two three yes no long small".split()
+SPLITS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 
 
-@pytest.fixture
-def mount(tmp_path):
-    return write_sft_mount(tmp_path)
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing takes longer than a short run; `shared` is made before it, with the picture."""
+    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
 
 
-@pytest.fixture
-def widest_rows(monkeypatch):
-    """Packed rows are filled as with a sparse kernel on a GPU; documents of a step are too alike in length to be packed for a dense one."""
-    pack = sft_causal.pack
-    monkeypatch.setattr(sft_causal, "pack", lambda ids, lengths, limit, width, sparse: pack(ids, lengths, limit, width, True))
+def chats(n, seed=0):
+    """Records whose replies have 1 to 14 words: a mean of means over forward steps is wrong on them."""
+    rng = random.Random(seed)
+    return [{"instruction": " ".join(rng.choices(WORDS, k=rng.randint(1, 5))) + f" {i}",
+             "output": " ".join(rng.choices(WORDS, k=rng.choice([1, 1, 1, 2, 5, 14])))} for i in range(n)]
 
 
-def same_losses_and_weights(a, b, tolerance=1e-6):
-    for mine, theirs in zip(rows(a), rows(b), strict=True):
-        assert (mine["loss"], mine["grad_norm"]) == (pytest.approx(theirs["loss"], rel=tolerance), pytest.approx(theirs["grad_norm"], rel=tolerance))
-        assert (mine["lr"], mine["target_tokens"], mine["step"]) == (theirs["lr"], theirs["target_tokens"], theirs["step"])
-    assert distance(weights(b), weights(a)) < tolerance
-
-
-def loaded(folder):
-    """(model, tokenizer) as plain transformers reads them."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def losses_of(model, tokenizer, record):
-    """[(-log p, is the likeliest)] of the target tokens of a record {"messages"}, from the saved template and full logits. Each reply is found by
-    its prompt, and ends with the first end token behind it."""
-    messages, found = record["messages"], []
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    logits = model(input_ids=torch.tensor([ids])).logits[0].double()
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start = len(tokenizer.apply_chat_template(messages[:i], tokenize=True, return_dict=False, add_generation_prompt=True))
-            stop = ids.index(tokenizer.convert_tokens_to_ids("<|im_end|>"), start) + 1
-            for t in range(start, stop):
-                found.append((torch.logsumexp(logits[t - 1], 0) - logits[t - 1, ids[t]], bool(logits[t - 1].argmax() == ids[t])))
+def trees(n, seed=1):
+    """OpenAssistant trees: a question with three answers, the first of which is asked back and answered twice."""
+    found = []
+    for i, texts in enumerate(chats(7 * n, seed)[k * 7:][:7] for k in range(n)):
+        said = [t["output"] + f" {k}" for k, t in enumerate(texts)]
+        last = [{"text": said[k], "role": "assistant", "rank": k, "replies": []} for k in (1, 2)]
+        back = {"text": said[3], "role": "prompter", "replies": last}
+        answers = [{"text": said[k], "role": "assistant", "rank": k - 4, "replies": [back] if k == 4 else []} for k in (4, 5, 6)]
+        found.append({"message_tree_id": str(i), "prompt": {"text": said[0] + f" {i}", "role": "prompter", "replies": answers}})
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the mathematics of the loop
+def write_mount(folder):
+    """models/tiny and /dropout; data/chats.json (43 train, 11 eval, 5 test) and data/trees.json (6 trees, 2 eval)."""
+    write_llama(folder / "models" / "tiny")
+    write_llama(folder / "models" / "dropout", attention_dropout=0.1)
+    (folder / "data").mkdir()
+    records, grown = chats(59), trees(8)
+    (folder / "data" / "chats.json").write_text(json.dumps({"train": records[:43], "eval": records[43:54], "test": records[54:]}))
+    (folder / "data" / "trees.json").write_text(json.dumps({"train": grown[:6], "eval": grown[6:]}))
+    return folder
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_accumulation_splits_give_the_same_losses_gradients_and_weights_and_a_mean_of_means_does_not(mount, run_sft, monkeypatch, packing):
-    """Six steps, the last of 3 documents over up to 4 forward steps."""
-    models, words = mount / "models", {"max_steps": 6, "learning_rate": 0.001, "n_generate": 0, "packing": packing}
-    for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
-        words.update(train_batch_size=batch, gradient_accumulation_steps=accumulation)
-        assert run_sft(sft_flags(mount, f"{batch}", **words)) == 0
-        same_losses_and_weights(models / f"{batch}", models / "8")
-    real = sft_causal.TargetLosses.forward
-    def mean_of_means(self, batch, *rest):
-        losses = real(self, batch, *rest)
-        return losses * (20 / max(1, len(losses))) if self.training else losses
-    monkeypatch.setattr(sft_causal.TargetLosses, "forward", mean_of_means)
-    assert run_sft(sft_flags(mount, "mutated", **words)) == 0
-    assert abs(rows(models / "mutated")[0]["grad_norm"] / rows(models / "8")[0]["grad_norm"] - 1) > 1e-2
-    assert distance(weights(models / "8"), weights(models / "mutated")) > 1e-4
+@pytest.fixture
+def sft_mount(tmp_path):
+    return write_mount(tmp_path)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "poly"])
-def test_a_partial_last_step_over_unequal_forward_steps_is_that_of_plain_autograd(mount, run_sft, loss):
-    """A2, A3. Step 6 of an epoch has 3 documents; its loss and gradient are computed from checkpoint-5 by hand."""
-    words = {"max_steps": 6, "save_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 2, "n_generate": 0, "loss": loss}
-    assert run_sft(sft_flags(mount, **words)) == 0
-    run = mount / "models" / "run"
-    job = sft_causal.prepare(sft_causal.parse_args(list(map(str, sft_flags(mount, "other", **words)))))
-    numbers = sft_causal.TrainingData(sft_causal.parse_args(list(map(str, sft_flags(mount, "other", **words)))), job.data_sets, 32, 300, 0, False).step_ids(5)
-    assert len(numbers) == 3
-    model, tokenizer = loaded(run / "checkpoint-5")
-    records = json.loads((mount / "data" / "chats.json").read_text())["train"]
-    losses = torch.stack([value for i in numbers for value, _ in losses_of(model, tokenizer, records[i])])
-    if loss == "poly":
-        losses = losses + 1 - torch.exp(-losses)
-    losses.mean().backward()
-    last = rows(run)[-1]
-    assert (last["step"], last["target_tokens"]) == (6, len(losses))
-    assert last["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
-    norm = sum(float(p.grad.double().norm() ** 2) for p in model.parameters()) ** 0.5
-    assert last["grad_norm"] == pytest.approx(norm, rel=1e-5)
+def words(mount, run="run", **changes):
+    return flags(mount, run, **{"data": "chats", "n_generate": 0, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"packing": True}, {"gradient_checkpointing": True}, {"attention": "eager"}, {"ds_config": "zero2"}, {"ds_config": "zero3"},
-                                     {"ds_config": "zero2_offload"}, {"ds_config": "zero3_offload", "packing": True}, {"chunks": 2**11}])
-def test_packing_and_memory_savers_do_not_change_the_result(mount, run_sft, monkeypatch, changes):
-    words, plain = {"learning_rate": 0.001, "save_steps": 3, "n_generate": 0}, mount / "models" / "plain"
-    assert run_sft(sft_flags(mount, "plain", **words)) == 0
-    if "chunks" in changes:
-        monkeypatch.setattr(sft_causal, "CHUNK_ELEMENTS", changes["chunks"])
-        monkeypatch.setattr(sft_causal, "chunk_tokens", lambda vocabulary: 7)
-        changes = {}
-    assert run_sft(sft_flags(mount, "other", **{**words, **changes})) == 0
-    same_losses_and_weights(mount / "models" / "other", plain)
-    assert distance(weights(plain), weights(plain / "checkpoint-3")) > 1e-4
-    assert rows(mount / "models" / "other", "eval")[-1]["eval/loss"] == pytest.approx(rows(plain, "eval")[-1]["eval/loss"], rel=1e-6)
-    if changes.get("packing"):
-        assert rows(mount / "models" / "other")[0]["padding_share"] == 0 < rows(plain)[0]["padding_share"]
+def split_words(mount, run, split, **changes):
+    """Six steps, one of which has 3 instead of 8 documents. A small learning rate: AdamW turns rounding in gradients near 0 into whole steps."""
+    batch, accumulation = SPLITS[split]
+    return words(mount, run, **{"max_steps": 6, "learning_rate": 0.0001, "train_batch_size": batch, "gradient_accumulation_steps": accumulation,
+                                **changes})
 
 
-def test_noise_and_prefix_attention_act_on_a_run_and_its_evaluation_has_no_noise(mount, run_sft, capsys):
-    found = {}
-    for name, changes in (("plain", {}), ("noise", {"neftune_alpha": 5}), ("prefix", {"bidirectional_prompt": True, "packing": True}),
-                          ("prefix, single", {"bidirectional_prompt": True})):
-        assert run_sft(sft_flags(mount, name, max_steps=2, learning_rate=0.001, n_generate=2, **changes)) == 0
-        found[name] = rows(mount / "models" / name), rows(mount / "models" / name, "eval")
-    loss = {name: train[0]["loss"] for name, (train, _) in found.items()}
-    baseline = {name: evaluated[0]["eval/loss"] for name, (_, evaluated) in found.items()}
-    assert loss["noise"] != pytest.approx(loss["plain"], rel=1e-4) and baseline["noise"] == baseline["plain"]
-    assert loss["prefix"] == pytest.approx(loss["prefix, single"], rel=1e-6) and loss["prefix"] != pytest.approx(loss["plain"], rel=1e-4)
-    assert baseline["prefix"] != pytest.approx(baseline["plain"], rel=1e-4)
-    assert "eval/exact_match" in found["plain"][1][0] and "eval/exact_match" not in found["prefix"][1][0]
-    assert "WARNING --bidirectional_prompt: no replies are generated" in capsys.readouterr().err
+def assert_same_mathematics(run, expected):
+    for mine, theirs in zip(rows(run), rows(expected), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert (mine["lr"], mine["target_tokens"], mine["step"]) == (theirs["lr"], theirs["target_tokens"], theirs["step"])
+    assert distance(weights(expected), weights(run)) < 1e-6
+    assert rows(run, "eval")[-1]["eval/loss"] == pytest.approx(rows(expected, "eval")[-1]["eval/loss"], rel=1e-6)
 
 
-def test_evaluating_after_every_step_leaves_the_training_with_dropout_as_it_was(mount, run_sft):
-    for name, changes in (("often", {"eval_steps": 1}), ("rarely", {}), ("without", {"model_init_name": "llama"})):
-        assert run_sft(sft_flags(mount, name, **{"model_init_name": "dropout", "n_generate": 2, **changes})) == 0
-    often, rarely, without = (mount / "models" / name for name in ("often", "rarely", "without"))
-    assert distance(weights(often), weights(rarely)) == 0 and [r["loss"] for r in rows(often)] == [r["loss"] for r in rows(rarely)]
-    assert rows(rarely)[0]["loss"] != pytest.approx(rows(without)[0]["loss"], rel=1e-3)
+# ------------------------------------------------------------------------------------------------ batch splits
 
 
-@pytest.mark.parametrize("precision, config", [("bf16", "zero1"), ("bf16-mixed", "zero0"), ("fp64", "auto")])
-def test_precisions_follow_the_fp32_run(mount, run_sft, precision, config):
-    for name, changes in (("fp32", {}), ("other", {"precision": precision, "ds_config": config})):
-        assert run_sft(sft_flags(mount, name, max_steps=12, learning_rate=0.003, logging_steps=4, n_generate=2, packing=True, **changes)) == 0
-    a, b = ([row["loss"] for row in rows(mount / "models" / run)] for run in ("fp32", "other"))
-    assert max(abs(x - y) / x for x, y in zip(a, b)) < (1e-5 if precision == "fp64" else 0.03) and (precision == "fp64" or a != b)
+def test_any_split_of_a_step_gives_the_same_loss_gradient_and_weights_and_a_wrong_divisor_does_not(sft_mount, run_sft, monkeypatch):
+    """8x1, 4x2, 2x4, packed or not (as for a wide model, as short rows cost a narrow one more). Negative control: a mean of means."""
+    models, pack, packed = sft_mount / "models", sft_causal.pack, []
+    monkeypatch.setattr(sft_causal, "pack", lambda *a: packed.append(pack(*a[:4], True)) or packed[-1])
+    assert run_sft(split_words(sft_mount, "8x1", "8x1")) == 0
+    assert rows(models / "8x1")[-1]["epoch"] == 1  # 43 documents in 6 steps: one of them has 3 instead of 8
+    for split, packing in (("4x2", False), ("2x4", False), ("4x2", True), ("8x1", True)):
+        run = f"{split} {packing}"
+        assert run_sft(split_words(sft_mount, run, split, packing=packing)) == 0
+        assert_same_mathematics(models / run, models / "8x1")
+    assert max(len(row) for step in packed for row in step) == 8
+    real = sft_causal.TrainingData.micro_batches
 
-
-def test_a_family_that_mixes_packed_documents_is_refused_before_a_step(mount, run_sft, capsys):
-    config = transformers.OPTConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32,
-                                    max_position_embeddings=256, init_std=0.1)
-    config.save_pretrained(mount / "models" / "opt")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (mount / "models" / "opt" / name).write_bytes((mount / "models" / "llama" / name).read_bytes())
-    assert run_sft(sft_flags(mount, model_init_name="opt", packing=True)) == 2
-    assert "--packing: a opt" in capsys.readouterr().err and not list((mount / "models" / "run").glob("checkpoint-*"))
-    assert run_sft(sft_flags(mount, "single", model_init_name="opt", max_steps=1, n_generate=0)) == 0
-
-
-def test_a_non_finite_loss_stops_before_the_update_and_keeps_the_checkpoints(mount, run_sft, monkeypatch, capsys):
-    forward, calls = sft_causal.TargetLosses.forward, []
-    def poisoned(self, *batch):
-        calls.append(self.training)
-        return forward(self, *batch) * (math.nan if calls.count(True) == 4 and self.training else 1.0)
-    monkeypatch.setattr(sft_causal.TargetLosses, "forward", poisoned)
-    assert run_sft(sft_flags(mount, save_steps=2, n_generate=0)) == 2
-    assert "step 4: the loss is nan" in capsys.readouterr().err
-    assert sorted(p.name for p in (mount / "models" / "run").glob("checkpoint-?")) == ["checkpoint-2"]
-
-
-@pytest.mark.parametrize("while_training", [True, False])
-def test_out_of_memory_names_the_step_the_shapes_and_the_next_thing(mount, run_sft, monkeypatch, capsys, while_training):
+    def means(self, step):  # each forward step's own mean, averaged
+        batches, _ = real(self, step)
+        for batch, *_ in batches:
+            batch["weight"] = torch.tensor(max(1, len(batch["target_ids"])) * len(batches))
+        return batches, 1
     forward = sft_causal.TargetLosses.forward
-    def full(self, *batch):
-        if self.training == while_training:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, *batch)
-    monkeypatch.setattr(sft_causal.TargetLosses, "forward", full)
-    assert run_sft(sft_flags(mount, n_generate=0)) == 2
-    error = capsys.readouterr().err
-    assert ("step 1: out of memory" in error and "--gradient_accumulation_steps" in error if while_training
-            else "evaluation: out of memory" in error and "--eval_batch_size" in error)
+    monkeypatch.setattr(sft_causal.TrainingData, "micro_batches", means)
+    monkeypatch.setattr(sft_causal.TargetLosses, "forward", lambda self, batch, *more: forward(self, batch, *more) / batch.get("weight", 1))
+    assert run_sft(split_words(sft_mount, "mean of means", "2x4")) == 0
+    right, wrong = rows(models / "8x1"), rows(models / "mean of means")
+    assert max(abs(w["loss"] / r["loss"] - 1) for r, w in zip(right, wrong)) > 1e-3
+    assert max(abs(w["grad_norm"] / r["grad_norm"] - 1) for r, w in zip(right, wrong)) > 0.05
+    assert distance(weights(models / "8x1"), weights(models / "mean of means")) > 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ learning
+# ------------------------------------------------------------------------------------------------ continuing
 
 
-def test_eight_pairs_are_learnt_and_every_reply_stops_by_its_end_token(mount, run_sft):
-    """C5, with the exported folder's own tokenizer and generation settings in plain transformers."""
-    pairs = [{"prompt": question, "completion": reply} for question, reply in (
-        ("the cat", "reads"), ("a cat", "yes, a long book"), ("book?", "no"), ("1 + 1", "2"), ("2 + 2", "4"), ("long", "long long"), ("é", "ü"), ("say", "yes yes yes no"))]
-    (mount / "data" / "eight.json").write_text(json.dumps({"train": pairs, "eval": pairs}))
-    words = sft_flags(mount, data="eight", max_steps=80, learning_rate=0.01, warmup_steps=5, max_new_tokens=20, logging_steps=80)
-    assert run_sft(words) == 0
-    run = mount / "models" / "run"
-    before, after = rows(run, "eval")
-    assert before["eval/loss"] > 4 and before["eval/exact_match"] == 0
-    assert after["eval/loss"] < 0.02 and after["eval/exact_match"] == 1 and after["eval/token_accuracy"] == 1
-    model, tokenizer = loaded(run)
-    for pair in pairs:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": pair["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        reply = model.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1]:].tolist()
-        assert len(reply) < 20 and reply[-1] in model.generation_config.eos_token_id and tokenizer.decode(reply, skip_special_tokens=True) == pair["completion"]
+def resume_words(mount, run, stage=0, **changes):
+    """Dropout, random windows and random paths on; 8 steps = one epoch of 5 and some of the next, in which both are drawn anew."""
+    return words(mount, run, **{"data": ["chats:14", "trees"], "model_init_name": "dropout", "ds_config": f"zero{stage}", "max_steps": 8,
+                                "train_batch_size": 4, "truncation": "random_window", "max_length": 60, "oasst_paths": "random", **changes})
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+@pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(sft_mount, run_sft, monkeypatch, stage):
+    """Stopped inside the first epoch. With another dropout stream or other windows behind the stop it is another run."""
+    models = sft_mount / "models"
+    assert run_sft(resume_words(sft_mount, "straight", stage)) == 0
+    assert "are cut (--truncation random_window)" in (models / "straight" / "log.txt").read_text()
 
-
-def test_evaluation_equals_a_slow_recomputation_from_the_exported_model(mount, run_sft):
-    """Every metric, of whatever batches; the test split too. The learning rate is high, so that some tokens are right."""
-    assert run_sft(sft_flags(mount, max_steps=25, learning_rate=0.02, eval_batch_size=3, n_generate=5, max_new_tokens=6)) == 0
-    run = mount / "models" / "run"
-    model, tokenizer = loaded(run)
-    data = json.loads((mount / "data" / "chats.json").read_text())
-    for split in ("eval", "test"):
-        with torch.no_grad():
-            found = [pair for record in data[split] for pair in losses_of(model, tokenizer, record)]
-        row, mean = rows(run, split)[-1], float(torch.stack([loss for loss, _ in found]).mean())
-        assert row[f"{split}/loss"] == pytest.approx(mean, rel=1e-6)
-        assert row[f"{split}/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-        assert row[f"{split}/token_accuracy"] == sum(hit for _, hit in found) / len(found) > 0.02
-        predictions = json.loads((run / f"{'test_' if split == 'test' else ''}temperature=0.00_n=1_step=25.json").read_text())
-        assert len(predictions) == 5
-        for prediction, record in zip(predictions, data[split]):
-            assert list(prediction) == ["prompt", "generations", "demonstration", "orig_d", "dataset"]
-            *before, last = record["messages"]
-            assert (prediction["prompt"], prediction["demonstration"], prediction["orig_d"], prediction["dataset"]) == (before, last["content"], record, "chats")
-            (generation,) = prediction["generations"]
-            prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-            expected = model.generate(**prompt, max_new_tokens=6)[0, prompt["input_ids"].shape[1]:]
-            assert generation == {"lm_postprocess": tokenizer.decode(expected, skip_special_tokens=True)}
-        right = [p["generations"][0]["lm_postprocess"].strip() == p["demonstration"].strip() for p in predictions]
-        assert row[f"{split}/exact_match"] == sum(right) / 5
-
-
-def test_evaluation_does_not_depend_on_its_batch_size_greedy_or_sampled(mount, run_sft):
-    found = {}
-    for temperature, n_samples in ((0, 1), (1.5, 2)):
-        for size in (2, 7, 32):
-            name = f"{temperature} {size}"
-            assert run_sft(sft_flags(mount, name, no_train=True, eval_batch_size=size, temperature=temperature, n_samples=n_samples)) == 0
-            (row,) = rows(mount / "models" / name, "eval")
-            predictions = (mount / "models" / name / f"temperature={temperature:.2f}_n={n_samples}_step=0.json").read_text()
-            assert all(len(p["generations"]) == n_samples for p in json.loads(predictions))
-            found.setdefault(temperature, []).append((predictions, row["eval/exact_match"], row["eval/token_accuracy"], row["eval/loss"]))
-    for (first, *others) in found.values():
-        for other in others:
-            assert other[:3] == first[:3] and other[3] == pytest.approx(first[3], rel=1e-6)
-    assert found[0][0][0] != found[1.5][0][0]
-
-
-def test_several_data_sets_have_metrics_of_their_own_and_the_joint_ones_weigh_by_tokens(mount, run_sft):
-    (mount / "data" / "texts.json").write_text(json.dumps({"train": [{"text": "the cat reads a long book"}] * 9, "eval": [{"text": "a book"}, {"text": "the cat"}]}))
-    assert run_sft(sft_flags(mount, data=["chats:8", "texts"], max_steps=3, n_generate=3, metric_for_best="texts/loss")) == 0
-    run = mount / "models" / "run"
-    row = rows(run, "eval")[-1]
-    a, b, both = row["eval/chats/loss"], row["eval/texts/loss"], row["eval/loss"]
-    job = sft_causal.prepare(sft_causal.parse_args(list(map(str, sft_flags(mount, "other", data=["chats:8", "texts"])))))
-    counts = [int(d.n_targets["eval"].sum()) for d in job.data_sets]
-    assert both == pytest.approx((counts[0] * a + counts[1] * b) / sum(counts), rel=1e-9) and a != b
-    assert "eval/chats/exact_match" in row and "eval/texts/exact_match" not in row  # a text has no prompt
-    assert json.loads((run / "best.json").read_text())["metric"] == "texts/loss"
-
-
-def test_no_train_leaves_the_weights_and_writes_predictions_of_both_splits_once(mount, run_sft, capsys):
-    assert run_sft(sft_flags(mount, "trained", n_generate=0)) == 0
-    before = weights(mount / "models" / "trained")
-    words = sft_flags(mount, "scored", model_init_name="trained", no_train=True, write_results=mount / "results.csv")
-    assert run_sft(words) == 0
-    scored = mount / "models" / "scored"
-    assert distance(before, weights(mount / "models" / "trained")) == 0 and not list(scored.glob("*.safetensors")) and not list(scored.glob("checkpoint-*"))
-    assert sorted(p.name for p in scored.glob("*step=0.json")) == ["temperature=0.00_n=1_step=0.json", "test_temperature=0.00_n=1_step=0.json"]
-    for split in ("eval", "test"):
-        assert rows(scored, split)[0][f"{split}/loss"] == pytest.approx(rows(mount / "models" / "trained", split)[-1][f"{split}/loss"], rel=1e-6)
-    header, line = (mount / "results.csv").read_text().splitlines()
-    assert header.startswith("run,model,data,seed,step,eval/loss") and line.startswith("scored,trained,chats,")
-    assert run_sft(words) == 2 and "exists" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------ resume
-
-
-def node(text, role, replies=()):
-    return {"text": text, "role": role, "replies": list(replies)}
-
-
-def resume_flags(mount, run, stage, **changes):
-    """Everything that is drawn anew each epoch: dropout, windows, threads of trees, noise, the sample of a mixture."""
-    if not (mount / "data" / "trees.json").exists():
-        trees = [{"prompt": node(f"q{i}", "prompter", [node("the cat", "assistant"), node("long " * 12, "assistant", [
-            node("book", "prompter", [node("yes " * 20, "assistant"), node("no", "assistant")])])])} for i in range(9)]
-        (mount / "data" / "trees.json").write_text(json.dumps({"train": trees, "eval": trees[:2]}))
-    return sft_flags(mount, run, **{"model_init_name": "dropout", "ds_config": f"zero{stage}", "max_steps": 4, "save_steps": 2, "n_generate": 2, "train_batch_size": 4,
-                                    "gradient_accumulation_steps": 2, "data": ["trees", "chats:7"], "max_length": 48, "truncation": "random_window",
-                                    "oasst_paths": "random", "neftune_alpha": 2, "packing": True, "learning_rate": 0.003, **changes})
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_two_steps_and_two_more_equal_four_to_the_bit(mount, run_sft, monkeypatch, stage):
-    """16 examples are two steps, so the second half is another epoch, with other threads and windows. Negative control: other dropout draws."""
-    models = mount / "models"
-    assert run_sft(resume_flags(mount, "straight", stage)) == 0
-    for name in ("stopped", "other") if stage == 0 else ("stopped",):
+    def stopped(run, **changes):
         with monkeypatch.context() as patch:
-            stop_at(patch, 2)
-            assert run_sft(resume_flags(mount, name, stage)) == common.EXIT_SAVED
-    assert [row["step"] for row in rows(models / "stopped")] == [1, 2]
-    assert run_sft(resume_flags(mount, "stopped", stage)) == 0
-    assert_same_run(models / "straight", models / "stopped", 4)
-    name = "temperature=0.00_n=1_step=4.json"
-    assert (models / "straight" / name).read_bytes() == (models / "stopped" / name).read_bytes()
-    if stage == 0:
-        assert rows(models / "straight")[0]["target_tokens"] != rows(models / "straight")[2]["target_tokens"]
-        derive = common.derive_seed
-        monkeypatch.setattr(common, "derive_seed", lambda *keys: derive(*keys, "other") if "dropout" in keys else derive(*keys))
-        assert run_sft(resume_flags(mount, "other", stage)) == 0
-        assert distance(weights(models / "straight"), weights(models / "other")) > 1e-6
+            stop_at(patch, 3)
+            assert run_sft(resume_words(sft_mount, run, stage, **changes)) == common.EXIT_SAVED
+        assert run_sft(resume_words(sft_mount, run, stage, **changes)) == 0
+    stopped("stopped")
+    assert_same_run(models / "straight", models / "stopped", 8)
+    assert "from step 3" in (models / "stopped" / "log.txt").read_text()
+    if stage:
+        return
+    derive, window = common.derive_seed, sft_causal.random_window
+    mutations = {"dropout": (common, "derive_seed", lambda seed, name, *more: derive(seed, name, *more) + (name == "dropout" and more[0] >= 3)),
+                 "window": (sft_causal, "random_window", lambda mask, limit, rng: window(mask, limit, np.random.default_rng(5)))}
+    for name, mutation in mutations.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*mutation)
+            assert run_sft(resume_words(sft_mount, f"another {name}")) == 0
+        losses = [[row["loss"] for row in rows(models / run)] for run in ("straight", f"another {name}")]
+        assert losses[0] != losses[1] and (name == "window" or losses[0][:3] == losses[1][:3])
 
 
-def test_changed_mathematics_is_refused_and_what_changes_none_is_taken(mount, run_sft, monkeypatch, capsys):
+def test_a_finished_run_and_changed_flags_are_refused(sft_mount, run_sft, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        assert run_sft(resume_flags(mount, "run", 0)) == common.EXIT_SAVED
-    for changes in ({"template": "oasst"}, {"targets": "last"}, {"neftune_alpha": 3}, {"loss": "poly"}, {"bidirectional_prompt": True}, {"max_length": 40},
-                    {"oasst_paths": "all"}, {"truncation": "end"}, {"seed": 5}, {"learning_rate": 0.1}):
-        assert run_sft(resume_flags(mount, "run", 0, **changes)) == 2, changes
-        assert f"{next(iter(changes))}: " in capsys.readouterr().err, changes
-    assert run_sft(resume_flags(mount, "run", 0, packing=False, n_generate=1, eval_batch_size=2, attention="eager")) == 0
-    assert run_sft(resume_flags(mount, "run", 0)) == 2 and "finished" in capsys.readouterr().err
+        assert run_sft(words(sft_mount)) == common.EXIT_SAVED
+    for name, value in {"targets": "all", "max_length": 500, "template": "plain", "learning_rate": 0.5, "neftune_alpha": 5.0}.items():
+        assert run_sft(words(sft_mount, **{name: value})) == 2
+        error = capsys.readouterr().err
+        assert "is an unfinished run with other flags" in error and f"{name}: " in error and f" -> {value}" in error
+    assert run_sft(words(sft_mount, packing=True)) == 0  # another layout of the same mathematics
+    before = (sft_mount / "models" / "run" / "metrics.jsonl").read_bytes()
+    assert run_sft(words(sft_mount)) == 2 and (sft_mount / "models" / "run" / "metrics.jsonl").read_bytes() == before
+    assert "--resume" in capsys.readouterr().err
 
 
-def test_a_run_that_stopped_after_its_best_evaluation_still_exports_and_tests_the_best(mount, run_sft, monkeypatch):
-    pairs = [{"prompt": f"{i}", "completion": "no" if i > 20 else "yes yes yes"} for i in range(25)]  # the longer it learns yes, the worse
-    (mount / "data" / "turn.json").write_text(json.dumps({"train": pairs[:20], "eval": pairs[21:23], "test": pairs[23:]}))
-    words = {"data": "turn", "max_steps": 10, "eval_steps": 2, "metric_for_best": "loss", "learning_rate": 0.05, "n_generate": 1}
-    assert run_sft(sft_flags(mount, "straight", **words)) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 9)
-        assert run_sft(sft_flags(mount, "stopped", **words)) == common.EXIT_SAVED
-    assert run_sft(sft_flags(mount, "stopped", **words)) == 0
-    a, b = mount / "models" / "straight", mount / "models" / "stopped"
-    best = json.loads((a / "best.json").read_text())
-    evaluated = {row["step"]: row["eval/loss"] for row in rows(a, "eval")}
-    step = min((step for step in evaluated if step), key=evaluated.get)
-    assert best == {"checkpoint": f"checkpoint-{step}", "metric": "loss", "value": evaluated[step]} and step < 8
-    assert json.loads((b / "best.json").read_text()) == best and distance(weights(a), weights(b)) == 0
-    assert distance(weights(a), weights(a / f"checkpoint-{step}")) == 0 < distance(weights(a), weights(a / "checkpoint-10"))
-    (x,), (y,) = rows(a, "test"), rows(b, "test")
-    assert x["test/loss"] == y["test/loss"] and (a / f"test_temperature=0.00_n=1_step={step}.json").exists()
+# ------------------------------------------------------------------------------------------------ what a run leaves
 
 
-# ------------------------------------------------------------------------------------------------ what a run writes
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A mount with models/run: 12 steps, evaluated and saved every 4, 7 evaluation rows answered. Tests only read it, and write runs of
+    other names."""
+    mount, before = write_mount(tmp_path_factory.mktemp("sft")), dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        assert in_process("sft_causal", patch)(words(mount, max_steps=12, eval_steps=4, save_steps=4, n_generate=7, save_total_limit=2,
+                                                     write_results=mount / "results.csv")) == 0
+    os.environ.clear()
+    os.environ.update(before)
+    return mount
 
 
-def test_files_of_a_run(mount, run_sft):
-    assert run_sft(sft_flags(mount, save_steps=2, pad_token="</s>", write_results=mount / "results.csv")) == 0
-    run = mount / "models" / "run"
-    for folder in (run, run / "checkpoint-2", run / "checkpoint-4"):
-        assert (folder / "COMPLETE").exists()
-        rawtune = json.loads((folder / "rawtune.json").read_text())
-        assert {**rawtune, "base": None} == {"format": 1, "script": "sft_causal.py", "task": "chat", "family": "causal", "template": "chatml", "end_token": "<|im_end|>",
-                                             "stop_ids": [284], "raw_prompt": False, "bidirectional_prompt": False, "max_length": 2048, "base": None,
-                                             "adapter": "none", "quantize": None}
-        generation = json.loads((folder / "generation_config.json").read_text())  # C6
-        assert generation["eos_token_id"] == [284] and generation["pad_token_id"] == 2
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.chat_template and (tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")) == (2, 284)
-    assert {"args.json", "env.json", "ds_config.json", "metrics.jsonl", "log.txt"} <= {p.name for p in run.iterdir()}
-    assert {row["step"] for row in rows(run)} == {1, 2, 3, 4} and [row["step"] for row in rows(run, "eval")] == [0, 4]
-    (row,) = rows(run, "test")
-    assert {"step", "epoch", "split", "time", "test/loss", "test/perplexity", "test/token_accuracy", "test/exact_match"} <= row.keys()
-    assert len((mount / "results.csv").read_text().splitlines()) == 2
+def predictions(path):
+    return json.loads(path.read_text())
 
 
-def test_both_end_tokens_stop_a_reply_and_padding_does_not(mount, run_sft):
-    assert run_sft(sft_flags(mount, max_steps=1, n_generate=0)) == 0
-    generation = json.loads((mount / "models" / "run" / "generation_config.json").read_text())
-    assert (generation["eos_token_id"], generation["pad_token_id"]) == ([284, 2], 0)
+def test_a_run_leaves_what_the_contract_names(shared):
+    run = shared / "models" / "run"
+    for name in ("args.json", "env.json", "ds_config.json", "metrics.jsonl", "rawtune.json", "config.json", "model.safetensors", "COMPLETE",
+                 "log.txt", "code/sft_causal.py", "code/common.py", "checkpoint-8/COMPLETE", "checkpoint-12/engine", "checkpoint-12/rawtune.json",
+                 "curves.png", "tokenizer.json", "generation_config.json", "test_temperature=0.00_n=1_step=12.json"):
+        assert (run / name).exists(), name
+    assert sorted(p.name for p in run.glob("temperature=*")) == sorted(f"temperature=0.00_n=1_step={n}.json" for n in (0, 4, 8, 12))
+    assert not (run / "checkpoint-4").exists() and not list(run.glob("*.tmp"))
+    assert [row["step"] for row in rows(run, "eval")] == [0, 4, 8, 12] and [row["step"] for row in rows(run)] == list(range(1, 13))
+    assert {"step", "epoch", "split", "time", "loss", "lr", "grad_norm", "tokens_per_sec", "target_tokens", "input_tokens_per_sec", "padding_share",
+            "peak_memory_gb"} <= rows(run)[-1].keys()
+    assert distance(weights(run), weights(run / "checkpoint-12")) == 0 < distance(weights(run), weights(run / "checkpoint-8"))
+    found = json.loads((run / "rawtune.json").read_text())
+    assert [found[name] for name in ("format", "script", "task", "family", "template", "end_token", "raw_prompt", "max_length")] == [
+        1, "sft_causal.py", "chat", "causal", "chatml", "<|im_end|>", False, 2048]
 
 
-def test_shown_examples_mark_the_targets_of_each_data_set(mount, run_sft, capsys):
-    (mount / "data" / "texts.json").write_text(json.dumps({"train": [{"text": "the cat"}], "eval": [{"text": "a book"}]}))
-    assert run_sft(sft_flags(mount, data=["chats", "texts"], max_steps=1, show_examples=2, n_generate=0)) == 0
-    shown = re.findall(r"^(\w+), document (\d), targets between ⟦ and ⟧:\n(.*?)\n\n", capsys.readouterr().out, re.MULTILINE | re.DOTALL)
-    record = chat_records(1)[0]["messages"]
-    assert [(name, n) for name, n, _ in shown] == [("chats", "1"), ("chats", "2"), ("texts", "1")] and shown[2][2] == "<s>⟦the cat</s>⟧"
-    for message in record:
-        assert (f"assistant\n⟦{message['content']}<|im_end|>⟧" if message["role"] == "assistant" else f"{message['role']}\n{message['content']}<|im_end|>\n") in shown[0][2]
+def test_predictions_are_the_first_records_in_order_with_their_last_reply(shared):
+    run, data = shared / "models" / "run", json.loads((shared / "data" / "chats.json").read_text())
+    for name, split, n in (("", "eval", 7), ("test_", "test", 5)):
+        found, records = predictions(run / f"{name}temperature=0.00_n=1_step=12.json"), data[split][:n]
+        assert [row["orig_d"] for row in found] == records and {row["dataset"] for row in found} == {"chats"}
+        assert [row["prompt"] for row in found] == [[{"role": "user", "content": r["instruction"]}] for r in records]
+        assert [row["demonstration"] for row in found] == [r["output"] for r in records]
+        assert all([*generation] == ["lm_postprocess"] for row in found for generation in row["generations"])
+        right = np.mean([row["generations"][0]["lm_postprocess"].strip() == row["demonstration"].strip() for row in found])
+        assert rows(run, split)[-1][f"{split}/exact_match"] == pytest.approx(right)
 
 
-def test_a_longer_vocabulary_than_the_models_is_trained_and_exported_whole(mount, run_sft):
-    """chatml's two tokens are beyond the model's rows."""
-    assert run_sft(sft_flags(mount, max_steps=3, n_generate=0, learning_rate=0.05)) == 0
-    model, tokenizer = loaded(mount / "models" / "run")
-    assert model.config.vocab_size >= 285 and model.lm_head.weight.shape[0] == model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
-    again, _ = loaded(mount / "models" / "run" / "checkpoint-3")
-    ids = torch.tensor([[1, 283, 272, 284]])
-    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+def test_the_exported_folder_is_the_trained_model_for_plain_transformers(shared, run_sft):
+    """Loss and token accuracy of the whole evaluation set by transformers' own logits, on texts of the saved chat template; a checkpoint
+    of another step gives another loss."""
+    run, data = shared / "models" / "run", json.loads((shared / "data" / "chats.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run)
+
+    def loss_and_accuracy(folder):
+        model, sums = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), np.zeros(3)
+        for record in data["eval"]:
+            chat = [{"role": "user", "content": record["instruction"]}, {"role": "assistant", "content": record["output"]}]
+            prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, return_dict=False)
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1: -1].double()
+            wanted = torch.tensor(ids[len(prompt):])
+            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            sums += [loss.item(), (logits.argmax(1) == wanted).sum().item(), len(wanted)]
+        return sums[:2] / sums[2]
+    loss, accuracy = loss_and_accuracy(run)
+    last = rows(run, "eval")[-1]
+    assert last["eval/loss"] == pytest.approx(loss, rel=1e-5) and last["eval/token_accuracy"] == pytest.approx(accuracy)
+    assert last["eval/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert abs(loss_and_accuracy(run / "checkpoint-8")[0] / loss - 1) > 1e-3
 
 
-def test_tokenising_happens_before_any_process_group(mount, run_sft, monkeypatch):
-    order, load, setup = [], sft_causal.load_data, common.setup_distributed
-    monkeypatch.setattr(sft_causal, "load_data", lambda *a: order.append("data") or load(*a))
-    monkeypatch.setattr(common, "setup_distributed", lambda: order.append("group") or setup())
-    assert run_sft(sft_flags(mount, max_steps=1, n_generate=0)) == 0
-    assert order == ["data", "group"]
+def test_an_evaluation_alone_repeats_the_last_one_and_leaves_the_model_as_it_is(shared, run_sft):
+    run, before = shared / "models" / "run", (shared / "models" / "run" / "model.safetensors").read_bytes()
+    alone = words(shared, "alone", model_init_name="run", no_train=True, n_generate=7)
+    assert run_sft(alone) == 0
+    again = shared / "models" / "alone"
+    for split, name in (("eval", ""), ("test", "test_")):
+        assert predictions(again / f"{name}temperature=0.00_n=1_step=0.json") == predictions(run / f"{name}temperature=0.00_n=1_step=12.json")
+        for metric in ("loss", "token_accuracy", "exact_match"):
+            assert rows(again, split)[0][f"{split}/{metric}"] == rows(run, split)[-1][f"{split}/{metric}"]
+    assert predictions(run / "temperature=0.00_n=1_step=0.json") != predictions(run / "temperature=0.00_n=1_step=12.json")
+    assert (run / "model.safetensors").read_bytes() == before and not list(again.glob("*.safetensors")) and not list(again.glob("checkpoint-*"))
+    assert run_sft(alone) == 2  # what is there is not written over
 
 
-def test_a_model_with_its_own_template_goes_on_with_it(mount, run_sft, capsys):
-    """The export of one run is the start of another, which adds nothing; another template is a warning."""
-    assert run_sft(sft_flags(mount, "first", max_steps=1, n_generate=0, template="oasst")) == 0
-    first = transformers.AutoTokenizer.from_pretrained(mount / "models" / "first")
-    assert run_sft(sft_flags(mount, "second", model_init_name="first", max_steps=1, n_generate=0)) == 0
-    second = transformers.AutoTokenizer.from_pretrained(mount / "models" / "second")
-    assert first.chat_template == second.chat_template and len(first) == len(second)
-    assert json.loads((mount / "models" / "second" / "rawtune.json").read_text())["template"] == "tokenizer"
-    assert "replaces the tokenizer's own template" not in capsys.readouterr().err
-    assert run_sft(sft_flags(mount, "third", model_init_name="first", max_steps=1, n_generate=0, template="chatml")) == 0
-    assert "WARNING --template chatml replaces the tokenizer's own template" in capsys.readouterr().err
+def test_results_are_appended_and_a_table_with_other_columns_is_left_alone(shared, run_sft, tmp_path):
+    with open(shared / "results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    run = shared / "models" / "run"
+    assert (row["run"], row["data"], row["step"]) == ("run", "chats", "12") and row["eval/loss"] == str(rows(run, "eval")[-1]["eval/loss"])
+    assert row["test/exact_match"] == str(rows(run, "test")[-1]["test/exact_match"])
+    table = tmp_path / "table.csv"
+    common_words = {"model_init_name": "run", "no_train": True, "write_results": table}
+    for name in ("first", "second"):
+        assert run_sft(words(shared, name, **common_words)) == 0
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["run", "first", "second"]
+    before = table.read_bytes()
+    for name in ("third", "fourth"):  # exact_match is a column more
+        assert run_sft(words(shared, name, n_generate=2, **common_words)) == 0
+    assert table.read_bytes() == before
+    assert [line.split(",")[0] for line in (tmp_path / "table.2.csv").read_text().splitlines()] == ["run", "third", "fourth"]
+
+
+@pytest.mark.parametrize("metric", ["loss", "token_accuracy"])
+def test_the_best_checkpoint_is_kept_tested_and_exported(sft_mount, run_sft, metric):
+    """The evaluation replies are other ones to the same prompts, so learning by heart soon makes their loss rise."""
+    train = chats(24)
+    turned = [{**r, "output": other["output"]} for r, other in zip(train[:11], train[1:])]
+    (sft_mount / "data" / "turned.json").write_text(json.dumps({"train": train, "eval": turned, "test": turned[:5]}))
+    assert run_sft(words(sft_mount, data="turned", max_steps=60, eval_steps=4, metric_for_best=metric, save_total_limit=1,
+                         early_stopping_patience=3, learning_rate=0.03)) == 0
+    run = sft_mount / "models" / "run"
+    found = {row["step"]: row[f"eval/{metric}"] for row in rows(run, "eval") if row["step"]}
+    best_step, best = (min if metric == "loss" else max)(found, key=found.get), json.loads((run / "best.json").read_text())
+    assert best == {"checkpoint": f"checkpoint-{best_step}", "metric": metric, "value": found[best_step]}
+    assert best_step + 12 == max(found) < 60  # stopped three evaluations later
+    last = run / f"checkpoint-{max(found)}"
+    assert distance(weights(run), weights(run / best["checkpoint"])) == 0 < distance(weights(run), weights(last))
+    assert run_sft(words(sft_mount, "again", data="turned", model_init_name="run", no_train=True)) == 0
+    assert rows(sft_mount / "models" / "again", "test")[0]["test/loss"] == rows(run, "test")[-1]["test/loss"]
+    assert (run / f"test_temperature=0.00_n=1_step={best_step}.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ it learns
+
+
+def stops(run, records):
+    """Of the records, those whose greedy answer by plain transformers, as the saved configuration says, is the reply and its end token."""
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(run), transformers.AutoModelForCausalLM.from_pretrained(run).eval()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found = []
+    for record in records:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": record["instruction"]}], add_generation_prompt=True, return_dict=True,
+                                            return_tensors="pt")["input_ids"]
+        reply = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False)[0, ids.shape[1]:].tolist()
+        found.append(reply[-1] == end and reply.count(end) == 1 and tokenizer.decode(reply[:-1]) == record["output"])
+    return found
+
+
+def test_eight_pairs_are_learnt_by_heart_and_every_answer_ends_with_the_end_token(sft_mount, run_sft, monkeypatch):
+    """Loss below 0.01. Negative control: with the end tokens no targets, nothing stops."""
+    pairs = chats(8, seed=3)
+    (sft_mount / "data" / "pairs.json").write_text(json.dumps({"train": pairs, "eval": pairs}))
+    learn = {"data": "pairs", "max_steps": 120, "n_generate": 8, "max_new_tokens": 100, "weight_decay": 0, "logging_steps": 120}
+    assert run_sft(words(sft_mount, **learn)) == 0
+    run = sft_mount / "models" / "run"
+    assert rows(run, "eval")[-1]["eval/loss"] < 0.01 and rows(run, "eval")[-1]["eval/exact_match"] == 1
+    assert stops(run, pairs) == [True] * 8
+    spans = sft_causal.chat_spans
+
+    def without_end(tokenizer, messages, targets, end):
+        text, found = spans(tokenizer, messages, targets, end)
+        return text, [(start, stop - len(end)) for start, stop in found]
+    monkeypatch.setattr(sft_causal, "chat_spans", without_end)
+    assert run_sft(words(sft_mount, "endless", cache_dir=sft_mount / "other", **{**learn, "n_generate": 0})) == 0
+    assert rows(sft_mount / "models" / "endless", "eval")[-1]["eval/loss"] < 0.01 and not any(stops(sft_mount / "models" / "endless", pairs))
