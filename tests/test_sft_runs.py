@@ -110,6 +110,116 @@ def test_any_split_of_a_step_gives_the_same_loss_gradient_and_weights_and_a_wron
     assert distance(weights(models / "8x1"), weights(models / "mean of means")) > 1e-5
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "poly"])
+def test_a_partial_step_over_unequal_forward_steps_is_that_of_plain_autograd(sft_mount, run_sft, loss):
+    """A2, A3. The sixth step of an epoch has 3 documents; its loss and gradient norm are computed by hand from checkpoint-5 and whole logits."""
+    command = split_words(sft_mount, "run", "4x2", save_steps=1, loss=loss)
+    assert run_sft(command) == 0
+    run, data = sft_mount / "models" / "run", json.loads((sft_mount / "data" / "chats.json").read_text())["train"]
+    other = sft_causal.parse_args([str(word) for word in split_words(sft_mount, "other", "4x2", loss=loss)])
+    job = sft_causal.prepare(other)
+    numbers = sft_causal.TrainingData(other, job.data_sets, 32, 300, 0, False).step_ids(5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-5")
+    losses = torch.cat([reply_losses(model, job.tokenizer, data[i]["instruction"], data[i]["output"])[0] for i in numbers])
+    losses = losses + 1 - torch.exp(-losses) if loss == "poly" else losses
+    losses.mean().backward()
+    last = rows(run)[-1]
+    assert (len(numbers), last["step"], last["target_tokens"]) == (3, 6, len(losses))
+    assert last["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert last["grad_norm"] == pytest.approx(sum(float(p.grad.double().norm() ** 2) for p in model.parameters()) ** 0.5, rel=1e-5)
+
+
+def reply_losses(model, tokenizer, question, reply):
+    """(-log p (n,), is the likeliest (n,)) of the tokens of a reply and its end token, from whole logits."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    start = len(tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False))
+    ids = torch.tensor(tokenizer.apply_chat_template(chat, return_dict=False))
+    ids = ids[: start + ids[start:].tolist().index(tokenizer.convert_tokens_to_ids("<|im_end|>")) + 1]
+    logits = model(input_ids=ids[None]).logits[0, start - 1: -1].double()
+    return torch.nn.functional.cross_entropy(logits, ids[start:], reduction="none"), logits.argmax(1) == ids[start:]
+
+
+@pytest.mark.parametrize("changes", [{"packing": True}, {"gradient_checkpointing": True}, {"attention": "eager"}, {"ds_config": "zero2"},
+                                     {"ds_config": "zero2_offload"}, {"ds_config": "zero3_offload", "packing": True}, {"logits of 7 tokens": True}],
+                         ids=lambda changes: " ".join(map(str, changes.values())) + " " + next(iter(changes)))
+def test_packing_and_memory_savers_do_not_change_the_result(sft_mount, run_sft, monkeypatch, changes):
+    """Packed rows as for a wide model. A longer run would be seen: the weights of step 3 are others."""
+    pack, packed, plain = sft_causal.pack, [], sft_mount / "models" / "plain"
+    monkeypatch.setattr(sft_causal, "pack", lambda *a: packed.append(pack(*a[:4], True)) or packed[-1])
+    assert run_sft(split_words(sft_mount, "plain", "8x1", max_steps=4, save_steps=3)) == 0 and not packed
+    if changes.pop("logits of 7 tokens", None):
+        monkeypatch.setattr(sft_causal, "chunk_tokens", lambda vocabulary: 7)
+    assert run_sft(split_words(sft_mount, "other", "8x1", max_steps=4, **changes)) == 0
+    assert_same_mathematics(sft_mount / "models" / "other", plain)
+    assert distance(weights(plain), weights(plain / "checkpoint-3")) > 1e-5 and any(len(row) > 1 for step in packed for row in step) == ("packing" in changes)
+
+
+@pytest.mark.parametrize("precision, config", [("bf16", "zero1"), ("bf16-mixed", "zero0"), ("fp64", "auto")])
+def test_precisions_follow_the_fp32_run(sft_mount, run_sft, precision, config):
+    for name, changes in (("fp32", {}), ("other", {"precision": precision, "ds_config": config})):
+        assert run_sft(words(sft_mount, name, max_steps=8, learning_rate=0.003, logging_steps=4, packing=True, **changes)) == 0
+    a, b = ([row["loss"] for row in rows(sft_mount / "models" / run)] for run in ("fp32", "other"))
+    assert max(abs(x - y) / x for x, y in zip(a, b)) < (1e-5 if precision == "fp64" else 0.03) and (precision == "fp64" or a != b)
+
+
+def test_noise_and_prefix_attention_act_on_training_and_only_the_second_on_evaluation(sft_mount, run_sft, capsys):
+    first, baseline = {}, {}
+    for name, changes in (("plain", {}), ("noise", {"neftune_alpha": 5}), ("prefix", {"bidirectional_prompt": True, "packing": True}),
+                          ("prefix, single", {"bidirectional_prompt": True})):
+        assert run_sft(words(sft_mount, name, max_steps=1, n_generate=2, **changes)) == 0
+        first[name] = rows(sft_mount / "models" / name)[0]["loss"]
+        baseline[name] = rows(sft_mount / "models" / name, "eval")[0]
+    loss = {name: row["eval/loss"] for name, row in baseline.items()}
+    assert first["noise"] != pytest.approx(first["plain"], rel=1e-4) and loss["noise"] == loss["plain"]
+    assert first["prefix"] == pytest.approx(first["prefix, single"], rel=1e-6) and first["prefix"] != pytest.approx(first["plain"], rel=1e-4)
+    assert loss["prefix"] != pytest.approx(loss["plain"], rel=1e-4)
+    assert "eval/exact_match" in baseline["plain"] and "eval/exact_match" not in baseline["prefix"]
+    assert "WARNING --bidirectional_prompt: no replies are generated" in capsys.readouterr().err
+
+
+def test_evaluating_after_every_step_leaves_the_training_with_dropout_as_it_was(sft_mount, run_sft):
+    for name, changes in (("often", {"eval_steps": 1, "n_generate": 2}), ("rarely", {}), ("without", {"model_init_name": "tiny"})):
+        assert run_sft(words(sft_mount, name, **{"model_init_name": "dropout", **changes})) == 0
+    often, rarely, without = (sft_mount / "models" / name for name in ("often", "rarely", "without"))
+    assert distance(weights(often), weights(rarely)) == 0 and [r["loss"] for r in rows(often)] == [r["loss"] for r in rows(rarely)]
+    assert rows(rarely)[0]["loss"] != pytest.approx(rows(without)[0]["loss"], rel=1e-3)
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_keeps_the_checkpoints(sft_mount, run_sft, monkeypatch, capsys):
+    forward, calls = sft_causal.TargetLosses.forward, []
+
+    def poisoned(self, *batch):
+        calls.append(self.training)
+        return forward(self, *batch) * (math.nan if calls.count(True) == 4 and self.training else 1.0)
+    monkeypatch.setattr(sft_causal.TargetLosses, "forward", poisoned)
+    assert run_sft(words(sft_mount, save_steps=2)) == 2
+    assert "step 4: the loss is nan" in capsys.readouterr().err
+    assert sorted(p.name for p in (sft_mount / "models" / "run").glob("checkpoint-?")) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("while_training", [True, False])
+def test_out_of_memory_names_the_step_and_the_next_thing(sft_mount, run_sft, monkeypatch, capsys, while_training):
+    forward = sft_causal.TargetLosses.forward
+
+    def full(self, *batch):
+        if self.training == while_training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *batch)
+    monkeypatch.setattr(sft_causal.TargetLosses, "forward", full)
+    assert run_sft(words(sft_mount)) == 2
+    error = capsys.readouterr().err
+    assert ("step 1: out of memory" in error and "--gradient_accumulation_steps" in error if while_training
+            else "evaluation: out of memory" in error and "--eval_batch_size" in error)
+
+
+def test_tokenising_happens_before_any_process_group(sft_mount, run_sft, monkeypatch):
+    order, load, setup = [], sft_causal.load_data, common.setup_distributed
+    monkeypatch.setattr(sft_causal, "load_data", lambda *a: order.append("data") or load(*a))
+    monkeypatch.setattr(common, "setup_distributed", lambda: order.append("group") or setup())
+    assert run_sft(words(sft_mount, max_steps=1)) == 0
+    assert order == ["data", "group"]
+
+
 # ------------------------------------------------------------------------------------------------ continuing
 
 
@@ -117,6 +227,27 @@ def resume_words(mount, run, stage=0, **changes):
     """Dropout, random windows and random paths on; 8 steps = one epoch of 5 and some of the next, in which both are drawn anew."""
     return words(mount, run, **{"data": ["chats:14", "trees"], "model_init_name": "dropout", "ds_config": f"zero{stage}", "max_steps": 8,
                                 "train_batch_size": 4, "truncation": "random_window", "max_length": 60, "oasst_paths": "random", **changes})
+
+
+def test_a_run_that_stopped_after_its_best_evaluation_tests_and_exports_the_best(sft_mount, run_sft, monkeypatch):
+    """The longer it learns yes, the worse it gets at no."""
+    pairs = [{"prompt": str(i), "completion": "no" if i > 20 else "yes yes yes"} for i in range(25)]
+    (sft_mount / "data" / "turn.json").write_text(json.dumps({"train": pairs[:20], "eval": pairs[21:23], "test": pairs[23:]}))
+    options = {"data": "turn", "max_steps": 10, "eval_steps": 2, "metric_for_best": "loss", "learning_rate": 0.05}
+    assert run_sft(words(sft_mount, "straight", **options)) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        assert run_sft(words(sft_mount, "stopped", **options)) == common.EXIT_SAVED
+    assert run_sft(words(sft_mount, "stopped", **options)) == 0
+    a, b = sft_mount / "models" / "straight", sft_mount / "models" / "stopped"
+    best = json.loads((a / "best.json").read_text())
+    assert json.loads((b / "best.json").read_text()) == best and best["checkpoint"] < "checkpoint-8"
+    assert distance(weights(a), weights(b)) == 0 < distance(weights(a), weights(a / "checkpoint-10"))
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(b), transformers.AutoModelForCausalLM.from_pretrained(b).eval()
+    with torch.no_grad():
+        by_hand = torch.cat([reply_losses(model, tokenizer, pair["prompt"], pair["completion"])[0] for pair in pairs[23:]]).mean()
+    for run in (a, b):
+        assert rows(run, "test")[0]["test/loss"] == pytest.approx(float(by_hand), rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
@@ -286,6 +417,40 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(sft_mount, run_sft, met
     assert run_sft(words(sft_mount, "again", data="turned", model_init_name="run", no_train=True)) == 0
     assert rows(sft_mount / "models" / "again", "test")[0]["test/loss"] == rows(run, "test")[-1]["test/loss"]
     assert (run / f"test_temperature=0.00_n=1_step={best_step}.json").exists()
+
+
+def test_an_evaluation_does_not_depend_on_its_batch_size_and_several_data_sets_weigh_by_tokens(shared, run_sft):
+    """Rows of two data sets, one of which has texts without a prompt."""
+    (shared / "data" / "texts.json").write_text(json.dumps({"train": [{"text": "the cat"}], "eval": [{"text": "a book"}, {"text": "the cat reads"}]}))
+    found = []
+    for size in (2, 7, 32):
+        assert run_sft(words(shared, f"size {size}", model_init_name="run", data=["chats", "texts"], no_train=True, eval_batch_size=size, n_generate=20,
+                             temperature=0.8, n_samples=2)) == 0
+        run = shared / "models" / f"size {size}"
+        found.append((rows(run, "eval")[0], predictions(run / "temperature=0.80_n=2_step=0.json")))
+    for row, predicted in found[1:]:
+        assert predicted == found[0][1] and row["eval/loss"] == pytest.approx(found[0][0]["eval/loss"], rel=1e-6)
+    row, predicted = found[0]
+    assert {p["dataset"] for p in predicted} == {"chats"} and len(predicted) == 11 and "eval/texts/exact_match" not in row
+    job = sft_causal.prepare(sft_causal.parse_args([str(w) for w in words(shared, "other", model_init_name="run", data=["chats", "texts"])]))
+    n = [int(d.n_targets["eval"].sum()) for d in job.data_sets]
+    for metric in ("loss", "token_accuracy"):
+        parts = [row[f"eval/{name}/{metric}"] for name in ("chats", "texts")]
+        assert row[f"eval/{metric}"] == pytest.approx((n[0] * parts[0] + n[1] * parts[1]) / sum(n), rel=1e-9)
+    assert row["eval/chats/loss"] != row["eval/texts/loss"] and n[0] != n[1]
+
+
+def test_the_export_of_one_run_goes_on_with_its_template_and_another_one_is_a_warning(sft_mount, run_sft, capsys):
+    tokenizers = {}
+    for name, changes in (("first", {"template": "oasst"}), ("second", {"model_init_name": "first"}), ("third", {"model_init_name": "first", "template": "chatml"})):
+        assert run_sft(words(sft_mount, name, max_steps=1, **changes)) == 0
+        tokenizers[name] = transformers.AutoTokenizer.from_pretrained(sft_mount / "models" / name)
+        assert ("WARNING --template chatml replaces the tokenizer's own template" in capsys.readouterr().err) == (name == "third")
+    assert tokenizers["first"].chat_template == tokenizers["second"].chat_template and len(tokenizers["first"]) == len(tokenizers["second"])
+    assert json.loads((sft_mount / "models" / "second" / "rawtune.json").read_text())["template"] == "tokenizer"
+    assert len(tokenizers["third"]) == len(tokenizers["first"]) + 2
+    model = transformers.AutoModelForCausalLM.from_pretrained(sft_mount / "models" / "third")
+    assert model.config.vocab_size >= len(tokenizers["third"]) and model.lm_head.weight.shape == model.get_input_embeddings().weight.shape
 
 
 # ------------------------------------------------------------------------------------------------ it learns
