@@ -142,36 +142,6 @@ def clf_flags(mount, run="run", **changes):
     return flags(mount, run, **{"data": "scores", "max_new_tokens": None, **changes})
 
 
-def chat_records(n, seed=0):
-    """Questions and replies of very different length; every third has a system message, every fourth a second turn."""
-    rng = random.Random(seed)
-    words = "the cat dog reads water book answer word number one two three yes no long small".split()
-    def text(longest):
-        return " ".join(rng.choices(words, k=rng.choice([1, 1, 2, 3, longest])))
-    found = []
-    for i in range(n):
-        messages = [{"role": "system", "content": text(4)}] if i % 3 == 0 else []
-        for _ in range(2 if i % 4 == 0 else 1):
-            messages += [{"role": "user", "content": f"{text(9)} {i}"}, {"role": "assistant", "content": text(14)}]
-        found.append({"messages": messages, "row": i})
-    return found
-
-
-def write_sft_mount(folder):
-    """models/llama and /dropout (no template of their own; chatml's two tokens are beyond their rows); data/chats.json (43 train, 11 eval, 5 test)."""
-    write_llama(folder / "models" / "llama", vocab_size=len(bpe_tokenizer()))
-    write_llama(folder / "models" / "dropout", vocab_size=len(bpe_tokenizer()), attention_dropout=0.1)
-    (folder / "data").mkdir()
-    records = chat_records(59)
-    (folder / "data" / "chats.json").write_text(json.dumps({"train": records[:43], "eval": records[43:54], "test": records[54:]}))
-    return folder
-
-
-def sft_flags(mount, run="run", **changes):
-    """The same for sft_causal.py, on data/chats.json."""
-    return flags(mount, run, **{"model_init_name": "llama", "data": "chats", **changes})
-
-
 @pytest.fixture(autouse=True)
 def global_state():
     """Signal handlers and environment are as before after every test; a run changes both."""
