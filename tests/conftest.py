@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in LAUNCHER:
     os.environ.pop(name, None)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: as the ranks of `start` have it, or the last digit may differ
 os.environ["RAWTUNE_FAIL_WAIT"] = "0.5"  # seconds that other ranks let rank 0 speak first
 
 
