@@ -135,6 +135,31 @@ def test_the_check_at_the_start_refuses_a_transform_of_the_logits_that_is_not_kn
     assert "does something to its logits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, kernel", [("gpt2", "flex_attention"), ("gemma2", "sdpa"), ("bloom", "sdpa")])
+def test_a_kernel_that_a_family_lacks_is_refused_not_ignored(name, kernel, capsys):
+    """transformers raises for the first two and, with a warning, keeps what it has for the third."""
+    config = FAMILIES.get(name) or transformers.BloomConfig(vocab_size=V, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SystemExit) as stop:
+        sft_causal.set_attention(model, kernel)
+    assert stop.value.code == 2 and f"--attention {kernel}: not for a {model.config.model_type}" in capsys.readouterr().err
+    sft_causal.set_attention(model, "eager")
+
+
+def test_positions_that_do_not_restart_are_refused_where_they_are_learnt(monkeypatch):
+    """GPT-2: documents that are kept apart are not enough."""
+    real = sft_causal.collate
+
+    def running(rows, documents, pad_id, packed=False, *options):
+        batch = real(rows, documents, pad_id, packed, *options)
+        if packed:  # from the second document on they start at 7
+            batch["position_ids"] += 7 * (torch.arange(batch["input_ids"].shape[1]) >= 14)
+        return batch
+    assert check(make("gpt2", torch.float32), True) == 0
+    monkeypatch.setattr(sft_causal, "collate", running)
+    assert check(make("gpt2", torch.float32), True) == 2
+
+
 def test_a_forward_step_without_targets_or_documents_has_loss_0_and_gradient_0():
     module = make("llama")
     losses = module(sft_causal.collate([], {}, 0))
@@ -144,8 +169,12 @@ def test_a_forward_step_without_targets_or_documents_has_loss_0_and_gradient_0()
 
 def test_losses_are_fp32_under_bf16_weights():
     module = make("llama", torch.bfloat16)
-    losses = module(sft_causal.collate([[0], [1]], documents(2), 0), 2)
-    assert losses.dtype == torch.float32 and torch.isfinite(losses).all()
+    batch = sft_causal.collate([[0], [1]], documents(2), 0)
+    losses = module(batch, 2)
+    logits = module.model.lm_head(module.hidden(batch).flatten(0, 1)[batch["target_index"]])
+    assert losses.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    assert torch.allclose(losses, F.cross_entropy(logits.float(), batch["target_ids"], reduction="none"), rtol=1e-4)
+    assert (F.cross_entropy(logits, batch["target_ids"], reduction="none").float() - losses).abs().max() > 1e-3  # what bf16 would give
 
 
 def test_hits_are_where_the_likeliest_token_is_the_target():
@@ -187,6 +216,8 @@ def test_cross_entropy_is_torchs_in_value_and_gradient():
     (a * weight).sum().backward()
     (b * weight).sum().backward()
     assert torch.allclose(a, b) and torch.allclose(ours.grad, theirs.grad)
+    extreme = torch.tensor([[1e4, -1e4, 0.0]])
+    assert sft_causal.CrossEntropy.apply(extreme.clone(), torch.tensor([1])).tolist() == [2e4]
 
 
 def test_neftune_noise_has_the_papers_size_whatever_the_row_and_is_off_at_evaluation():
@@ -205,6 +236,7 @@ def test_neftune_noise_has_the_papers_size_whatever_the_row_and_is_off_at_evalua
         limit = 5.0 / math.sqrt(len(row) * 32)
         largest = moved[0, start: start + len(row)].max().item()
         assert 0.9 * limit < largest <= limit * (1 + 1e-5)
+        assert (seen[0] - clean)[0, start: start + len(row)].min().item() < -0.9 * limit  # both ways
         start += len(row)
 
 
@@ -279,6 +311,17 @@ def replies(prompts, batch_size, pad="<pad>", **changes):
     return sft_causal.generate(args, engine, tokenizer, list(enumerate(prompts)), [2], 3, torch.device("cpu"))
 
 
+def slow_reply(prompt):
+    """12 tokens, or up to the end token: the likeliest one each time."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**LLAMA, "vocab_size": 283}, tie_word_embeddings=False)).eval()
+    ids = prompt.tolist()
+    with torch.no_grad():
+        while len(ids) < len(prompt) + 12 and (len(ids) == len(prompt) or ids[-1] != 2):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return bpe_tokenizer().decode(ids[len(prompt):], skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.8, "n_samples": 2, "top_p": 0.9}])
 def test_left_padded_generation_in_any_batch_is_that_of_each_prompt_alone(changes):
     """Greedy and sampled; the end token's id is not masked away inside a prompt, though padding may have it."""
@@ -288,6 +331,10 @@ def test_left_padded_generation_in_any_batch_is_that_of_each_prompt_alone(change
     assert len({text for texts in alone.values() for text in texts}) > len(prompts) - 2
     if changes:
         assert alone != replies(prompts, 8, **{**changes, "seed": 1})
+        twins = replies([prompts[0], prompts[0]], 8, **changes)
+        assert twins[0] == alone[0] != twins[1]  # the same question in another row
+    else:  # a slow loop over whole forward passes, without cache or padding
+        assert alone == {i: [slow_reply(prompt)] for i, prompt in enumerate(prompts)}
     assert alone == replies(prompts, 8, pad="</s>", **changes)
 
 

@@ -443,9 +443,25 @@ def test_refused(sft_mount, run_sft, capsys, changes, words):
 def test_the_cache_is_used_again_and_not_for_another_template(sft_mount, monkeypatch):
     made, real = [], sft_causal.tokenize_data_set
     monkeypatch.setattr(sft_causal, "tokenize_data_set", lambda *inputs: made.append(1) or real(*inputs))
-    for changes, n in (({}, 1), ({}, 1), ({"template": "oasst"}, 2), ({"targets": "last"}, 3), ({"show_examples": 3, "packing": True}, 3)):
+    for changes, n in (({}, 1), ({}, 1), ({"template": "oasst"}, 2), ({"targets": "last"}, 3), ({"show_examples": 3, "packing": True}, 3),
+                       ({"template": "alpaca"}, 4), ({"template": "plain"}, 5),  # these two add no token: the tokenizer is the same
+                       ({"max_length": 40}, 6), ({"max_length": 40, "truncation": "start"}, 7), ({"max_length": 40, "truncated_eos": True}, 8)):
         training_data(sft_mount, **changes)
         assert len(made) == n
+
+
+def test_a_refused_file_leaves_nothing_in_the_cache(sft_mount, run_sft, capsys):
+    (sft_mount / "data" / "f.json").write_text(json.dumps({"train": [*records(3), {"text": "</s>"}], "eval": records(1)}))
+    for _ in range(2):
+        assert run_sft(flags(sft_mount, model_init_name="llama", data="f")) == 2 and "special token '</s>'" in capsys.readouterr().err
+
+
+def test_orphans_of_all_files_of_a_data_set_are_counted(sft_mount):
+    """The second file has none, which once was the count of both."""
+    lost = {"message_id": "6", "parent_id": "9", "role": "assistant", "text": "lost"}
+    (sft_mount / "data" / "g.jsonl").write_text("\n".join(json.dumps(record) for record in [lost, *records(2)]))
+    (sft_mount / "data" / "g.eval.jsonl").write_text(json.dumps({"text": "a"}))
+    assert training_data(sft_mount, data="g")[1][0].counts["messages without their parent"] == 1
 
 
 def test_shown_examples_mark_their_targets(sft_mount, run_sft, capsys):
