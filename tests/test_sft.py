@@ -116,6 +116,7 @@ def check(module, packing, bidirectional=False):
         sft_causal.check_model(args, engine, documents(), 0, torch.device("cpu"))
     except SystemExit as stop:
         return stop.code
+    assert module.training  # as it was: with dropout
     return 0
 
 

@@ -450,6 +450,14 @@ def test_the_cache_is_used_again_and_not_for_another_template(sft_mount, monkeyp
         assert len(made) == n
 
 
+def test_ids_that_are_not_the_templates_are_refused_with_their_place(sft_mount, run_sft, capsys, monkeypatch):
+    """As if training rendered another text than a chat does: the first documents of a data set are compared."""
+    real = sft_causal.render
+    monkeypatch.setattr(sft_causal, "render", lambda *inputs: real(*inputs).replace("<s>", "<s><s>"))
+    assert run_sft(flags(sft_mount, model_init_name="llama", data="a")) == 2
+    assert "a.json, train[0]: its ids are not those of apply_chat_template" in capsys.readouterr().err
+
+
 def test_a_refused_file_leaves_nothing_in_the_cache(sft_mount, run_sft, capsys):
     (sft_mount / "data" / "f.json").write_text(json.dumps({"train": [*records(3), {"text": "</s>"}], "eval": records(1)}))
     for _ in range(2):
