@@ -320,15 +320,19 @@ def test_the_same_step_gets_the_same_examples_for_any_split_and_ranks_share_them
     a = ids(train_batch_size=8)
     assert a == ids(train_batch_size=2, gradient_accumulation_steps=4) and a != ids(train_batch_size=8, seed=1) and a[:6] != a[6:]
     assert sorted(i for batch in a[:6] for i in batch) == list(range(43))
+    monkeypatch.setattr(sft_causal, "chunk_tokens", lambda vocabulary: 7)
     for world in (2, 3):
-        data, seen, targets = training_data(sft_mount, train_batch_size=12, gradient_accumulation_steps=2)[0], [], set()
+        data, seen, targets, chunks = training_data(sft_mount, train_batch_size=12, gradient_accumulation_steps=2)[0], [], set(), set()
         monkeypatch.setattr(common, "world_size", lambda: world)
         for rank in range(world):
             monkeypatch.setattr(common, "rank", lambda: rank)
             batches, n_targets = data.micro_batches(1)
             targets.add(n_targets)
+            chunks.add(tuple(n_chunks for _, n_chunks, _ in batches))
+            assert all(len(batch["target_ids"]) <= 7 * n_chunks for batch, n_chunks, _ in batches)
             seen += [int(i) for batch, _, _ in batches for i in sorted(set(batch["target_example"].tolist()))]
         assert sorted(seen) == sorted(data.step_ids(1).tolist()) and len(targets) == 1  # disjoint, and none is missing
+        assert len(chunks) == 1 and max(max(n) for n in chunks) > 1  # or ZeRO-3 would wait for ever: every rank calls the head equally often
 
 
 def test_mixtures_take_exact_counts_and_another_sample_each_epoch(sft_mount):
