@@ -62,7 +62,8 @@ FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "zero3_gene
 
 # Templates for tokenizers without one (--template). {bos} is filled in where the tokenizer puts a begin token in front.
 TEMPLATES = {
-    # Taori et al. 2023 (Stanford Alpaca); an input is part of the user's message, behind "### Input:"
+    # The prompts of Taori et al. 2023 (Stanford Alpaca), with alpaca-lora's newline behind "### Response:", which keeps the reply's first
+    # token apart; an input is part of the user's message, behind "### Input:"
     "alpaca": "{bos}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}{% elif '\\n\\n### Input:\\n' in "
               "messages[0]['content'] %}{{ 'Below is an instruction that describes a task, paired with an input that provides further "
               "context. Write a response that appropriately completes the request.\\n\\n' }}{% else %}{{ 'Below is an instruction that "
