@@ -20,7 +20,6 @@ Shapes: R rows (texts) of a forward step, S tokens, D hidden size, V vocabulary,
 
 import collections
 import concurrent.futures
-import hashlib
 import itertools
 import json
 import math
@@ -346,11 +345,9 @@ def load_data(args, tokenizer, layout, problems):
                 problems += [f"{where}: {wrong}" for where, wrong in found if wrong]
             continue
         before = len(problems)
-        key = ["clf 2", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
-               layout.template, layout.max_length, layout.target_min, layout.target_max, layout.loss == "pairwise", layout.family,
-               args.eval_fraction, args.no_train]
-        key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
+        settings = [layout.template, layout.max_length, layout.target_min, layout.target_max, layout.loss == "pairwise", layout.family,
+                    args.eval_fraction, args.no_train]
+        root, key = common.token_cache(args, "clf 2", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -363,27 +360,14 @@ def load_data(args, tokenizer, layout, problems):
         data = DataSet(name, amount, root / key, 100 if args.debug else None)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
-    if len(data_sets) == len(args.data_name) and not any(d.counts["eval"] or (args.no_train and d.counts["test"]) for d in data_sets):
-        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
-                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
-    trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
-    for data in data_sets:
-        for split in ("eval", "test"):
-            n_seen = int(np.isin(data.hashes[split], trained).sum())
-            if n_seen:
-                log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} texts occur in the training data")
+    common.check_evaluation_parts(args, data_sets, "texts", problems)
     return data_sets
 
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, characters that the tokenizer lacks."""
     counts = data.counts
-    if not counts["train"] and not args.no_train:
-        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
-    if data.amount is not None:
-        take = data.amount if isinstance(data.amount, int) else round(data.amount * counts["train"])
-        if not 1 <= take <= counts["train"]:
-            problems.append(f"--data {data.name}:{data.amount}: {take} of {counts['train']} training records; expected 1 to all of them")
+    common.check_training_part(args, data, path, problems)
     if counts.get("long texts"):
         log.warning(f"{data.name}: {counts['long texts']} of {counts['texts']} texts are longer than --max_length and are cut")
     if counts.get("texts with unknown characters"):
@@ -962,15 +946,7 @@ def prepare(args):
         if common.adapter_plan(args, source, config, []).token_ids:
             problems.append(f"{source} is an adapter with rows of new tokens, which scores do not use: merge it first (--merge_lora)")
         no_yes = verbaliser(tokenizer, layout, problems)
-    if args.estimate:
-        if problems:
-            common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
-        return None
-    if args.merge_lora:
-        if problems:
-            common.fail(problems)
-        common.merge_and_save(auto_class, source, config, tokenizer, args)
+    if common.estimate_or_merge(auto_class, source, config, tokenizer, args, precision, n_params, n_trained, quantized, problems):
         return None
     data_sets = load_data(args, tokenizer if auto_class else None, layout, problems)
     weights = class_weights(args, data_sets, problems) if not problems else None
@@ -1045,23 +1021,9 @@ def main(args):
     if job is None:
         return 0
     source, config, tokenizer, data_sets, run_dir, layout = job.source, job.config, job.tokenizer, job.data_sets, job.run_dir, job.layout
-    device = common.setup_distributed()
+    device, resume_from, state, precision, ds_name, ds_config, universal = common.begin_run(args, job, __file__)
     rank, world = common.rank(), common.world_size()
-    # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
-    resume_from, state, precision, ds_name, ds_config = common.broadcast(
-        (job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
     stopper = common.Stopper(args.max_hours)
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.no_train:
-            common.start_run(args, run_dir, job.identity, __file__)
-            common.write_json(run_dir / "ds_config.json", ds_config)
-    universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
-    if universal:
-        ds_config["checkpoint"] = {"load_universal": True}
-        if rank == 0:
-            common.universal_checkpoint(resume_from)
-    dist.barrier()
 
     # 3 model
     source = common.base_of_run(job.auto_class, source, config, tokenizer, args, precision, run_dir)
@@ -1111,19 +1073,13 @@ def main(args):
         return 0
     train_data = TrainingData(args, data_sets, layout, job.weights, pad_id)
     steps_per_epoch = train_data.steps_per_epoch
-    max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    eval_steps = args.eval_steps or steps_per_epoch
-    save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
-    warmup = common.warmup_steps(args, max_steps)
+    max_steps, eval_steps, save_steps, warmup = common.plan_steps(args, train_data.per_epoch, steps_per_epoch, run_dir)
     rawtune = {"format": 1, "script": "clf.py", "task": "preference" if layout.loss == "pairwise" else "score", "family": layout.family,
                "record_layout": {"template": layout.template, "max_length": layout.max_length,
                                  "truncation": "start" if layout.loss == "pairwise" else "end"}, "loss": layout.loss,
                "verbaliser": {"positive": layout.positive_word, "negative": layout.negative_word, "positive_id": job.no_yes[1],
                               "negative_id": job.no_yes[0]},
                "target_min": layout.target_min, "target_max": layout.target_max, **common.origin(args, source, config, resume_from)}
-    log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
-             f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
-             f"run folder {run_dir}")
 
     # 5 resume
     if resume_from:
@@ -1139,16 +1095,10 @@ def main(args):
         log_row("eval", metrics)
         if rank == 0:
             write_predictions(run_dir / f"checkpoint-{step}-preds.json", data_sets, "eval", logits, layout, args.scores_only)
-        state.update(last_eval=step, threshold=metrics.get("optimal_threshold"))
+        state["threshold"] = metrics.get("optimal_threshold")
         evaluated.clear()
         evaluated[step] = logits
-        if args.metric_for_best and step:
-            value, metric = metrics[args.metric_for_best], args.metric_for_best.split("/")[-1]
-            sign = 1 if directions(layout)[metric] == "high" else -1
-            if state["best"] is None or sign * value > sign * state["best"]:
-                state.update(best=value, best_step=step, evals_since_best=0)
-            else:
-                state["evals_since_best"] += 1
+        common.note_evaluation(args, state, step, metrics, directions(layout))
 
     def about():
         return {**rawtune, "threshold": state["threshold"] if state["last_eval"] == step else None}  # of these weights, or none

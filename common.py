@@ -570,6 +570,26 @@ def plan_run(args, source, identity, free_flags, state, n_params, n_trained, pre
     return run_dir, resume_from, state, ds_name, ds_config
 
 
+def begin_run(args, job, script):
+    """Collective. Start the processes and the run folder that a script's `prepare` has planned; -> (device, ranks' agreed
+    resume_from, state, precision, ds_name, ds_config, universal: whether the checkpoint is of another number of ranks)."""
+    device = setup_distributed()
+    # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
+    resume_from, state, precision, ds_name, ds_config = broadcast((job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
+    if rank() == 0:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.no_train:
+            start_run(args, job.run_dir, job.identity, script)
+            write_json(job.run_dir / "ds_config.json", ds_config)
+    universal = bool(resume_from) and state["world_size"] != world_size() and state["zero_stage"] > 0
+    if universal:
+        ds_config["checkpoint"] = {"load_universal": True}
+        if rank() == 0:
+            universal_checkpoint(resume_from)
+    dist.barrier()
+    return device, resume_from, state, precision, ds_name, ds_config, universal
+
+
 def start_run(args, run_dir, identity, script):
     """Rank 0: make the run folder, write args.json, env.json and code/; `log` goes to log.txt from here."""
     if args.overwrite and run_dir.exists() and any(run_dir.iterdir()):
@@ -596,6 +616,18 @@ def start_run(args, run_dir, identity, script):
         handler.flush()
         log.removeHandler(handler)
         log.addHandler(to_file)
+
+
+def note_evaluation(args, state, step, metrics, directions):
+    """Keep in `state` when was evaluated and what was best. directions: {metric: "high" or "low" is better}."""
+    state["last_eval"] = step
+    if args.metric_for_best and step:
+        value, metric = metrics[args.metric_for_best], args.metric_for_best.split("/")[-1]
+        sign = 1 if directions[metric] == "high" else -1
+        if state["best"] is None or sign * value > sign * state["best"]:
+            state.update(best=value, best_step=step, evals_since_best=0)
+        else:
+            state["evals_since_best"] += 1
 
 
 def rewind_metrics(run_dir, step, last_eval):
@@ -739,6 +771,13 @@ def read_records(path, problems, default_split="train"):
 
 
 def file_sha256(path):
+    """Of a file that did not change since the last call, without reading it again: a large base takes minutes."""
+    stat = os.stat(path)
+    return _file_sha256(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _file_sha256(path, *_):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -818,6 +857,37 @@ def cache_folder(root, key, problems):
                 os.rename(aside, done)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def token_cache(args, layout, files, tokenizer, settings):
+    """(root, key) for `cache_folder`: the key changes with the layout's version, the files, the tokenizer and the settings."""
+    parts = [layout, [(split, file_sha256(path)) for split, path in files.items()], tokenizer_fingerprint(tokenizer), *settings]
+    root = pathlib.Path(args.cache_dir) if args.cache_dir else mount_dir(args) / "data" / ".cache"
+    return root, hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_training_part(args, data, path, problems):
+    """Of one data set: there are training records, and as many as --data asks for."""
+    n_train = data.counts["train"]
+    if not n_train and not args.no_train:
+        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
+    if data.amount is not None:
+        take = data.amount if isinstance(data.amount, int) else round(data.amount * n_train)
+        if not 1 <= take <= n_train:
+            problems.append(f"--data {data.name}:{data.amount}: {take} of {n_train} training records; expected 1 to all of them")
+
+
+def check_evaluation_parts(args, data_sets, what, problems):
+    """Of all data sets: one has evaluation records; those that are in the training data too are counted. what: "prompts"."""
+    if len(data_sets) == len(args.data_name) and not any(d.counts["eval"] or (args.no_train and d.counts["test"]) for d in data_sets):
+        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
+                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
+    trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
+    for data in data_sets:
+        for split in ("eval", "test"):
+            n_seen = int(np.isin(data.hashes[split], trained).sum())
+            if n_seen:
+                log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} {what} occur in the training data")
 
 
 # ------------------------------------------------------------------------------------------------ order of examples
@@ -1055,6 +1125,19 @@ def merge_and_save(auto_class, source, config, tokenizer, args):
     fsync_tree(aside)
     os.rename(aside, out)
     log.info(f"{out}: {source} merged into its base, in {str(model.dtype).removeprefix('torch.')}")
+
+
+def estimate_or_merge(auto_class, source, config, tokenizer, args, precision, n_params, n_trained, quantized, problems):
+    """--estimate and --merge_lora, which are all that such a command does: whether it was one."""
+    if not args.estimate and not args.merge_lora:
+        return False
+    if problems:
+        fail(problems)
+    if args.estimate:
+        log.info(estimate_table(n_params, precision, device_memory(), n_trained, quantized))
+    else:
+        merge_and_save(auto_class, source, config, tokenizer, args)
+    return True
 
 
 def plain_copy(model, device):
@@ -1708,6 +1791,17 @@ def flops_per_token(part, but):
     (Kaplan et al. 2020), 4 where it is frozen, for it has no gradient. but: names to leave out [regular expression]."""
     found = 4 * sum(m.in_features * m.out_features for m in part.modules() if isinstance(m, QuantizedLinear))
     return found + sum((6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel()) for n, p in part.named_parameters() if not re.search(but, n))
+
+
+def plan_steps(args, n_examples, steps_per_epoch, run_dir):
+    """(max_steps, eval_steps, save_steps, warm-up) [optimizer steps] from flags and epochs; says so. n_examples: of an epoch."""
+    max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
+    save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
+    warmup = warmup_steps(args, max_steps)
+    log.info(f"{n_examples} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
+             f"({args.train_batch_size // world_size()} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
+             f"run folder {run_dir}")
+    return max_steps, args.eval_steps or steps_per_epoch, save_steps, warmup
 
 
 def lr_at(step, peak, schedule, warmup, max_steps):

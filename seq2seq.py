@@ -18,10 +18,8 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
-import hashlib
 import json
 import math
-import pathlib
 import re
 import string
 import sys
@@ -234,10 +232,8 @@ def load_data(args, tokenizer, problems):
                 problems += [f"{where}: {to_pair(r)[2]}" for where, _, r in common.read_records(path, problems) if to_pair(r)[2]]
             continue
         before = len(problems)
-        layout = ["seq2seq 1", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
-                  args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
-        key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-        root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
+        settings = [args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
+        root, key = common.token_cache(args, "seq2seq 1", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -251,27 +247,14 @@ def load_data(args, tokenizer, problems):
         data = DataSet(name, amount, root / key)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
-    if len(data_sets) == len(args.data_name) and not any(d.records["eval"] or (args.no_train and d.records["test"]) for d in data_sets):
-        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
-                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
-    trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
-    for data in data_sets:
-        for split in ("eval", "test"):
-            n_seen = int(np.isin(data.hashes[split], trained).sum())
-            if n_seen:
-                log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} prompts occur in the training data")
+    common.check_evaluation_parts(args, data_sets, "prompts", problems)
     return data_sets
 
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
     counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
-    if not counts["train"] and not args.no_train:
-        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
-    if data.amount is not None:
-        take = data.amount if isinstance(data.amount, int) else round(data.amount * counts["train"])
-        if not 1 <= take <= counts["train"]:
-            problems.append(f"--data {data.name}:{data.amount}: {take} of {counts['train']} training records; expected 1 to all of them")
+    common.check_training_part(args, data, path, problems)
     for what, flag in (("long prompts", "--max_source_length"), ("long completions", "--max_target_length")):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} of {n_all} {what.split()[1]} are longer than {flag} "
@@ -650,15 +633,7 @@ def prepare(args):
                             "bf16-mixed, or --force fp16")
         if n_params:
             n_trained, quantized = common.count_trained(AutoModelForSeq2SeqLM, source, config, args, n_params, problems)
-    if args.estimate:
-        if problems:
-            common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
-        return None
-    if args.merge_lora:
-        if problems:
-            common.fail(problems)
-        common.merge_and_save(AutoModelForSeq2SeqLM, source, config, tokenizer, args)
+    if common.estimate_or_merge(AutoModelForSeq2SeqLM, source, config, tokenizer, args, precision, n_params, n_trained, quantized, problems):
         return None
     data_sets = load_data(args, tokenizer, problems)
     problems += [f"--metric_for_best {args.metric_for_best}: {d.name} has no evaluation records" for d in data_sets
@@ -694,22 +669,8 @@ def main(args):
     if job is None:
         return 0
     source, config, tokenizer, data_sets, run_dir = job.source, job.config, job.tokenizer, job.data_sets, job.run_dir
-    device = common.setup_distributed()
+    device, resume_from, state, precision, ds_name, ds_config, universal = common.begin_run(args, job, __file__)
     rank, world = common.rank(), common.world_size()
-    # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
-    resume_from, state, precision, ds_name, ds_config = common.broadcast(
-        (job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.no_train:
-            common.start_run(args, run_dir, job.identity, __file__)
-            common.write_json(run_dir / "ds_config.json", ds_config)
-    universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
-    if universal:
-        ds_config["checkpoint"] = {"load_universal": True}
-        if rank == 0:
-            common.universal_checkpoint(resume_from)
-    dist.barrier()
 
     # 3 model
     source = common.base_of_run(AutoModelForSeq2SeqLM, source, config, tokenizer, args, precision, run_dir)
@@ -749,15 +710,9 @@ def main(args):
     group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 200
     train_data = TrainingData(args, data_sets, config, packed, group_tokens)
     steps_per_epoch = train_data.steps_per_epoch
-    max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    eval_steps = args.eval_steps or steps_per_epoch
-    save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
-    warmup = common.warmup_steps(args, max_steps)
+    max_steps, eval_steps, save_steps, warmup = common.plan_steps(args, train_data.per_epoch, steps_per_epoch, run_dir)
     rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
                **common.origin(args, source, config, resume_from)}
-    log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
-             f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
-             f"run folder {run_dir}")
 
     # 5 resume
     if resume_from:
@@ -771,14 +726,7 @@ def main(args):
     def run_evaluation():
         metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device)
         log_row("eval", metrics)
-        state["last_eval"] = step
-        if args.metric_for_best and step:
-            value, metric = metrics[args.metric_for_best], args.metric_for_best.split("/")[-1]
-            sign = 1 if EVAL_METRICS[metric] == "high" else -1
-            if state["best"] is None or sign * value > sign * state["best"]:
-                state.update(best=value, best_step=step, evals_since_best=0)
-            else:
-                state["evals_since_best"] += 1
+        common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
 
     def save():
         nonlocal saved_step

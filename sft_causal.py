@@ -22,7 +22,6 @@ size, V vocabulary. A document is one conversation (or text) as token ids.
 import collections
 import concurrent.futures
 import csv
-import hashlib
 import inspect
 import itertools
 import json
@@ -430,7 +429,7 @@ def encode(tokenizer, conversations, args, end):
     Chat: the ids are those of the whole rendered text, so they are apply_chat_template's; a token is a target when it begins inside a span
     of the assistant. Plain text: prompt and completion are tokenised apart, a begin token in front where the tokenizer puts one.
     """
-    found, texts, spans, where = [None] * len(conversations), [], [], []
+    found, texts, work = [None] * len(conversations), [], []  # work: (place, spans or None for plain text, whose two texts follow)
     begin, specials = [tokenizer.bos_token_id] if adds_bos(tokenizer) else [], special_tokens(tokenizer)
     for i, conversation in enumerate(conversations):
         contents = conversation if isinstance(conversation, tuple) else [message["content"] for message in conversation]
@@ -439,10 +438,8 @@ def encode(tokenizer, conversations, args, end):
         elif any(not text.isascii() and re.search("[\ud800-\udfff]", text) for text in contents):
             found[i] = "the text holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8"
         elif isinstance(conversation, tuple):
-            prompt, completion = tokenizer(list(contents), add_special_tokens=False).input_ids
-            ids = begin + prompt + completion + [tokenizer.eos_token_id]
-            n_prompt = len(begin) + len(prompt)
-            found[i] = np.array(ids), np.arange(len(ids)) >= n_prompt, [n_prompt if prompt else 0]
+            texts += contents
+            work.append((i, None))
         else:
             try:
                 text, of_text = chat_spans(tokenizer, conversation, args.targets, end)
@@ -452,10 +449,15 @@ def encode(tokenizer, conversations, args, end):
                 found[i] = str(error)
             else:
                 texts.append(text)
-                spans.append(of_text)
-                where.append(i)
+                work.append((i, of_text))
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
-    for i, ids, offsets, of_text in zip(where, encoded["input_ids"], encoded["offset_mapping"], spans):
+    rows = iter(zip(encoded["input_ids"], encoded["offset_mapping"]))
+    for i, of_text in work:
+        ids, offsets = next(rows)
+        if of_text is None:
+            n_prompt, ids = len(begin) + len(ids), [*begin, *ids, *next(rows)[0], tokenizer.eos_token_id]
+            found[i] = np.array(ids), np.arange(len(ids)) >= n_prompt, [n_prompt if n_prompt > len(begin) else 0]
+            continue
         starts, stops = np.array(offsets).reshape(-1, 2).T
         is_target = np.zeros(len(ids), bool)
         for start, stop in of_text:
@@ -517,18 +519,15 @@ def text_hash(text):
 def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
     """Read, check and tokenise one data set into `folder`, in blocks of 500 examples; returns its counts.
 
-    Per split: documents (.tokens), the first document of each example (.first), cumulative probabilities of the documents of an example
-    (.edges), target tokens of each document (.n_targets), hashes of the prompts (.hashes); evaluation rows also have what comes before
-    their last reply (.prompt) and .jsonl.
+    Per split: documents (.tokens), cumulative probabilities of the documents of an example (.edges, see `TrainingData.start_epoch`), target
+    tokens of each document (.n_targets), hashes of the prompts (.hashes); evaluation rows also have what comes before their last reply
+    (.prompt) and .jsonl.
     """
     splits = ("train", "eval", "test")
     writers = {(split, name): common.RaggedWriter(folder / f"{split}.{name}") for split in splits for name in ("tokens", "prompt")}
-    columns = {(split, name): open(folder / f"{split}.{name}", "wb") for split in splits for name in ("first", "edges", "n_targets", "hashes")}
+    columns = {(split, name): open(folder / f"{split}.{name}", "wb") for split in splits for name in ("edges", "n_targets", "hashes")}
     kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in splits[1:]}
-    counts, n_rows, end_id = collections.Counter({split: 0 for split in splits}), collections.Counter(), tokenizer.convert_tokens_to_ids(end)
-    n_checked = 0
-    for split in splits:
-        columns[split, "first"].write(np.int64(0).tobytes())
+    counts, end_id, n_checked = collections.Counter({split: 0 for split in splits}), tokenizer.convert_tokens_to_ids(end), 0
 
     def flush(block):
         nonlocal n_checked
@@ -544,14 +543,12 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
                     n_checked += 1
                     if wrong := check_ids(tokenizer, conversation, ids, before, args.targets):
                         problems.append(f"{where}: {wrong}")
-                how = args.truncation if args.truncation != "random_window" else "none" if split == "train" else "start"
                 counts["documents"] += 1
                 counts["long"] += len(ids) > args.max_length
-                prompt = ids[:before[-1]]
-                if how != "none":
-                    ids, is_target = truncate(ids, is_target, args.max_length, how, tokenizer.bos_token_id, end_id if args.truncated_eos else None)
-                else:
-                    ids, is_target = truncate(ids, is_target, len(ids), "end", None, None)
+                prompt, is_window = ids[:before[-1]], args.truncation == "random_window"
+                limit = len(ids) if is_window and split == "train" else args.max_length  # windows are cut anew each epoch
+                ids, is_target = truncate(ids, is_target, limit, "start" if is_window else args.truncation, tokenizer.bos_token_id,
+                                          end_id if args.truncated_eos else None)
                 if is_target.any():
                     documents.append((probability, conversation, ids, is_target, prompt))
                 else:
@@ -566,9 +563,7 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
                 writers[split, "tokens"].append(seal(ids, is_target))
                 columns[split, "edges"].write(np.float64(counts[split] + min(1.0, reached)).tobytes())
                 columns[split, "n_targets"].write(np.int64(is_target.sum()).tobytes())
-                n_rows[split] += 1
             counts[split] += 1
-            columns[split, "first"].write(np.int64(n_rows[split]).tobytes())
             columns[split, "hashes"].write(text_hash(key).tobytes())
             if split != "train":
                 writers[split, "prompt"].append(prompt)
@@ -609,9 +604,9 @@ class DataSet:
         self.sha256, self.counts = folder.name, json.loads((folder / "counts.json").read_text())
         splits = ("train", "eval", "test")
         self.tokens, self.prompt = ({split: common.Ragged(folder / f"{split}.{name}") for split in splits} for name in ("tokens", "prompt"))
-        self.first, self.edges, self.n_targets, self.hashes = (
+        self.edges, self.n_targets, self.hashes = (
             {split: np.fromfile(folder / f"{split}.{name}", kind) for split in splits}
-            for name, kind in (("first", np.int64), ("edges", np.float64), ("n_targets", np.int64), ("hashes", np.int64)))
+            for name, kind in (("edges", np.float64), ("n_targets", np.int64), ("hashes", np.int64)))
         self.records = {split: [json.loads(line) for line in open(folder / f"{split}.jsonl", encoding="utf-8")][:limit]
                         for split in ("eval", "test")}
 
@@ -627,11 +622,9 @@ def load_data(args, tokenizer, template, end, problems):
                 collections.deque(examples_of(path, split or "train", args, template, problems, collections.Counter()), 0)
             continue
         before = len(problems)
-        layout = ["sft 1", [(split, common.file_sha256(path)) for split, path in files.items()], common.tokenizer_fingerprint(tokenizer),
-                  tokenizer.chat_template, template, args.max_length, args.truncation, args.truncated_eos, args.targets, args.raw_prompt,
-                  args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction]
-        key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-        root = pathlib.Path(args.cache_dir) if args.cache_dir else common.mount_dir(args) / "data" / ".cache"
+        settings = [tokenizer.chat_template, template, args.max_length, args.truncation, args.truncated_eos, args.targets, args.raw_prompt,
+                    args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction]
+        root, key = common.token_cache(args, "sft 1", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -647,27 +640,14 @@ def load_data(args, tokenizer, template, end, problems):
     tree_flags = [f"--{name}" for name, off in (("oasst_paths", "best"), ("oasst_lang", None), ("oasst_min_quality", 0.0)) if getattr(args, name) != off]
     if tree_flags and len(data_sets) == len(args.data_name) and not any(d.counts.get("trees") for d in data_sets):
         problems.append(f"{', '.join(tree_flags)}: no effect, there is no OpenAssistant tree in {', '.join(args.data_name)}")
-    if len(data_sets) == len(args.data_name) and not any(d.records["eval"] or (args.no_train and d.records["test"]) for d in data_sets):
-        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
-                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
-    trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
-    for data in data_sets:
-        for split in ("eval", "test"):
-            n_seen = int(np.isin(data.hashes[split], trained).sum())
-            if n_seen:
-                log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} prompts occur in the training data")
+    common.check_evaluation_parts(args, data_sets, "prompts", problems)
     return data_sets
 
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, documents that lost every target."""
     counts = data.counts
-    if not counts["train"] and not args.no_train:
-        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
-    if data.amount is not None:
-        take = data.amount if isinstance(data.amount, int) else round(data.amount * counts["train"])
-        if not 1 <= take <= counts["train"]:
-            problems.append(f"--data {data.name}:{data.amount}: {take} of {counts['train']} training records; expected 1 to all of them")
+    common.check_training_part(args, data, path, problems)
     if counts.get("long"):
         log.warning(f"{data.name}: {counts['long']} of {counts['documents']} documents are longer than --max_length {args.max_length} tokens "
                     f"and are cut (--truncation {args.truncation})")
@@ -1111,7 +1091,7 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
-    precision, n_params, n_trained, quantized, new_ids, template, end = common.resolve_precision(args), 0, 0, (0, 0), [], None, None
+    precision, n_params, n_trained, quantized, n_tokens, new_ids, template, end = common.resolve_precision(args), 0, 0, (0, 0), 0, [], None, None
     if config is not None:
         if (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
                 and config.model_type not in NOT_CAUSAL):
@@ -1122,21 +1102,16 @@ def prepare(args):
                 set_tokens(args, tokenizer, problems)
                 if len(problems) == n_problems:
                     template, end = set_template(args, tokenizer, problems)
-            new_ids = sorted(set(tokenizer.get_vocab().values()) - old_ids)
+            ids = set(tokenizer.get_vocab().values())
+            n_tokens, new_ids = max(ids) + 1, sorted(ids - old_ids)
             if new_ids and common.adapter_plan(args, source, config, []).folder:
                 problems.append(f"{source} is an adapter whose tokenizer lacks {', '.join(tokenizer.convert_ids_to_tokens(new_ids))}: merge it first "
                                 "(--merge_lora) and start from that, or choose another --template")
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected a decoder-only language model; encoder-decoders: seq2seq.py")
-    if args.estimate:
-        if problems:
-            common.fail(problems)
-        log.info(common.estimate_table(n_params, precision, common.device_memory(), n_trained, quantized))
-        return None
-    if args.merge_lora:
-        if problems:
-            common.fail(problems)
-        merge(args, source, config, tokenizer)
+    if common.estimate_or_merge(AutoModelForCausalLM, source, config, tokenizer, args, precision, n_params, n_trained, quantized, problems):
+        if args.merge_lora and not args.estimate:
+            keep_stop_ids(args, source, tokenizer)
         return None
     data_sets = load_data(args, tokenizer, template, end, problems)
     limit = getattr(config, "max_position_embeddings", None)
@@ -1166,14 +1141,13 @@ def prepare(args):
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
                                  data_sets=data_sets, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state,
-                                 ds_config=ds_config, template=template, end=end, new_ids=new_ids)
+                                 ds_config=ds_config, template=template, end=end, n_tokens=n_tokens, new_ids=new_ids)
 
 
-def merge(args, source, config, tokenizer):
-    """--merge_lora. The merged model stops where the adapter's replies did."""
-    common.merge_and_save(AutoModelForCausalLM, source, config, tokenizer, args)
+def keep_stop_ids(args, source, tokenizer):
+    """After --merge_lora: the merged model stops where the adapter's replies did."""
     stop_ids = common.read_adapter(source, []).rawtune.get("stop_ids")
-    if stop_ids and common.rank() == 0:
+    if stop_ids:
         generation = GenerationConfig.from_pretrained(args.merge_lora)
         set_stop_ids(generation, tokenizer, stop_ids)
         generation.save_pretrained(args.merge_lora)
@@ -1219,30 +1193,15 @@ def main(args):
     if job is None:
         return 0
     source, config, tokenizer, data_sets, run_dir = job.source, job.config, job.tokenizer, job.data_sets, job.run_dir
-    device = common.setup_distributed()
+    device, resume_from, state, precision, ds_name, ds_config, universal = common.begin_run(args, job, __file__)
     rank, world = common.rank(), common.world_size()
-    # what was decided from this machine's memory and disk is rank 0's word, or unlike nodes would wait for each other
-    resume_from, state, precision, ds_name, ds_config = common.broadcast(
-        (job.resume_from, job.state, job.precision, job.ds_name, job.ds_config), device)
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.no_train:
-            common.start_run(args, run_dir, job.identity, __file__)
-            common.write_json(run_dir / "ds_config.json", ds_config)
-    universal = bool(resume_from) and state["world_size"] != world and state["zero_stage"] > 0
-    if universal:
-        ds_config["checkpoint"] = {"load_universal": True}
-        if rank == 0:
-            common.universal_checkpoint(resume_from)
-    dist.barrier()
     for data in data_sets:
         for i in range(min(args.show_examples, len(data.tokens["train"]))):
             log.info(f"{data.name}, document {i + 1}, targets between ⟦ and ⟧:\n{marked(tokenizer, *unseal(data.tokens['train'][i]))}\n")
 
     # 3 model
     source = common.base_of_run(AutoModelForCausalLM, source, config, tokenizer, args, precision, run_dir)
-    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, max(tokenizer.get_vocab().values()) + 1,
-                              job.new_ids)
+    model = common.load_model(AutoModelForCausalLM, source, config, args, precision, ds_config, job.n_tokens, job.new_ids)
     kernel = args.attention  # a packed row on a GPU: one that skips what is masked, where the family has it
     if kernel == "auto" and args.packing and device.type == "cuda" and not args.bidirectional_prompt and model._supports_flex_attn:
         kernel = "flex_attention"
@@ -1291,16 +1250,10 @@ def main(args):
     stopper = common.Stopper(args.max_hours)  # not before: a signal ends an evaluation at once
     train_data = TrainingData(args, data_sets, config.hidden_size, max(len(tokenizer), config.vocab_size), pad_id, sparse)
     steps_per_epoch = train_data.steps_per_epoch
-    max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    eval_steps = args.eval_steps or steps_per_epoch
-    save_steps = steps_per_epoch if args.save_steps is None else args.save_steps
-    warmup = common.warmup_steps(args, max_steps)
+    max_steps, eval_steps, save_steps, warmup = common.plan_steps(args, train_data.per_epoch, steps_per_epoch, run_dir)
     rawtune = {"format": 1, "script": "sft_causal.py", "task": "chat", "family": "causal", "template": job.template, "end_token": job.end,
                "stop_ids": stop_ids, "raw_prompt": args.raw_prompt, "bidirectional_prompt": args.bidirectional_prompt,
                "max_length": args.max_length, **common.origin(args, source, config, resume_from)}
-    log.info(f"{train_data.per_epoch} training examples = {steps_per_epoch} steps per epoch; one step = {args.train_batch_size} examples "
-             f"({args.train_batch_size // world} per process) x {args.gradient_accumulation_steps}; {max_steps} steps, {warmup} of warm-up; "
-             f"run folder {run_dir}")
 
     # 5 resume
     if resume_from:
@@ -1315,14 +1268,7 @@ def main(args):
         metrics = evaluate(args, engine, tokenizer, data_sets, "eval", stop_ids, step, run_dir, device)
         log_row("eval", metrics)
         last_metrics.update({f"eval/{name}": value for name, value in metrics.items()})
-        state["last_eval"] = step
-        if args.metric_for_best and step:
-            value, metric = metrics[args.metric_for_best], args.metric_for_best.split("/")[-1]
-            sign = 1 if EVAL_METRICS[metric] == "high" else -1
-            if state["best"] is None or sign * value > sign * state["best"]:
-                state.update(best=value, best_step=step, evals_since_best=0)
-            else:
-                state["evals_since_best"] += 1
+        common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
 
     def save():
         nonlocal saved_step

@@ -262,6 +262,68 @@ def run_jobs(tmp_path, jobs, n_procs, timeout=300):
     return output
 
 
+SEVERAL = """
+import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["matplotlib.figure"] = None  # not installed, as it were: drawing takes longer than a short run
+import common
+script = importlib.import_module(sys.argv[3])
+{before}
+asked = []
+for stop, settings, words in json.load(open(sys.argv[2])):
+    asked.clear()
+    common.Stopper.reason = lambda self: asked.append(1) or ("a test" if len(asked) == stop else None)
+    for name, value in settings.items():
+        setattr(script, name, value)
+    code = script.main(script.parse_args(words))
+    assert code == (common.EXIT_SAVED if stop else 0), (code, words)
+common.leave(0)
+"""
+
+
+def run_several(mount, script, jobs, n_procs, before=""):
+    """Like run_jobs, for jobs that may be stopped: [(step or shard after which to stop or None, {global of the script: value}, words)].
+    before: Python that changes `script` first."""
+    path = mount / f"several-{free_port()}.json"
+    path.write_text(json.dumps([(stop, settings, [str(word) for word in words]) for stop, settings, words in jobs]))
+    codes, output = finish(start(["-c", SEVERAL.format(before=before), ROOT, path, script], n_procs), 300)
+    assert codes == [0] * n_procs, output[-6000:]
+
+
+def run_and_kill(command, run, n_procs, after_steps):
+    """Start the ranks, kill -9 all when metrics.jsonl has the wanted number of steps; False if the run was faster."""
+    processes = start(command, n_procs)
+    while any(p.poll() is None for p in processes):
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"split": "train"') >= after_steps:
+            break
+        time.sleep(0.003)
+    was_running = any(p.poll() is None for p in processes)
+    kill(processes)
+    return was_running and not (run / "COMPLETE").exists()
+
+
+def run_again(command, n_procs):
+    """The same command after a kill or a stop: it continues and ends well."""
+    codes, output = finish(start(command, n_procs))
+    assert codes == [0] * n_procs and "continuing" in output, output[-3000:]
+
+
+def copy_script(name, folder):
+    """What a script needs in a container: itself, common.py and ds_configs/ in a new folder; -> the copied script."""
+    folder.mkdir()
+    for file in (name, "common.py"):
+        shutil.copy(ROOT / file, folder)
+    shutil.copytree(ROOT / "ds_configs", folder / "ds_configs")
+    return folder / name
+
+
+def launch(launcher, words, cwd):
+    """`deepspeed --num_gpus 2 script ...` or torchrun, from the environment of the tests."""
+    binary = shutil.which(launcher[0], path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    result = subprocess.run([binary, *launcher[1:], *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
 def rows(run_dir, split="train"):
     return [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if row["split"] == split]
 
@@ -288,6 +350,15 @@ def distance(a, b):
     """Relative distance of two weight dictionaries in norm."""
     assert a.keys() == b.keys()
     return (sum(float(((a[k] - b[k]) ** 2).sum()) for k in a) / sum(float((a[k] ** 2).sum()) for k in a)) ** 0.5
+
+
+def assert_same_mathematics(run, expected):
+    """Another layout of the same command: losses, gradient norms, evaluation and weights within 1e-6."""
+    for mine, theirs in zip(rows(run), rows(expected), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
+        assert (mine["lr"], mine["target_tokens"], mine["step"]) == (theirs["lr"], theirs["target_tokens"], theirs["step"])
+    assert distance(weights(expected), weights(run)) < 1e-6
+    assert rows(run, "eval")[-1]["eval/loss"] == pytest.approx(rows(expected, "eval")[-1]["eval/loss"], rel=1e-6)
 
 
 def stop_at(monkeypatch, step):

@@ -7,12 +7,10 @@ import types
 
 import numpy as np
 import pytest
-import transformers
 from conftest import ROOT, bpe_tokenizer, clf_flags, preference_records, score_records, write_byt5, write_llama
 
 import clf
 import common
-import seq2seq
 
 POINT = types.SimpleNamespace(**{**clf.LAYOUT, "template": "{input}"}, family="seq2seq")
 PAIRS = types.SimpleNamespace(**{**clf.LAYOUT, "template": "{prompt}\n\n{reply}", "loss": "pairwise"}, family="seq2seq")

@@ -1,45 +1,22 @@
 """clf.py on several ranks, at every ZeRO stage, killed, copied away, and its demo. pytest -m slow."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import transformers
-from conftest import (ROOT, assert_same_run, clf_flags, distance, finish, free_port, kill, rows, score_records, scores, start, stop_at, weights,
-                      write_clf_mount, write_model)
+from conftest import (ROOT, assert_same_mathematics, assert_same_run, clf_flags, copy_script, distance, finish, launch, rows, run_again,
+                      run_and_kill, run_several, score_records, scores, start, stop_at, weights, write_clf_mount, write_model)
 
 import clf
 import common
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pictures")]
 SPLITS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
-SEVERAL = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-sys.modules["matplotlib.figure"] = None  # not installed, as it were: drawing takes longer than a short run
-import clf, common
-asked = []
-for stop, shard, words in json.load(open(sys.argv[2])):
-    asked.clear()
-    common.Stopper.reason = lambda self: asked.append(1) or ("a test" if len(asked) == stop else None)
-    clf.SHARD = shard
-    code = clf.main(clf.parse_args(words))
-    assert code == (common.EXIT_SAVED if stop else 0), (code, words)
-common.leave(0)
-"""
-
-
-def run_several(mount, jobs, n_procs):
-    """Like run_jobs, for [(step or shard after which to stop or None, texts per shard, words)]."""
-    path = mount / f"several-{free_port()}.json"
-    path.write_text(json.dumps([(stop, shard, [str(word) for word in words]) for stop, shard, words in jobs]))
-    codes, output = finish(start(["-c", SEVERAL, ROOT, path], n_procs), 300)
-    assert codes == [0] * n_procs, output[-6000:]
+def run_all(mount, jobs, n_procs):
+    """[(step or shard after which to stop or None, texts per shard, words)]."""
+    run_several(mount, "clf", [(stop, {"SHARD": shard}, words) for stop, shard, words in jobs], n_procs)
 
 
 def task_flags(mount, run, task, split, **changes):
@@ -72,7 +49,7 @@ def grid(tmp_path_factory):
              for stage in (1, 3)]
     for stage in range(4):
         jobs += [(stop, 8192, resume_flags(mount, f"{run}{stage}", stage)) for run, stop in (("straight", None), ("stopped", 3), ("stopped", None))]
-    run_several(mount, jobs, 2)
+    run_all(mount, jobs, 2)
     return mount
 
 
@@ -84,14 +61,6 @@ def reference(grid, run_clf):
         assert run.exists() or run_clf(task_flags(grid, run.name, task, "8x1")) == 0
         return run
     return reference
-
-
-def assert_same_mathematics(run, expected):
-    for mine, theirs in zip(rows(run), rows(expected), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
-        assert (mine["lr"], mine["target_tokens"], mine["step"]) == (theirs["lr"], theirs["target_tokens"], theirs["step"])
-    assert distance(weights(expected), weights(run)) < 1e-6
-    assert rows(run, "eval")[-1]["eval/loss"] == pytest.approx(rows(expected, "eval")[-1]["eval/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("task, stage, split", GRID)
@@ -175,7 +144,7 @@ def test_scores_are_the_same_to_the_last_digit_on_1_2_and_3_ranks_for_any_size(g
     jobs[2] += [(None, 4, words("begun2", 0, **base)), (2, 4, words("halted", 0, **base)), (None, 4, words("halted", 0, **base))]
     jobs[3] += [(None, 4, words("begun", 0, **base)), *((None, 8192, words(f"dev{size}-zero3", size, ds_config="zero3")) for size in (1, 5))]
     for n in (2, 3):
-        run_several(grid, jobs[n], n)
+        run_all(grid, jobs[n], n)
     models = grid / "models"
     for size in range(1, 8):
         assert digits(models / f"dev{size}-1") == digits(models / f"dev{size}-2") == digits(models / f"dev{size}-3")
@@ -220,36 +189,22 @@ def test_a_large_file_is_scored_in_bounded_memory(tmp_path):
 
 
 def test_kill_9_then_the_same_command_equals_uninterrupted_to_the_bit(grid):
-    run, words = grid / "models" / "killed", [ROOT / "clf.py", *resume_flags(grid, "killed", 2)]
-    processes = start(words, 2)
-    while any(p.poll() is None for p in processes):
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"split": "train"') >= 3:
-            break
-        time.sleep(0.003)
-    was_running = any(p.poll() is None for p in processes)
-    kill(processes)
-    assert was_running and not (run / "COMPLETE").exists()
-    codes, output = finish(start(words, 2))
-    assert codes == [0, 0] and "continuing" in output, output[-3000:]
+    run, command = grid / "models" / "killed", [ROOT / "clf.py", *resume_flags(grid, "killed", 2)]
+    assert run_and_kill(command, run, 2, 3)
+    run_again(command, 2)
     assert_same_run(grid / "models" / "straight2", run, 6)
 
 
 def test_the_copied_script_runs_the_earlier_systems_command_under_the_launcher(tmp_path):
     """clf.py, common.py and ds_configs/ in an empty folder, called from elsewhere; a tiny model under the big one's name."""
     home, cwd = tmp_path / "home", tmp_path / "elsewhere"
-    home.mkdir()
-    for name in ("clf.py", "common.py"):
-        shutil.copy(ROOT / name, home)
-    shutil.copytree(ROOT / "ds_configs", home / "ds_configs")
+    script = copy_script("clf.py", home)
     write_model(cwd / "models" / "flan-t5-xl")
     (cwd / "data").mkdir()
     records = score_records(59)
     (cwd / "data" / "1226verifier_ft_all.json").write_text(json.dumps({"train": records[:43], "eval": records[43:]}))
-    binary = shutil.which("deepspeed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-    command = [binary, "--num_gpus", "2", str(home / "clf.py"), *(
-        "--model_pretrain_name google/flan-t5-xl --data_name 1226verifier_ft_all --max_steps 21 --eval_steps 20 --save_steps 20").split()]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    launch(["deepspeed", "--num_gpus", "2"], [script, *(
+        "--model_pretrain_name google/flan-t5-xl --data_name 1226verifier_ft_all --max_steps 21 --eval_steps 20 --save_steps 20").split()], cwd)
     run = cwd / "models" / "flan-t5-xl_1226verifier_ft_all_0"
     assert [row["step"] for row in rows(run, "eval")] == [0, 20, 21] and (run / "checkpoint-20-preds.json").exists()
     assert {"preds.json", "rank_metrics.json", "model.safetensors", "COMPLETE", "checkpoint-20", "code"} <= {p.name for p in run.iterdir()}

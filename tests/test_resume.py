@@ -8,8 +8,8 @@ import signal
 import time
 
 import pytest
-from conftest import (ROOT, assert_same_run, distance, finish, flags, kill, ragged_records, rows, run_jobs, start, stop_at, weights,
-                      write_model)
+from conftest import (ROOT, assert_same_run, distance, finish, flags, kill, ragged_records, rows, run_again, run_and_kill, run_jobs, start,
+                      stop_at, weights, write_model)
 
 import common
 import seq2seq
@@ -164,22 +164,6 @@ def long_mount(tmp_path_factory):
     return mount
 
 
-def run_and_kill(words, run, n_procs, after_steps):
-    """Start the ranks, kill -9 all when metrics.jsonl has the wanted number of steps; False if the run was faster."""
-    processes = start([ROOT / "seq2seq.py", *words], n_procs)
-    while any(p.poll() is None for p in processes):
-        if (run / "metrics.jsonl").exists() and len(rows_so_far(run)) >= after_steps:
-            break
-        time.sleep(0.003)
-    finished = all(p.poll() is not None for p in processes)
-    kill(processes)
-    return not finished
-
-
-def rows_so_far(run):
-    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line and line.endswith("}")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("n_procs", [1, 2])
 def test_kill_9_then_the_same_command_equals_uninterrupted_to_the_bit(long_mount, n_procs):
@@ -188,9 +172,8 @@ def test_kill_9_then_the_same_command_equals_uninterrupted_to_the_bit(long_mount
     for stage in range(4):
         run = long_mount / "models" / f"killed{n_procs}{stage}"
         words = dropout_flags(long_mount, run.name, stage)
-        assert run_and_kill(words, run, n_procs, 5)
-        codes, output = finish(start([ROOT / "seq2seq.py", *words], n_procs))
-        assert codes == [0] * n_procs and "continuing" in output, output[-3000:]
+        assert run_and_kill([ROOT / "seq2seq.py", *words], run, n_procs, 5)
+        run_again([ROOT / "seq2seq.py", *words], n_procs)
         assert_same_run(long_mount / "models" / f"straight{n_procs}{stage}", run)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import assert_same_run, bpe_tokenizer, distance, flags, in_process, rows, stop_at, weights, write_llama
+from conftest import (assert_same_mathematics, assert_same_run, bpe_tokenizer, distance, flags, in_process, rows, stop_at, weights,
+                      write_llama)
 
 import common
 import sft_causal
@@ -69,14 +70,6 @@ def split_words(mount, run, split, **changes):
     batch, accumulation = SPLITS[split]
     return words(mount, run, **{"max_steps": 6, "learning_rate": 0.0001, "train_batch_size": batch, "gradient_accumulation_steps": accumulation,
                                 **changes})
-
-
-def assert_same_mathematics(run, expected):
-    for mine, theirs in zip(rows(run), rows(expected), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-        assert (mine["lr"], mine["target_tokens"], mine["step"]) == (theirs["lr"], theirs["target_tokens"], theirs["step"])
-    assert distance(weights(expected), weights(run)) < 1e-6
-    assert rows(run, "eval")[-1]["eval/loss"] == pytest.approx(rows(expected, "eval")[-1]["eval/loss"], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ batch splits

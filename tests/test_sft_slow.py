@@ -3,42 +3,23 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import transformers
-from conftest import ROOT, assert_same_run, distance, finish, free_port, kill, rows, start, weights, write_llama
-from test_sft_runs import assert_same_mathematics, chats, resume_words, split_words, words, write_mount
+from conftest import (ROOT, assert_same_mathematics, assert_same_run, copy_script, distance, finish, launch, rows, run_again, run_and_kill,
+                      run_several, start, weights, write_llama)
+from test_sft_runs import chats, resume_words, split_words, words, write_mount
 
 import sft_causal
 
 pytestmark = pytest.mark.slow
-SEVERAL = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-sys.modules["matplotlib.figure"] = None  # not installed, as it were: drawing takes longer than a short run
-import sft_causal, common
-pack = sft_causal.pack
-sft_causal.pack = lambda *a: pack(*a[:4], True)  # as for a wide model: several documents in every row
-asked = []
-for stop, words in json.load(open(sys.argv[2])):
-    asked.clear()
-    common.Stopper.reason = lambda self: asked.append(1) or ("a test" if len(asked) == stop else None)
-    code = sft_causal.main(sft_causal.parse_args(words))
-    assert code == (common.EXIT_SAVED if stop else 0), (code, words)
-common.leave(0)
-"""
 GRID = [(stage, split, packing) for stage in range(4) for split, packing in (("8x1", False), ("2x4", False), ("4x2", True))]
 
 
-def run_several(mount, jobs, n_procs):
-    """Like run_jobs, for [(step at which to stop or None, words)]."""
-    path = mount / f"several-{free_port()}.json"
-    path.write_text(json.dumps([(stop, [str(word) for word in words]) for stop, words in jobs]))
-    codes, output = finish(start(["-c", SEVERAL, ROOT, path], n_procs), 300)
-    assert codes == [0] * n_procs, output[-6000:]
+def run_all(mount, jobs, n_procs):
+    """[(step at which to stop or None, words)]; packed as for a wide model: several documents in every row."""
+    run_several(mount, "sft_causal", [(stop, {}, words) for stop, words in jobs], n_procs,
+                "pack = script.pack\nscript.pack = lambda *a: pack(*a[:4], True)")
 
 
 def grid_run(stage, split, packing):
@@ -54,7 +35,7 @@ def grid(tmp_path_factory):
         jobs += [(stop, resume_words(mount, f"{run}{stage}", stage, save_steps=2)) for run, stop in
                  (("straight", None), ("stopped", 3), ("stopped", None))]
     jobs += [(None, words(mount, f"moved{stage}", ds_config=f"zero{stage}", max_steps=3, lr_scheduler_type="constant")) for stage in (1, 3)]
-    run_several(mount, jobs, 2)
+    run_all(mount, jobs, 2)
     return mount
 
 
@@ -128,7 +109,7 @@ def test_evaluation_is_the_same_to_the_last_digit_on_1_2_and_3_ranks_and_under_z
     for cell in cells:
         assert run_sft(command(*cell, 1)) == 0
     for n in (2, 3):
-        run_several(grid, [(None, command(*cell, n)) for cell in cells] + [
+        run_all(grid, [(None, command(*cell, n)) for cell in cells] + [
             (None, command(kind, size, f"{how} {n}", ds_config="zero3", zero3_generation=how)) for kind, size, how in zero3], n)
     for kind, size in cells:
         wanted = digits(models / f"{kind} {size} 1")
@@ -143,34 +124,20 @@ def test_evaluation_is_the_same_to_the_last_digit_on_1_2_and_3_ranks_and_under_z
 
 def test_kill_9_then_the_same_command_equals_uninterrupted_to_the_bit(grid):
     run, command = grid / "models" / "killed", [ROOT / "sft_causal.py", *resume_words(grid, "killed", 2, save_steps=2)]
-    processes = start(command, 2)
-    while any(p.poll() is None for p in processes):
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"split": "train"') >= 3:
-            break
-        time.sleep(0.003)
-    was_running = any(p.poll() is None for p in processes)
-    kill(processes)
-    assert was_running and not (run / "COMPLETE").exists()
-    codes, output = finish(start(command, 2))
-    assert codes == [0, 0] and "continuing" in output, output[-3000:]
+    assert run_and_kill(command, run, 2, 3)
+    run_again(command, 2)
     assert_same_run(grid / "models" / "straight2", run, 8)
 
 
 def test_the_copied_script_runs_under_the_launcher(tmp_path):
     """sft_causal.py, common.py and ds_configs/ in an empty folder, called from elsewhere; default precision and stage, packed."""
     home, cwd = tmp_path / "home", tmp_path / "elsewhere"
-    home.mkdir()
-    for name in ("sft_causal.py", "common.py"):
-        shutil.copy(ROOT / name, home)
-    shutil.copytree(ROOT / "ds_configs", home / "ds_configs")
+    script = copy_script("sft_causal.py", home)
     write_llama(cwd / "models" / "llama")
     (cwd / "data").mkdir()
     (cwd / "data" / "mine.json").write_text(json.dumps({"train": chats(40), "eval": chats(6, seed=1)}))
-    binary = shutil.which("deepspeed", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-    command = [binary, "--num_gpus", "2", str(home / "sft_causal.py"), *("--model_init_name llama --data mine --packing --max_steps 6 --eval_steps 3 "
-               "--save_steps 3 --train_batch_size 8 --max_new_tokens 4 --training_run_name run").split()]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    launch(["deepspeed", "--num_gpus", "2"], [script, *("--model_init_name llama --data mine --packing --max_steps 6 --eval_steps 3 --save_steps 3 "
+           "--train_batch_size 8 --max_new_tokens 4 --training_run_name run").split()], cwd)
     run = cwd / "models" / "run"
     assert [row["step"] for row in rows(run, "eval")] == [0, 3, 6]
     assert {"model.safetensors", "COMPLETE", "checkpoint-6", "code", "temperature=0.00_n=1_step=6.json"} <= {p.name for p in run.iterdir()}

@@ -1,20 +1,17 @@
 """The script, common.py and ds_configs/ copied into an empty folder train on a mounted folder, from any place."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, finish, flags, rows, start, weights
+from conftest import ROOT, copy_script, finish, flags, rows, start, weights
 
 
 def test_copied_script_trains_on_a_mounted_folder(mount, tmp_path_factory):
-    home, cwd = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("elsewhere")
-    for name in ("seq2seq.py", "common.py"):
-        shutil.copy(ROOT / name, home)
-    shutil.copytree(ROOT / "ds_configs", home / "ds_configs")
-    codes, output = finish(start([home / "seq2seq.py", *flags(mount, max_steps=2, ds_config=None)], cwd=cwd))
+    home, cwd = tmp_path_factory.mktemp("home") / "copy", tmp_path_factory.mktemp("elsewhere")
+    script = copy_script("seq2seq.py", home)
+    codes, output = finish(start([script, *flags(mount, max_steps=2, ds_config=None)], cwd=cwd))
     assert codes == [0], output[-4000:]
     run_dir = mount / "models" / "run"
     files = {p.name for p in run_dir.iterdir()}
