@@ -6,6 +6,7 @@ Every function that talks to other processes says "collective": all ranks must c
 """
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import difflib
@@ -109,10 +110,18 @@ def setup_distributed():
 
 
 def leave(code):
-    """Close the process group, where there is one; returns the exit code."""
+    """Close the process group, where there is one, and end the process with this exit code.
+
+    Without the interpreter's own taking down: a thread of gloo's that drops its last tensor then asks for a lock that is
+    gone, and a rank whose work is done ends with an abort (PyTorch issue 190489; closing the group does not prevent it).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
-    return code
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def all_reduce_sum(values, device):

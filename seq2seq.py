@@ -836,4 +836,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(common.leave(main(parse_args())))
+    common.leave(main(parse_args()))

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, finish, flags, start
 
 import common
 import seq2seq
@@ -32,6 +32,32 @@ def no_launcher(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ processes
+
+
+LATE_THREAD = """
+import atexit, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch, common
+common.adopt_launcher()
+common.setup_distributed()
+x = torch.ones(1, requires_grad=True)
+x.register_hook(lambda _: time.sleep(0.3))  # a thread inside C++ that wants the interpreter back after the end
+threading.Thread(target=(x * 2).backward, daemon=True).start()
+class Sleeper:
+    def __del__(self):
+        time.sleep(1)  # the taking down lasts longer than the thread waits
+sleeper = Sleeper()
+atexit.register(print, "registered function ran")
+time.sleep(0.1)
+{end}
+"""
+
+
+def test_a_rank_ends_with_its_exit_code_although_a_thread_still_wants_the_interpreter():
+    """As gloo's threads do now and then (PyTorch issue 190489). The control: the usual ending aborts."""
+    for end, code in (("common.leave(75)", 75), ("common.dist.destroy_process_group(); sys.exit(75)", -signal.SIGABRT)):
+        codes, output = finish(start(["-c", LATE_THREAD.format(end=end), ROOT]))
+        assert codes == [code] and "registered function ran" in output, output
 
 
 def test_without_a_launcher_this_is_rank_0_of_1_on_a_free_port(no_launcher):
