@@ -214,7 +214,10 @@ class Prompts:
         if missing:
             problems.append(f"--format {self.format}: the tokenizer has no {' and no '.join(missing)}; choose another --format")
         self.template = FORMATS[self.format].replace("{bot}", args.bot_name) if self.format in FORMATS else None
-        self.stops = FORMAT_STOPS.get(self.format, [])
+        self.stops, self.begin = FORMAT_STOPS.get(self.format, []), [tokenizer.bos_token_id]
+        self.begin = self.begin if tokenizer("a").input_ids[:1] == self.begin else []
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+        self.special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
         self.context = args.max_context
         limit = None if config.model_type in ("t5", "mt5", "umt5") else getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and self.context and self.context > limit:
@@ -262,14 +265,14 @@ class Prompts:
             raise ValueError("the last message must be the user's")
         if self.format == "raw":
             return self.raw_ids(messages[-1]["content"])
+        if special := next(filter(None, (self.special.search(message["content"]) for message in messages)), None):
+            raise ValueError(f"the text holds the special token {special[0]!r}, which would be read as one; remove it")
         text = self.render(messages)
-        # a begin token is in the template where the tokenizer has one of its own; the formats above leave it to the tokenizer
-        ids = self.tokenizer(text, add_special_tokens=self.template is not None).input_ids
-        eos = self.tokenizer.eos_token_id
-        return ids[:-1] if self.template and not self.encoder_decoder and ids[-1:] == [eos] and not text.endswith(str(self.tokenizer.eos_token)) else ids
+        return self.raw_ids(text) if self.template else self.tokenizer(text, add_special_tokens=False).input_ids
 
     def raw_ids(self, text):
-        return self.tokenizer(text).input_ids
+        """Text as it is: what an encoder-decoder reads ends with its end token; otherwise a begin token where the tokenizer has one."""
+        return self.tokenizer(text).input_ids if self.encoder_decoder else self.begin + self.tokenizer(text, add_special_tokens=False).input_ids
 
     def fit(self, messages, max_new_tokens):
         """(ids, number of turns left out): whole turns go, oldest first, until the reply has room too. Raises ValueError."""
@@ -423,6 +426,17 @@ class Slots(DynamicLayer):
         return new
 
 
+class Still(DynamicLayer):
+    """A `Slots` layer as the compiled step sees it: the whole room, written at a column that is a tensor, so no shape changes with a token."""
+
+    def __init__(self, slots, column):
+        super().__init__()
+        (self.keys, self.values), self.column, self.is_initialized = slots.room, column, True
+
+    def update(self, keys, values, *_, **__):
+        return tuple(room.index_copy_(2, self.column, new) for room, new in zip((self.keys, self.values), (keys, values)))
+
+
 class Batch:
     """Rows that are computed together: their caches, and what each is fed next."""
 
@@ -528,14 +542,15 @@ class Engine:
         self.reading, self.reading_requests = None, []  # a generator over the chunks of new prompts; whose they are
         self.kept = collections.OrderedDict()  # ids of a conversation -> layers with its keys and values
         self.inbox, self.wake, self.numbers, self.stopping = collections.deque(), threading.Event(), itertools.count(), False
-        self.n_generated = self.n_read = 0  # tokens written, prompt tokens computed
-        self.step_model = torch.compile(model, dynamic=True) if compiled else model
+        self.n_generated = self.n_read = 0
+        self.compiled_step = torch.compile(model, dynamic=True) if compiled else None
         self.shiftable, self.bytes_per_token, self.thread = True, 1, None
         with self._no_grad():
             self._probe()
+        self.n_generated = self.n_read = 0  # tokens written, prompt tokens computed
 
     def _no_grad(self):
-        return torch.no_grad() if common.world_size() > 1 else torch.inference_mode()
+        return torch.no_grad() if common.world_size() > 1 or self.compiled_step is not None else torch.inference_mode()
 
     def _probe(self):
         """Does a row compute the same with padding on its left? If not (BART: positions are counted from the left), rows of
@@ -738,6 +753,8 @@ class Engine:
     def _forward(self, batch, ids, hidden=None, keep_all=False):
         """Logits (B, 1 or more, V) of the last column(s); ids: (B, n) go behind what the cache has. hidden: the encoder's output, the first time."""
         before, n = batch.width(), ids.shape[1]
+        if n == 1 and self.compiled_step is not None and before:
+            return self._compiled_forward(batch, ids)
         options = {"past_key_values": batch.cache, "use_cache": True}
         padded = any(batch.start)
         columns = torch.arange(before + n, device=self.device)
@@ -756,7 +773,23 @@ class Engine:
                 options["position_ids"] = (columns[before:] - start).clamp_min(0).expand(len(ids), n)
             if self.takes_last and not keep_all:
                 options["logits_to_keep"] = 1
-        return (self.step_model if n == 1 else self.model)(**options).logits
+        return self.model(**options).logits
+
+    def _compiled_forward(self, batch, ids):
+        """`_forward` for one token, by shapes that stay: all of the cache's room takes part, behind a mask."""
+        width, slots = batch.width() + 1, [layer for layer, _ in batch.layers()]
+        for layer in slots:
+            layer.reserve(len(ids), width)
+        rows, _, columns, _ = slots[0].room[0].shape
+        start = torch.tensor(batch.start + [0] * (rows - len(ids)), device=self.device)[:, None]
+        column = torch.arange(columns, device=self.device)
+        ids = torch.cat([ids, ids.new_zeros(rows - len(ids), 1)])  # free rows take part too
+        out = self.compiled_step(input_ids=ids, position_ids=(width - 1 - start).clamp_min(0), use_cache=True,
+                                 attention_mask=((column >= start) & (column < width))[:, None, None],
+                                 past_key_values=Cache(layers=[Still(layer, column[width - 1: width].clone()) for layer in slots]))
+        for layer in slots:
+            layer._show(len(batch.start), width)
+        return out.logits[: len(batch.start)]
 
     def _begin(self, batch, logits):
         """Rows whose prompts are read get their first token and join the others."""
@@ -1114,8 +1147,8 @@ def answer_file(args, engine, prompts, found, part, done):
                 running.append((i, engine.submit(new_request(prompts, found[i][1], keys, settings, logprobs=logprobs, keep=False))))
             i, request = running.popleft()
             replies = collect(request)
-            row = {**found[i][0], "row": i, "replies": [r["text"] for r in replies], "finish_reasons": [r["finish"] for r in replies],
-                   "n_prompt_tokens": len(request.ids), "n_tokens": [len(r["tokens"]) for r in replies]}
+            row = {"row": i, "generations": [r["text"] for r in replies], "finish_reasons": [r["finish"] for r in replies],
+                   "n_prompt_tokens": len(request.ids), "n_tokens": [len(r["tokens"]) for r in replies], "orig_d": found[i][0]}
             if args.logprobs:
                 row["tokens"] = [[prompts.tokenizer.decode([t]) for t, _ in r["tokens"]] for r in replies]
                 row["token_logprobs"] = [[told[0] for _, told in r["tokens"]] for r in replies]
