@@ -257,13 +257,15 @@ def test_an_adapter_folder_a_checkpoint_and_quantised_weights_load(tmp_path, run
     assert run_sft([*base, "--model_init_name", "full", "--training_run_name", "bottleneck", "--train_adapter", "--reduction_factor", 4]) == 0
     assert run_sft(["--mount_dir", tmp_path, "--model_init_name", "lora", "--merge_lora", tmp_path / "models" / "merged"]) == 0
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    texts = {}
+    told = {}
     for name in ("full", "lora", "merged", "bottleneck", "full/checkpoint-3"):
         out = tmp_path / f"{name.replace('/', '-')}.jsonl"
         assert run_chat(["--mount_dir", tmp_path, "--model_path", name, "--temperature", 0, "--max_new_tokens", 20, "--input", tmp_path / "p.jsonl",
-                         "--output", out]) == 0
-        texts[name] = [row["generations"] for row in rows_of(out)]
-    assert texts["lora"] == texts["merged"] != texts["full"] == texts["full/checkpoint-3"] != texts["bottleneck"]
+                         "--output", out, "--logprobs"]) == 0
+        told[name] = [p for row in rows_of(out) for p in row["token_logprobs"][0]]
+    assert told["lora"] == pytest.approx(told["merged"], abs=1e-4) and told["full"] == pytest.approx(told["full/checkpoint-3"], abs=1e-5)
+    for name in ("lora", "bottleneck"):
+        assert told[name] != pytest.approx(told["full"], abs=1e-2)
     assert run_chat(["--mount_dir", tmp_path, "--model_path", "full", "--quantize", "nf4", "--temperature", 0, "--max_new_tokens", 20, "--input",
                      tmp_path / "p.jsonl", "--output", tmp_path / "q.jsonl"]) == 0
     assert "--quantize nf4" in capsys.readouterr().out
