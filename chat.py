@@ -546,7 +546,10 @@ class Engine:
         self.compiled_step = torch.compile(model, dynamic=True) if compiled else None
         self.shiftable, self.bytes_per_token, self.thread = True, 1, None
         with self._no_grad():
-            self._probe()
+            try:
+                self._probe()
+            except (ValueError, AttributeError, TypeError, IndexError, KeyError) as error:
+                common.fail(f"a {model.config.model_type} does not run on a plain key-value cache ({type(error).__name__}: {error}), so not here")
         self.n_generated = self.n_read = 0  # tokens written, prompt tokens computed
 
     def _no_grad(self):
@@ -1147,7 +1150,7 @@ def answer_file(args, engine, prompts, found, part, done):
                 running.append((i, engine.submit(new_request(prompts, found[i][1], keys, settings, logprobs=logprobs, keep=False))))
             i, request = running.popleft()
             replies = collect(request)
-            row = {"row": i, "generations": [r["text"] for r in replies], "finish_reasons": [r["finish"] for r in replies],
+            row = {"row": i, "replies": [r["text"] for r in replies], "finish_reasons": [r["finish"] for r in replies],
                    "n_prompt_tokens": len(request.ids), "n_tokens": [len(r["tokens"]) for r in replies], "orig_d": found[i][0]}
             if args.logprobs:
                 row["tokens"] = [[prompts.tokenizer.decode([t]) for t, _ in r["tokens"]] for r in replies]
@@ -1524,6 +1527,8 @@ def prepare(args):
         found = read_prompts(args, prompts, problems)
         if not problems and common.rank() == 0:
             part, done = open_output(args, found, problems)
+    if args.compile and (config.is_encoder_decoder or getattr(config.get_text_config(), "sliding_window", None)):
+        problems.append(f"--compile: not for a {config.model_type}: decoder-only models whose layers all look back to the beginning")
     if not common.has_weights(source):
         problems.append(f"{source} has no weights, only a configuration: train it first, or name another --model_path")
     if problems:

@@ -214,12 +214,12 @@ def test_every_prompt_is_answered_in_order_with_its_own_samples_whatever_the_bat
     assert run_chat([*file_job(), "--logprobs"]) == 0
     rows = rows_of(file_job.folder / "out.jsonl")
     assert [row["row"] for row in rows] == list(range(23)) and [row["orig_d"] for row in rows] == file_job.records
-    assert all(len(row["generations"]) == 2 and row["generations"][0] != row["generations"][1] for row in rows)
+    assert all(len(row["replies"]) == 2 and row["replies"][0] != row["replies"][1] for row in rows)
     assert all(len(p) == len(t) == n and all(x <= 0 for x in p) for row in rows for p, t, n in zip(row["token_logprobs"], row["tokens"], row["n_tokens"]))
     assert run_chat(file_job("one.jsonl", max_batch=1)) == 0
-    assert [row["generations"] for row in rows_of(file_job.folder / "one.jsonl")] == [row["generations"] for row in rows]
+    assert [row["replies"] for row in rows_of(file_job.folder / "one.jsonl")] == [row["replies"] for row in rows]
     assert run_chat(file_job("seed.jsonl", seed=1)) == 0
-    assert [row["generations"] for row in rows_of(file_job.folder / "seed.jsonl")] != [row["generations"] for row in rows]
+    assert [row["replies"] for row in rows_of(file_job.folder / "seed.jsonl")] != [row["replies"] for row in rows]
     assert not list(file_job.folder.glob("*.part*"))
 
 
@@ -237,7 +237,7 @@ def test_a_stopped_job_continues_behind_its_last_row_and_ends_the_same(file_job,
     part = file_job.folder / "out.jsonl.part"
     assert not (file_job.folder / "out.jsonl").exists() and len(part.read_text().splitlines()) == 9
     with open(part, "a") as file:
-        file.write('{"row": 3, "gener')  # what a kill leaves
+        file.write('{"row": 3, "repl')  # what a kill leaves
     monkeypatch.setattr(chat, "collect", real)
     assert run_chat(file_job(seed=5)) == 2  # other flags do not continue it
     assert "begun with other flags" in capsys.readouterr().err and len(part.read_text().splitlines()) == 10
@@ -291,7 +291,7 @@ def test_two_processes_by_zero3_write_the_tokens_of_one(tmp_path, family):
         assert codes == [0] * n, output[-3000:]
         assert (n == 1) == ("ZeRO-3 over 2" not in output)
     one, two = (rows_of(tmp_path / f"{n}.jsonl") for n in (1, 2))
-    assert one == two and len({row["generations"][0] for row in one}) > 1
+    assert one == two and len({row["replies"][0] for row in one}) > 1
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ import shutil
 import pytest
 from conftest import ROOT, clf_flags, finish, flags, rows, start, write_llama
 
+import chat
 import clf
 import common
 import seq2seq
 import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "chat.py": chat}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
@@ -65,7 +66,8 @@ def flags_of(page, monkeypatch):
 
 
 @pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
-                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"})])
+                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"}),
+                                              ("chat.py", 9, {"README.md", "chat.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
     assert len(found) > n and {page for page, _ in found} >= pages
