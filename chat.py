@@ -19,6 +19,7 @@ Shapes: B rows, W columns of the key-value cache (rows end at the same column, p
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hmac
 import http.server
@@ -38,6 +39,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 
 import common  # first: it prepares the import of DeepSpeed
 
@@ -80,6 +82,7 @@ FORMAT_TOKENS = {"v2": ["<human>", "<bot>"], "v2.5": ["<|prompter|>", "<|assista
 FORMAT_STOPS = {"turns": ["\nUser:"], "v2": ["<human>"], "v2.5": ["<|prompter|>"]}
 CONNECTIONS, BODY_SECONDS = 512, 30  # --serve: open connections; time to send a request, and to take a piece of the answer
 MAX_CHOICES = 16
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NOT_SERVED = {  # of OpenAI's API, what would change a reply and is not here: the value that changes nothing
     "tools": None, "tool_choice": "none", "functions": None, "logit_bias": None, "frequency_penalty": 0, "presence_penalty": 0, "suffix": None,
     "best_of": 1, "response_format": {"type": "text"}, "audio": None}
@@ -151,6 +154,8 @@ def check_args(args, problems):
         problems.append(f"--max_context {args.max_context}: expected 2 or more")
     if bool(args.input) != bool(args.output):
         problems.append("--input and --output go together")
+    if args.output and os.path.exists(args.output):
+        problems.append(f"--output {args.output} exists; move it away or choose another")
     if args.input and args.serve is not None:
         problems.append("--input and --serve: one of them")
     if not args.input and (args.n_samples > 1 or args.logprobs):
@@ -159,7 +164,7 @@ def check_args(args, problems):
         problems.append(f"--n_samples {args.n_samples}: greedy replies are all the same; raise --temperature")
     if args.serve is not None and not 0 <= args.serve < 65536:
         problems.append(f"--serve {args.serve}: expected a port, 0 to 65535")
-    if args.serve is not None and args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+    if args.serve is not None and args.host not in LOOPBACK and not args.api_key:
         problems.append(f"--host {args.host} opens the model to the network: give an --api_key as well")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
         problems.append(f"--device {args.device}: expected auto, cpu, cuda or cuda:N")
@@ -224,8 +229,8 @@ class Prompts:
             problems.append(f"--max_context {args.max_context}: the model has {limit} positions")
         self.context = self.context or limit or 2**31
         self.multi_turn = self.format != "raw"
-        self.system = self.multi_turn and not problems and self._has_system_turn()
-        if args.system_prefix and not problems and not self.system:
+        self.system = self.multi_turn and not missing and self._has_system_turn()
+        if args.system_prefix and not missing and not self.system:
             problems.append(f"--system_prefix: --format {self.format} has no system turn for this model; leave it out")
 
     def _has_system_turn(self):
@@ -281,7 +286,7 @@ class Prompts:
         while True:
             ids = self.ids(system + turns)
             starts = [i for i, message in enumerate(turns) if message["role"] == "user"][1:]
-            if len(ids) <= room or not starts:
+            if len(ids) <= room or not starts or not self.multi_turn:
                 break
             turns, left_out = turns[starts[0]:], left_out + 1
         if len(ids) >= self.context:
@@ -937,7 +942,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty()
         if self.interactive:
             try:
-                import readline  # noqa: F401  line editing and history, where Python was built with it
+                import readline  # noqa: F401 (line editing and history, where Python was built with it)
             except ImportError:
                 pass
 
@@ -1084,9 +1089,9 @@ def sampling_value(name, value):
 
 def new_request(prompts, ids, keys, settings, **more):
     """A Request from the six sampling options. The reply's length is what the context leaves."""
-    room = settings["max_new_tokens"] if prompts.encoder_decoder else min(settings["max_new_tokens"], prompts.context - len(ids))
+    room = prompts.context - (1 if prompts.encoder_decoder else len(ids))
     more["stops"] = [*prompts.stops, *more.get("stops", [])]
-    return Request(ids, keys, room, settings["temperature"], settings["top_k"], settings["top_p"], settings["repetition_penalty"], **more)
+    return Request(ids, keys, min(settings["max_new_tokens"], room), settings["temperature"], settings["top_k"], settings["top_p"], settings["repetition_penalty"], **more)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -1112,8 +1117,6 @@ def read_prompts(args, prompts, problems):
 def open_output(args, found, problems):
     """(path of the unfinished output, rows that it has). What another command began is not continued."""
     out = pathlib.Path(args.output)
-    if out.exists():
-        problems.append(f"{out} exists; move it away or choose another --output")
     part = out.with_name(out.name + ".part")
     head = {"model": str(args.model_path), "weights_sha256": common.weights_sha256(args.model_path) if os.path.isdir(args.model_path) else None,
             "input_sha256": common.file_sha256(pathlib.Path(args.input)), "format": args.format, "system_prefix": args.system_prefix,
@@ -1213,7 +1216,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.slots = threading.BoundedSemaphore(CONNECTIONS)
         self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         super().__init__((args.host, args.serve), Handler)
-        self.loopback = args.host in ("127.0.0.1", "localhost", "::1")
+        self.loopback = args.host in LOOPBACK
 
     def process_request(self, request, address):
         if not self.slots.acquire(blocking=False):
@@ -1233,10 +1236,16 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "rawtune", "", BODY_SECONDS
+    protocol_version, server_version, sys_version, timeout, disable_nagle_algorithm = "HTTP/1.1", "rawtune", "", BODY_SECONDS, True
+    streaming = False
 
     def log_message(self, *_):
         pass
+
+    def send_error(self, code, message=None, explain=None):
+        """What the library refuses by itself: other methods, broken request lines."""
+        self.close_connection, self.request_version = True, self.request_version or "HTTP/1.1"
+        self.send(code, {"error": {"message": message or explain or "refused", "type": "invalid_request_error", "param": None, "code": None}})
 
     def do_GET(self):
         self.answer({"/": self.page, "/healthz": self.health, "/v1/models": self.models})
@@ -1247,8 +1256,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, routes):
         self.streaming = False
         try:
-            host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-            if self.server.loopback and host not in ("127.0.0.1", "localhost", "[::1]"):  # another site's name that leads here
+            host = urllib.parse.urlsplit("//" + (self.headers.get("Host") or "")).hostname
+            if self.server.loopback and host not in LOOPBACK:  # another site's name that leads here
                 raise BadRequest(403, f"the Host header names {host!r}; this server answers to localhost only")
             path = self.path.split("?")[0]
             if path not in routes:
@@ -1257,16 +1266,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if key and path.startswith("/v1/") and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {key}".encode()):
                 raise BadRequest(401, "wrong or missing API key (Authorization: Bearer ...)", "authentication_error", "invalid_api_key")
             routes[path]()
-        except BadRequest as error:
-            self.close_connection = True  # what is left of its body is not read
-            about = {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.code}}
-            if self.streaming:
-                self.event(about)
-                self.end_stream()
-            else:
-                self.send(error.status, about)
         except (OSError, Gone):
             self.close_connection = True
+        except Exception as error:
+            if not isinstance(error, BadRequest):
+                log.error(traceback.format_exc())
+                error = BadRequest(500, f"{type(error).__name__}: {error}", "server_error")
+            self.close_connection = True  # what is left of its body is not read
+            about = {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.code}}
+            with contextlib.suppress(OSError):
+                if self.streaming:
+                    self.event(about)
+                    self.end_stream()
+                else:
+                    self.send(error.status, about)
 
     def send(self, status, thing, kind="application/json"):
         body = thing if isinstance(thing, bytes) else json.dumps(thing, ensure_ascii=False).encode("utf-8", "replace")
@@ -1483,7 +1496,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, "'logprobs' must be a whole number from 0 to 20")
         if echo and (body.get("stream") or n > 1 or prompts.encoder_decoder):
             raise BadRequest(400, "'echo' goes with one choice of a decoder-only model, not streamed")
-        ids = [prompts.raw_ids(p) if isinstance(p, str) else p for p in prompt]
+        try:
+            ids = [prompts.raw_ids(p) if isinstance(p, str) else p for p in prompt]
+        except ValueError as error:  # half a character
+            raise BadRequest(400, f"'prompt': {error}") from None
         decode = prompts.tokenizer.decode
 
         def logprobs_of(tokens, offset=0):
@@ -1521,9 +1537,10 @@ def prepare(args):
         common.fail(problems)
     about = pathlib.Path(source) / "rawtune.json"
     rawtune = json.loads(about.read_text()) if about.is_file() else {}
+    n_before = len(problems)
     prompts = Prompts(args, config, tokenizer, rawtune, problems)
     found, part, done = None, None, None
-    if args.input and not problems:
+    if args.input and len(problems) == n_before:
         found = read_prompts(args, prompts, problems)
         if not problems and common.rank() == 0:
             part, done = open_output(args, found, problems)
@@ -1580,6 +1597,8 @@ def main(args):
         engine.run()
         return 0
     engine.start()
+    if args.input or args.serve is not None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if args.input:
             answer_file(args, engine, prompts, found, part, done)
@@ -1590,8 +1609,8 @@ def main(args):
             log.info(f"format {prompts.format}{alone}; /help lists the commands")
             Terminal(args, engine, prompts).run()
     except KeyboardInterrupt:
-        log.info("stopped")
-        return 130
+        log.info(f"stopped{'; the same command continues' if args.input else ''}")
+        return common.EXIT_SAVED if args.input else 0
     finally:
         engine.stop()
     return 0
@@ -1602,7 +1621,6 @@ def serve(args, engine, prompts, name):
         server = Server(args, engine, prompts, name)
     except OSError as error:
         common.fail(f"--serve {args.serve}: {args.host} port {args.serve} cannot be used ({error.strerror})")
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     host = f"[{args.host}]" if ":" in args.host else args.host
     log.info(f"http://{host}:{server.server_port}  (page; OpenAI's API is at /v1, model {name!r}; Ctrl-C ends it)")
     try:

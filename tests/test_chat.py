@@ -1,6 +1,5 @@
 """chat.py's engine: batches that rows join and leave give each reply as if it were alone, caches, sampling, text and prompts."""
 
-import json
 import math
 import types
 

@@ -233,7 +233,7 @@ def test_a_stopped_job_continues_behind_its_last_row_and_ends_the_same(file_job,
             raise KeyboardInterrupt
         return real(request, wait)
     monkeypatch.setattr(chat, "collect", stops)
-    assert run_chat(file_job()) == 130
+    assert run_chat(file_job()) == common.EXIT_SAVED
     part = file_job.folder / "out.jsonl.part"
     assert not (file_job.folder / "out.jsonl").exists() and len(part.read_text().splitlines()) == 9
     with open(part, "a") as file:
