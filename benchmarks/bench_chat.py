@@ -23,7 +23,8 @@ for the next but where that is what is measured. Servers that are not being meas
     http-single-*, http-batch-*    the same prompts sent to servers (POST /v1/chat/completions, not streamed unless --stream)
         ours                  python chat.py --serve
         hf                    transformers serve
-        hf-cb                 transformers serve --continuous-batching; "did not run" and why is written down if it does not
+        hf-cb                 transformers serve --continuous-batching, with 10 % of the free memory instead of 90 % for its cache; "did not run" and why is written down if it does not
+A ratio is the median of the rounds' ratios: what disturbs the machine mostly disturbs both peers of a round.
 Checked, or the benchmark ends: with one request at a time the engine and `generate` write the same tokens, and all three peers of
 first-* the same first token (fp32); the servers read as many prompt tokens as the engine and write as many tokens as they are asked for.
 same_replies counts the replies that agree with `generate` one by one (http: with our server's text); the padding of a batch changes
@@ -133,13 +134,15 @@ class Bench:
         if self.engine.stop_ids:
             sys.exit(f"tokens {self.engine.stop_ids} would end replies")
         self.engine.start()
+        # `generate` has a thread of its own too, as in transformers' server: memory is allocated faster there than in the main thread
+        self.caller = concurrent.futures.ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=[torch.get_num_threads()])
         self.settings = {name: getattr(options, name) for name in chat.SAMPLING}
         self.exact = self.model.dtype == torch.float32
         names = {name for peer in self.peers() if peer.startswith("http") for name in [peer.split("-", 2)[2]]}
         words = {"ours": [str(harness.ROOT / "chat.py"), *wanted, "--serve", "{port}"],
                  "hf": ["-m", "transformers.cli.transformers", "serve", str(folder), "--host", "127.0.0.1", "--port", "{port}", "--device",
                         self.device.type, "--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.dtype]]}
-        words["hf-cb"] = [*words["hf"], "--continuous-batching"]
+        words["hf-cb"] = [*words["hf"], "--continuous-batching", "--cb-max-memory-percent", "0.1"]
         for name in words:
             if name in names:
                 self.servers[name] = Server(words[name], "/healthz" if name == "ours" else "/health", folder.parent / f"{name}.log", args.threads)
@@ -204,8 +207,9 @@ class Bench:
         padded = [[0] * (width - len(job.ids)) + job.ids for job in jobs]
         mask = [[0] * (width - len(job.ids)) + [1] * len(job.ids) for job in jobs]
         ids, mask = torch.tensor(padded, device=self.device), torch.tensor(mask, device=self.device)
-        made = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(job.n_new for job in jobs), do_sample=False)
-        return made[:, width:].tolist()
+        made = self.caller.submit(self.model.generate, input_ids=ids, attention_mask=mask, max_new_tokens=max(job.n_new for job in jobs),
+                                  do_sample=False)
+        return made.result()[:, width:].tolist()
 
     def ask_server(self, server, job):
         """(text, prompt tokens, new tokens)"""
@@ -401,17 +405,18 @@ def main():
         finally:
             if bench:
                 bench.stop()
-    median, figures = harness.medians(results), {"same_replies": bench.same_replies()}
+    median, ratios, figures = harness.medians(results), {}, {"same_replies": bench.same_replies()}
     print("\n".join(f"median   {peer:<22}" + "  ".join(f"{k} {v:.4g}" for k, v in row.items()) for peer, row in median.items()))
     for name, (measure, peer, other, target) in RATIOS.items():
         if peer in median and other in median:
-            figures[name] = median[peer][measure] / median[other][measure]
-            print(f"{name:<32} {figures[name]:.3g}" + (f"   wanted {target}" if target else ""))
+            ratios[name] = [a[measure] / b[measure] for a, b in zip(results[peer], results[other])]
+            figures[name] = statistics.median(ratios[name])
+            print(f"{name:<32} {figures[name]:<8.3g} ({min(ratios[name]):.3g} to {max(ratios[name]):.3g})" + (f"   wanted {target}" if target else ""))
     for peer, (n, of) in figures["same_replies"].items():
         print(f"same replies  {peer:<22}{n} of {of}")
     for peer, why in failed.items():
         print(f"{peer} did not run: {why}")
-    harness.write_summary(args, results, did_not_run=failed, threads=torch.get_num_threads(), dtype=args.dtype,
+    harness.write_summary(args, results, ratios=ratios, did_not_run=failed, threads=torch.get_num_threads(), dtype=args.dtype,
                           targets={name: row[3] for name, row in RATIOS.items() if row[3]}, **figures)
 
 

@@ -2,14 +2,20 @@
 
 import http.server
 import json
+import re
 import select
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 
 import pytest
-from conftest import ROOT
+import transformers
+from conftest import ROOT, write_llama
 
 pytest.importorskip("selenium", reason="selenium is not installed (pip install -r requirements-dev.txt)")
 from selenium import webdriver  # noqa: E402
@@ -491,3 +497,37 @@ def test_the_page_is_one_file(page, server):
     page.say("Hi")
     fetched = page.js("performance.getEntriesByType('resource').map(e => e.name)")
     assert set(fetched) <= {server.url + path for path in ("healthz", "v1/chat/completions")}
+
+
+def test_the_page_and_chat_py_understand_each_other(browser, tmp_path):
+    """The real server with a small random model: a reply streams in, Stop frees its row, the rate and a refusal are shown."""
+    write_llama(tmp_path / "tiny", max_position_embeddings=8192)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "tiny"))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "tiny")
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, ROOT / "chat.py", "--model_path", tmp_path / "tiny", "--serve", "0", "--max_new_tokens", "8000"],
+                                   stdout=out, stderr=out)
+    try:
+        until(lambda: process.poll() is None and "http://" in log.read_text(), 60)
+        url = re.search(r"http://\S+", log.read_text())[0]
+        browser.get(url)
+        page = Page(browser)
+        until(lambda: page.model.text == "tiny")
+        page.input.send_keys("the cat" + Keys.ENTER)
+        until(lambda: page.replies() and len(page.replies()[0]) > 20)
+        first = page.replies()[0]
+        until(lambda: len(page.replies()[0]) > len(first))
+        assert page.replies()[0].startswith(first[:-2])  # blanks at the end are not seen
+        page.stop.click()
+        until(lambda: page.idle() and json.loads(urllib.request.urlopen(url + "/healthz").read())["running"] == 0)
+        assert "tokens/s" in page.all(".assistant .stats")[0]
+        page.input.send_keys("a book </s>" + Keys.ENTER)
+        until(lambda: any("special token" in error for error in page.all(".error")))
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
