@@ -23,7 +23,8 @@ for the next but where that is what is measured. Servers that are not being meas
     http-single-*, http-batch-*    the same prompts sent to servers (POST /v1/chat/completions, not streamed unless --stream)
         ours                  python chat.py --serve
         hf                    transformers serve
-        hf-cb                 transformers serve --continuous-batching, with 10 % of the free memory instead of 90 % for its cache; "did not run" and why is written down if it does not
+        hf-cb                 transformers serve --continuous-batching, 10 % of the free memory for its cache, not 90 %;
+                              "did not run" and why is written down if it does not
 A ratio is the median of the rounds' ratios: what disturbs the machine mostly disturbs both peers of a round.
 Checked, or the benchmark ends: with one request at a time the engine and `generate` write the same tokens, and all three peers of
 first-* the same first token (fp32); the servers read as many prompt tokens as the engine and write as many tokens as they are asked for.
@@ -32,6 +33,7 @@ the rounding, so near ties may fall the other way there.
 """
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
 import http.client
@@ -149,11 +151,6 @@ class Bench:
 
     def peers(self):
         return [peer for section in self.args.only for peer in PEERS[section]]
-
-    def stop(self):
-        for server in self.servers.values():
-            server.stop()
-        self.engine.stop()
 
     # what is asked
 
@@ -318,6 +315,7 @@ class Server:
         self.log, env = log, {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.process = subprocess.Popen([sys.executable, *(word.format(port=self.port) for word in words)], stdout=open(log, "w"),
                                         stderr=subprocess.STDOUT, env=env)
+        atexit.register(self.stop)  # however the benchmark ends
         end = time.monotonic() + LONGEST_WAIT
         while True:
             try:
@@ -326,7 +324,6 @@ class Server:
             except OSError:
                 pass
             if self.process.poll() is not None or time.monotonic() > end:
-                self.stop()
                 sys.exit(f"{' '.join(words)} does not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
         os.kill(self.process.pid, signal.SIGSTOP)
@@ -388,30 +385,29 @@ def main():
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    failed, bench = {}, None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "bench"
         write_model(args, folder)
-        try:
-            bench = Bench(args, folder)
-            for peer in bench.peers():
-                try:
-                    bench.run(peer, warm_up=True)
-                except (RuntimeError, OSError, KeyError) as error:
-                    if not peer.endswith("-hf-cb"):
-                        raise
-                    failed[peer] = f"{error}; its log ends: {bench.servers['hf-cb'].log.read_text()[-600:]}"
-            results = harness.alternate([peer for peer in bench.peers() if peer not in failed], args.rounds, bench.run)
-        finally:
-            if bench:
-                bench.stop()
+        bench = Bench(args, folder)
+        for peer in bench.peers():
+            try:
+                bench.run(peer, warm_up=True)
+            except (RuntimeError, OSError, KeyError) as error:
+                if not peer.endswith("-hf-cb"):
+                    raise
+                failed[peer] = f"{error}; its log ends: {bench.servers['hf-cb'].log.read_text()[-600:]}"
+        results = harness.alternate([peer for peer in bench.peers() if peer not in failed], args.rounds, bench.run)
+        bench.engine.stop()
     median, ratios, figures = harness.medians(results), {}, {"same_replies": bench.same_replies()}
     print("\n".join(f"median   {peer:<22}" + "  ".join(f"{k} {v:.4g}" for k, v in row.items()) for peer, row in median.items()))
     for name, (measure, peer, other, target) in RATIOS.items():
         if peer in median and other in median:
             ratios[name] = [a[measure] / b[measure] for a, b in zip(results[peer], results[other])]
             figures[name] = statistics.median(ratios[name])
-            print(f"{name:<32} {figures[name]:<8.3g} ({min(ratios[name]):.3g} to {max(ratios[name]):.3g})" + (f"   wanted {target}" if target else ""))
+            wanted = f"   wanted {target}" if target else ""
+            print(f"{name:<32} {figures[name]:<8.3g} ({min(ratios[name]):.3g} to {max(ratios[name]):.3g}){wanted}")
     for peer, (n, of) in figures["same_replies"].items():
         print(f"same replies  {peer:<22}{n} of {of}")
     for peer, why in failed.items():

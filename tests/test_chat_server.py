@@ -52,6 +52,8 @@ class Served:
                              http_client=httpx.Client(trust_env=False, timeout=60))
 
     def close(self):
+        self.client.close()  # and with it the threads of its connections
+        until(lambda: not any("process_request" in thread.name for thread in threading.enumerate()), 40)
         self.server.shutdown()
         self.server.server_close()
         self.engine.stop()
@@ -126,12 +128,19 @@ def until(condition, seconds=60):
 def deltas(stream):
     """(joined text, last finish reason, last usage) of a streamed chat."""
     text, reason, usage = "", None, None
-    for event in stream:
-        for choice in event.choices:
-            text += choice.delta.content or ""
-            reason = choice.finish_reason or reason
-        usage = event.usage or usage
+    with stream:  # here and below: left to the garbage collector, an open stream may deadlock the client's pool of connections
+        for event in stream:
+            for choice in event.choices:
+                text += choice.delta.content or ""
+                reason = choice.finish_reason or reason
+            usage = event.usage or usage
     return text, reason, usage
+
+
+def consume(answer):
+    """Read a stream to its end; other answers have been read."""
+    if isinstance(answer, openai.Stream):
+        deltas(answer)
 
 
 # ------------------------------------------------------------------------------------------------ replies
@@ -197,8 +206,8 @@ def test_a_seed_gives_n_replies_again_and_another_seed_others(served):
     assert len(set(texts)) == 3 and texts == ask(seed=5)
     assert not set(texts) & set(ask(seed=6)) and not set(ask()) & set(ask())
     together = {0: "", 1: "", 2: ""}
-    for event in served.chat(n=3, temperature=1, seed=5, stream=True):
-        for choice in event.choices:
+    with served.chat(n=3, temperature=1, seed=5, stream=True) as stream:
+        for choice in (choice for event in stream for choice in event.choices):
             together[choice.index] += choice.delta.content or ""
     assert list(together.values()) == texts
 
@@ -234,7 +243,8 @@ def test_logprobs_of_a_chat_are_the_models_own(served, stream):
 
     def ask(**options):
         answer = served.chat(max_tokens=6, logprobs=True, top_logprobs=3, stream=stream, **options)
-        parts = [choice.logprobs for event in (answer if stream else [answer]) for choice in event.choices]
+        with answer if stream else contextlib.nullcontext([answer]) as events:
+            parts = [choice.logprobs for event in events for choice in event.choices]
         return [token for part in parts if part for token in part.content]
     found = ask()
     assert [token.logprob for token in found] == pytest.approx([float(logp[i, t]) for i, t in enumerate(reply)], abs=1e-4)
@@ -260,8 +270,8 @@ def test_completions_take_text_ids_and_lists_of_both(served):
         reply = served.complete(prompt)
         assert [choice.text for choice in reply.choices] == texts and [choice.index for choice in reply.choices] == list(range(len(texts)))
     streamed = {0: "", 1: ""}
-    for event in served.complete(["the cat", "a dog"], stream=True):
-        for choice in event.choices:
+    with served.complete(["the cat", "a dog"], stream=True) as stream:
+        for choice in (choice for event in stream for choice in event.choices):
             streamed[choice.index] += choice.text
     assert streamed == {0: expected, 1: other}
     both = served.complete(["the cat", "a dog"], n=2, temperature=1, seed=3)
@@ -323,15 +333,16 @@ def test_a_late_request_is_answered_while_an_early_one_is_running(served, monkey
         step()
     monkeypatch.setattr(engine, "step", slow_step)
     monkeypatch.setattr(engine, "max_batch", max_batch)
-    early = iter(served.chat(max_tokens=200, stream=True))
-    next(early)
 
     def late():
-        next(iter(served.chat([{"role": "user", "content": "late"}], max_tokens=2, stream=True)))
-        arrived.set()
+        with served.connect("none") as client, client.chat.completions.create(model="babbler", messages=HI, max_tokens=2, stream=True) as stream:
+            next(iter(stream))
+            arrived.set()
     thread = threading.Thread(target=late)
-    thread.start()
-    *_, last = early
+    with served.chat(max_tokens=200, stream=True) as early:
+        next(iter(early))
+        thread.start()
+        *_, last = early
     thread.join(60)
     assert last.choices[0].finish_reason == "length" and arrived.is_set() and in_time == [max_batch > 1]
 
@@ -342,7 +353,7 @@ def test_replies_together_are_those_of_each_alone(served):
     together, most = [None] * len(messages), 0
 
     def ask(i):
-        together[i] = served.chat(messages[i]).choices[0].message.content
+        together[i] = served.post("/v1/chat/completions", {"messages": messages[i], "max_tokens": 12})[1]["choices"][0]["message"]["content"]
     threads = [threading.Thread(target=ask, args=[i]) for i in range(len(messages))]
     for thread in threads:
         thread.start()
@@ -444,8 +455,7 @@ def test_a_full_queue_answers_429_and_those_in_it_are_served(served, monkeypatch
 def test_request_timeout_ends_a_reply_that_is_being_written(served, monkeypatch, stream):
     monkeypatch.setattr(served.args, "request_timeout", 0)
     with pytest.raises(openai.APIError, match="--request_timeout") as refused:
-        for _ in served.chat(max_tokens=400, stream=stream):
-            pass
+        consume(served.chat(max_tokens=400, stream=stream))
     assert stream or refused.value.status_code == 408
     until(lambda: served.engine.n_running() == 0)
     monkeypatch.undo()
@@ -464,8 +474,7 @@ def test_an_error_in_the_engine_is_told_and_the_next_request_works(served, monke
     monkeypatch.setattr(chat.log, "disabled", True)
     monkeypatch.setattr(chat.Engine, "_forward", failing)
     with pytest.raises(openai.APIError, match="on purpose") as refused:
-        for _ in served.chat(max_tokens=100, stream=stream):
-            pass
+        consume(served.chat(max_tokens=100, stream=stream))
     assert stream or refused.value.status_code == 500
     assert left == [0]
     served.assert_well()
@@ -646,7 +655,8 @@ def test_an_api_key_opens_v1_and_nothing_else_does(served, monkeypatch, key):
     if key.isascii():
         with pytest.raises(openai.AuthenticationError):
             served.chat()
-        assert served.connect(key).chat.completions.create(model="babbler", messages=HI, max_tokens=1).usage.completion_tokens == 1
+        with served.connect(key) as client:
+            assert client.chat.completions.create(model="babbler", messages=HI, max_tokens=1).usage.completion_tokens == 1
 
 
 def test_http_1_0_gets_a_stream_without_chunks(served):
