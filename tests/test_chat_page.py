@@ -519,7 +519,7 @@ def test_the_page_and_chat_py_understand_each_other(browser, tmp_path):
         page = Page(browser)
         until(lambda: page.model.text == "tiny")
         page.input.send_keys("the cat" + Keys.ENTER)
-        text = lambda: page.js("return document.querySelector('.assistant .text')?.textContent ?? ''")  # noqa: E731  as it is, blanks too
+        text = lambda: page.js("document.querySelector('.assistant .text')?.textContent ?? ''")  # noqa: E731  as it is, blanks too
         until(lambda: len(text()) > 20)
         first = text()
         until(lambda: len(text()) > len(first))

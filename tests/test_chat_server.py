@@ -391,7 +391,7 @@ def test_a_client_that_leaves_the_queue_is_not_answered(served, monkeypatch):
     connection.request("POST", "/v1/chat/completions", json.dumps({"messages": HI}), JSON)
     until(lambda: served.engine.n_waiting() == 1)
     connection.close()
-    until(lambda: len(served.engine.inbox) == 1)  # the cancellation, which is no prompt that waits
+    until(lambda: len(served.engine.waiting) == len(served.engine.inbox) == 1)  # the cancellation, which is no prompt that waits
     assert served.engine.n_waiting() == 1
     before = served.engine.n_generated
     monkeypatch.undo()
@@ -553,7 +553,7 @@ def test_a_model_without_a_limit_gets_one(tmp_path):
     settings = {"max_new_tokens": 2**31, "temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1}
     for flags, limit in (([], 8192), (["--max_context", "20000"], 20000)):
         prompts = chat.prepare(chat.parse_args(["--model_path", str(tmp_path / "t5"), *flags]))[3]
-        assert prompts.context == chat.new_request(prompts, [5], [0], settings).max_new_tokens == limit
+        assert prompts.context == limit >= chat.new_request(prompts, [5], [0], settings).max_new_tokens >= limit - 1
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b'{"messages": [}', b"\xff\xfe\xfd", b"[" * 100000, b'{"a": "\xff"}', b"9" * 5000])
@@ -707,7 +707,7 @@ def test_the_real_server_answers_and_ctrl_c_ends_it_cleanly(served, process):
     running.getresponse().read(1)
     os.kill(it.process.pid, signal.SIGINT)
     codes, output = finish([it.process], 30)
-    assert codes == [130] and "Traceback" not in output and "stopped" in output
+    assert codes == [0] and "Traceback" not in output and "stopped" in output
 
 
 @pytest.mark.slow
@@ -797,4 +797,4 @@ def test_two_hundred_at_once_of_whom_half_leave(served, process):
     assert memory[2] - memory[1] < 20_000 and memory[1] - memory[0] < 20_000, memory
     os.kill(it.process.pid, signal.SIGINT)
     codes, output = finish([it.process], 30)
-    assert codes == [130] and "Traceback" not in output, output[-3000:]
+    assert codes == [0] and "Traceback" not in output, output[-3000:]
