@@ -3,13 +3,16 @@
 import argparse
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, bpe_tokenizer, finish, flags, in_process, start, write_byt5, write_llama, write_model
+from conftest import ROOT, bpe_tokenizer, copy_script, finish, flags, in_process, start, write_byt5, write_llama, write_model
 
 import chat
 import common
@@ -295,10 +298,10 @@ def test_two_processes_by_zero3_write_the_tokens_of_one(tmp_path, family):
 
 
 @pytest.mark.slow
-def test_a_killed_job_continues(tmp_path, file_job):
-    command = [ROOT / "chat.py", *file_job(max_new_tokens=120)]
-    codes, _ = finish(start([*command[:-1], command[-1]], 1))
-    assert codes == [0]
+def test_a_killed_job_continues_and_a_copied_script_needs_nothing_else(tmp_path, file_job):
+    command = [copy_script("chat.py", tmp_path / "copy"), *file_job(max_new_tokens=120)]
+    codes, output = finish(start(command, 1, cwd=tmp_path))
+    assert codes == [0], output[-3000:]
     whole = rows_of(file_job.folder / "out.jsonl")
     (file_job.folder / "out.jsonl").rename(file_job.folder / "whole.jsonl")
     process, = start(command)
@@ -311,3 +314,15 @@ def test_a_killed_job_continues(tmp_path, file_job):
     assert was_running and not (file_job.folder / "out.jsonl").exists()
     codes, output = finish(start(command))
     assert codes == [0] and "continuing" in output and rows_of(file_job.folder / "out.jsonl") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("SMOLLM2"), reason="SMOLLM2 does not name the folder of SmolLM2-135M-Instruct")
+def test_a_real_model_keeps_its_context_over_five_turns_and_stops(tmp_path):
+    said = ["My dog is called Biscuit and he is three years old.", "What is my dog called?", "How old is he?", "Write one sentence about him.", "Thank you."]
+    command = [sys.executable, ROOT / "chat.py", "--model_path", os.environ["SMOLLM2"], "--temperature", "0", "--max_new_tokens", "150"]
+    result = subprocess.run(command, input="\n".join([*said, f"/save {tmp_path}/talk.json"]) + "\n", capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    replies = [m["content"] for m in json.loads((tmp_path / "talk.json").read_text())["messages"] if m["role"] == "assistant"]
+    assert len(replies) == 5 and "Biscuit" in replies[1] and re.search("three|3", replies[2]) and "Biscuit" in replies[3], replies
+    assert all(re.search(r"[.!?]$", reply) for reply in replies), replies  # none was cut
