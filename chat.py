@@ -80,6 +80,7 @@ FORMATS = {  # --format: chat templates for models whose tokenizer has none; {bo
 }
 FORMAT_TOKENS = {"v2": ["<human>", "<bot>"], "v2.5": ["<|prompter|>", "<|assistant|>"]}
 FORMAT_STOPS = {"turns": ["\nUser:"], "v2": ["<human>"], "v2.5": ["<|prompter|>"]}
+UNLIMITED = 8192  # --max_context of models without a limit of their own: one that nobody else could be computed beside helps nobody [tokens]
 CONNECTIONS, BODY_SECONDS = 512, 30  # --serve: open connections; time to send a request, and to take a piece of the answer
 MAX_CHOICES = 16
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -227,7 +228,7 @@ class Prompts:
         limit = None if config.model_type in ("t5", "mt5", "umt5") else getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and self.context and self.context > limit:
             problems.append(f"--max_context {args.max_context}: the model has {limit} positions")
-        self.context = self.context or limit or 2**31
+        self.context = self.context or limit or UNLIMITED
         self.multi_turn = self.format != "raw"
         self.system = self.multi_turn and not missing and self._has_system_turn()
         if args.system_prefix and not missing and not self.system:
@@ -273,11 +274,18 @@ class Prompts:
         if special := next(filter(None, (self.special.search(message["content"]) for message in messages)), None):
             raise ValueError(f"the text holds the special token {special[0]!r}, which would be read as one; remove it")
         text = self.render(messages)
-        return self.raw_ids(text) if self.template else self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.raw_ids(text) if self.template else self._tokenize(text, add_special_tokens=False)
 
     def raw_ids(self, text):
         """Text as it is: what an encoder-decoder reads ends with its end token; otherwise a begin token where the tokenizer has one."""
-        return self.tokenizer(text).input_ids if self.encoder_decoder else self.begin + self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._tokenize(text) if self.encoder_decoder else self.begin + self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text, **options):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text has half a surrogate pair, which is no character") from None
+        return self.tokenizer(text, **options).input_ids
 
     def fit(self, messages, max_new_tokens):
         """(ids, number of turns left out): whole turns go, oldest first, until the reply has room too. Raises ValueError."""
@@ -600,7 +608,7 @@ class Engine:
         self.wake.set()
 
     def n_waiting(self):
-        return len(self.waiting) + len(self.inbox)
+        return len(self.waiting) + sum(isinstance(x, Request) for x in list(self.inbox))  # cancellations do not wait
 
     def n_running(self):
         return sum(len(batch.rows) for batch in self.batches)
@@ -670,6 +678,7 @@ class Engine:
                     if row.request.number in self.cancelled:
                         row.finish = "cancelled"
                 self._drop(batch)
+            self.batches = [batch for batch in self.batches if batch.rows]  # an empty one has no width: who joined it would start wrong
             self.reading_requests = [request for request in self.reading_requests if request.number not in self.cancelled]
             self.cancelled.clear()
             if not self.reading_requests:
@@ -868,7 +877,7 @@ class Engine:
         for key in [key for key in self.kept if key == ids[: len(key)]]:
             del self.kept[key]
         self.kept[ids] = [layer.part([i], first) for layer, _ in batch.layers()]
-        while len(self.kept) > 1 and sum(map(len, self.kept)) * self.bytes_per_token > self.capacity_bytes / 4:
+        while len(self.kept) > 8 * self.max_batch or len(self.kept) > 1 and sum(map(len, self.kept)) * self.bytes_per_token > self.capacity_bytes / 4:
             self.kept.popitem(last=False)
 
     def _log_probabilities(self, logits, tokens, counts):
@@ -951,48 +960,55 @@ class Terminal:
 
     def read_message(self):
         """One message, or None at the end of the input."""
+        lines = []
         try:
             line = input("> " if self.interactive else "")
             if line.strip() == '"""':
-                lines = []
                 while (line := input("| " if self.interactive else "")).strip() != '"""':
                     lines.append(line)
                 return "\n".join(lines)
-            lines = [line]
+            lines.append(line)
             while lines[-1].endswith("\\"):
                 lines[-1] = lines[-1][:-1]
                 lines.append(input("| " if self.interactive else ""))
             return "\n".join(lines)
         except EOFError:
-            return None
+            return "\n".join(lines) if lines and not self.interactive else None  # a file may end within a message
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             self.say("\n(quit or Ctrl-D leaves, /reset begins anew)")
             return ""
 
     def run(self):
-        while (message := self.read_message()) is not None:
-            if message.strip().lower() in ("quit", "exit", "/quit", "/exit"):
-                break
+        while True:
+            before = list(self.messages)
             try:
+                if (message := self.read_message()) is None or message.strip().lower() in ("quit", "exit", "/quit", "/exit"):
+                    break
                 if message.strip() == "!reset" or (message.startswith("/") and not message.startswith("//")):
-                    self.command(message.strip().replace("!reset", "/reset"))
+                    self.command("/reset" if message.strip() == "!reset" else message.strip())
                 elif message.strip():
                     self.messages.append({"role": "user", "content": message[1:] if message.startswith("//") else message})
                     self.n_retries = 0
                     self.reply()
+            except BrokenPipeError:  # `| head`: nobody reads on
+                raise
             except (ValueError, OSError) as error:
+                self.messages = before  # what failed was not said
                 self.say(f"[{error}]")
+            except KeyboardInterrupt:  # between two tokens, or in a command
+                self.messages = before
+                if not self.interactive:
+                    raise
+                self.say("\n[stopped]")
         if self.interactive:
             self.say("")
 
     def reply(self):
-        """Answer the last message, piece by piece. What was said stays when Ctrl-C stops it; a failure takes the message back."""
+        """Answer the last message, piece by piece. What was said stays when Ctrl-C stops it; whoever calls takes back what failed."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            ids, left_out = self.prompts.fit(system + self.messages, self.settings["max_new_tokens"])
-        except ValueError:
-            self.messages.pop()
-            raise
+        ids, left_out = self.prompts.fit(system + self.messages, self.settings["max_new_tokens"])
         if left_out:
             self.say(f"[the first {left_out} exchange(s) no longer fit into {self.prompts.context} tokens and are left out]")
         key = common.derive_seed(self.settings["seed"], "chat", len(self.messages), self.n_retries)
@@ -1004,11 +1020,10 @@ class Terminal:
             try:
                 _, piece, token, _, finish = request.events.get()
                 if finish == "error":
-                    self.messages.pop()
                     raise ValueError(piece)
                 first = first or time.perf_counter()
                 n_tokens += token is not None
-                pieces.append(piece if pieces or self.prompts.format != "turns" else piece.lstrip())
+                pieces.append(piece if any(pieces) or self.prompts.format != "turns" else piece.lstrip())
                 print(pieces[-1], end="", flush=True)
             except KeyboardInterrupt:
                 self.engine.cancel(request)
@@ -1032,7 +1047,7 @@ class Terminal:
             self.messages = []
             self.say("[a new conversation]")
         elif name in ("retry", "undo"):
-            if not self.messages:
+            if not any(message["role"] == "user" for message in self.messages):
                 raise ValueError("nothing was said yet")
             if self.messages[-1]["role"] == "assistant":
                 self.messages.pop()
@@ -1061,8 +1076,11 @@ class Terminal:
             with open(rest, encoding="utf-8") as file:
                 stored = json.load(file)
             stored = stored if isinstance(stored, dict) else {"messages": stored}
-            messages = clean_messages(stored["messages"]) if stored.get("messages") else []
-            system = stored.get("system")
+            if not isinstance(stored.get("messages"), list) or not isinstance(stored.get("settings") or {}, dict) or not isinstance(
+                    stored.get("system") or "", str):
+                raise ValueError(f"{rest}: expected a list of messages, or what /save writes")
+            messages = clean_messages(stored["messages"]) if stored["messages"] else []
+            system = stored.get("system") or None
             if messages and messages[0]["role"] == "system":
                 system, messages = messages[0]["content"], messages[1:]
             settings = {k: sampling_value(k, v) for k, v in (stored.get("settings") or {}).items()}
@@ -1080,7 +1098,7 @@ def sampling_value(name, value):
     kind, low, high = SAMPLING[name]
     try:
         number = kind(value)
-        if isinstance(value, bool) or (kind is int and float(value) != number) or not low <= number <= high:
+        if isinstance(value, bool) or (isinstance(value, float) and value != number) or not low <= number <= high:
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{name} {value!r}: expected {'a whole number' if kind is int else 'a number'}, {low} to {high}") from None
@@ -1222,7 +1240,11 @@ class Server(http.server.ThreadingHTTPServer):
         if not self.slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, address)
+        try:
+            super().process_request(request, address)
+        except RuntimeError:  # no more threads
+            self.slots.release()
+            raise
 
     def process_request_thread(self, request, address):
         try:
@@ -1254,18 +1276,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer({"/v1/chat/completions": self.chat, "/v1/completions": self.completions})
 
     def answer(self, routes):
-        self.streaming = False
+        self.streaming, self.unread = False, self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         try:
-            host = urllib.parse.urlsplit("//" + (self.headers.get("Host") or "")).hostname
+            try:
+                host = urllib.parse.urlsplit("//" + (self.headers.get("Host") or "")).hostname
+            except ValueError:
+                host = None
             if self.server.loopback and host not in LOOPBACK:  # another site's name that leads here
                 raise BadRequest(403, f"the Host header names {host!r}; this server answers to localhost only")
             path = self.path.split("?")[0]
             if path not in routes:
                 raise BadRequest(404, f"{self.command} {path}: no such endpoint", code="not_found")
             key = self.server.args.api_key
-            if key and path.startswith("/v1/") and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {key}".encode()):
+            if key and path.startswith("/v1/") and not hmac.compare_digest(self.headers.get("Authorization", "").encode("latin-1"), f"Bearer {key}".encode()):
                 raise BadRequest(401, "wrong or missing API key (Authorization: Bearer ...)", "authentication_error", "invalid_api_key")
             routes[path]()
+            self.close_connection |= self.unread  # a GET with a body: what is left is no next request
         except (OSError, Gone):
             self.close_connection = True
         except Exception as error:
@@ -1280,6 +1306,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.end_stream()
                 else:
                     self.send(error.status, about)
+                    self.drain()
+
+    def drain(self):
+        """Read what is left of a refused body: closed before, the connection would be reset, and the client not hear why."""
+        if self.unread:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(2)
+            end = time.monotonic() + BODY_SECONDS
+            while time.monotonic() < end and self.rfile.read1(65536):
+                pass
 
     def send(self, status, thing, kind="application/json"):
         body = thing if isinstance(thing, bytes) else json.dumps(thing, ensure_ascii=False).encode("utf-8", "replace")
@@ -1293,7 +1329,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def page(self):
         self.send(200, self.server.page, "text/html; charset=utf-8")
@@ -1323,10 +1360,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(413, f"the body has {length} bytes, the limit is {limit:.0f} (--max_request_mb)")
         data, end = b"", time.monotonic() + BODY_SECONDS
         while len(data) < length:
-            piece = self.rfile.read1(min(65536, length - len(data))) if time.monotonic() < end else b""
+            try:
+                piece = self.rfile.read1(min(65536, length - len(data))) if time.monotonic() < end else b""
+            except TimeoutError:
+                piece = b""
             if not piece:
                 raise BadRequest(408, f"the body did not come within {BODY_SECONDS} s")
             data += piece
+        self.unread = False
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -1343,16 +1384,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, nothing in NOT_SERVED.items():
             if body.get(name) not in (None, nothing, [], {}):
                 raise BadRequest(400, f"{name!r} is not supported")
+        for name in ("stream", "echo"):
+            if not isinstance(body.get(name), (bool, type(None))):
+                raise BadRequest(400, f"{name!r} must be true or false")
+        if not isinstance(body.get("stream_options"), (dict, type(None))):
+            raise BadRequest(400, "'stream_options' must be an object")
         tokens = body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
         asked = {"max_new_tokens": default_tokens if tokens is None else tokens, "seed": body.get("seed")}
         asked.update((name, body.get(name)) for name in ("temperature", "top_k", "top_p", "repetition_penalty"))
         asked = {name: getattr(args, name) if value is None else value for name, value in asked.items()}
         try:
+            if text := [name for name, value in asked.items() if not isinstance(value, (int, float))]:
+                raise ValueError(f"{text[0]} {asked[text[0]]!r}: expected a number")
             settings = {name: sampling_value(name, value) for name, value in asked.items()}
         except ValueError as error:
             raise BadRequest(400, str(error).replace("max_new_tokens", "max_tokens")) from None
         settings["seed"] = secrets.randbits(62) if body.get("seed") is None else settings["seed"]
-        stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+        stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop")
+        stops = [] if stops is None else stops
         if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
             raise BadRequest(400, "'stop' must be a string, or up to 16 of them, not empty")
         n = 1 if body.get("n") is None else body["n"]
@@ -1377,33 +1426,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def wait(self, request):
         """The next event of a request, while the client is there and its time lasts."""
         while True:
+            now = time.monotonic()
+            if now >= self.deadline:
+                raise BadRequest(408, f"not done within {self.server.args.request_timeout:g} s (--request_timeout)", "timeout")
+            if now >= self.next_look:  # also while tokens come: nobody else notices that a client who gets no stream is gone
+                self.next_look = now + 0.25
+                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise Gone
             try:
-                return request.events.get(timeout=0.5 if not self.streaming else 0.25)
+                return request.events.get(timeout=0.25)
             except queue.Empty:
                 pass
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                raise Gone
-            if time.monotonic() > self.deadline:
-                raise BadRequest(408, f"not done within {self.server.args.request_timeout:g} s (--request_timeout)", "timeout")
 
     def event(self, thing):
         data = b"data: " + (thing if isinstance(thing, bytes) else json.dumps(thing, ensure_ascii=False).encode("utf-8", "replace")) + b"\n\n"
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if self.chunked else data)
 
     def begin_stream(self):
-        self.streaming = True
+        self.streaming, self.chunked = True, self.request_version != "HTTP/1.0"
+        self.close_connection |= not self.chunked  # an old proxy: the end of the connection is the end of the stream
         self.send_response(200)
-        for name, value in (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"), ("Transfer-Encoding", "chunked")):
+        for name, value in (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"),
+                            ("Transfer-Encoding", "chunked") if self.chunked else ("Connection", "close")):
             self.send_header(name, value)
         self.end_headers()
 
     def end_stream(self):
-        self.wfile.write(b"0\r\n\r\n")
+        if self.chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def serve(self, body, jobs, kind, choice_of, delta_of):
         """Run jobs; send one JSON object, or the stream of its pieces. choice_of(reply, job number) and delta_of(piece, token,
         log-probabilities, first) make the parts of a choice that differ between the two endpoints."""
-        self.deadline = time.monotonic() + self.server.args.request_timeout
+        self.deadline, self.next_look = time.monotonic() + self.server.args.request_timeout, 0.0
         stream = body.get("stream") or False
         requests = self.submit(jobs)
         head = {"id": f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
@@ -1457,7 +1512,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ids = self.server.prompts.ids(messages)
         except ValueError as error:
             raise BadRequest(400, str(error)) from None
-        top = body.get("top_logprobs") or 0
+        top = 0 if body.get("top_logprobs") is None else body["top_logprobs"]
+        if not isinstance(body.get("logprobs"), (bool, type(None))):
+            raise BadRequest(400, "'logprobs' must be true or false")
         if type(top) is not int or not 0 <= top <= 20:
             raise BadRequest(400, "'top_logprobs' must be a whole number from 0 to 20")
         decode = self.server.prompts.tokenizer.decode
@@ -1502,11 +1559,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, f"'prompt': {error}") from None
         decode = prompts.tokenizer.decode
 
+        def likeliest(top):
+            found = {}
+            for token, p in top.items():  # of several tokens with one text (half characters) the likeliest
+                found.setdefault(decode([token]), p)
+            return found
+
         def logprobs_of(tokens, offset=0):
             texts = [decode([token]) for token, _ in tokens]
             return {"tokens": texts, "token_logprobs": [told and told[0] for _, told in tokens],
-                    "top_logprobs": [told and {decode([t]): p for t, p in told[1].items()} for _, told in tokens],
-                    "text_offset": [offset + sum(map(len, texts[:i])) for i in range(len(texts))]}
+                    "top_logprobs": [told and likeliest(told[1]) for _, told in tokens],
+                    "text_offset": list(itertools.accumulate(map(len, texts), initial=offset))[:-1]}
 
         def choice_of(reply, job, _):
             text = reply["text"]
@@ -1582,22 +1645,27 @@ def load(args, source, config, device):
 def main(args):
     common.adopt_launcher()
     common.start_log()
-    source, config, tokenizer, prompts, found, part, done = prepare(args)
-    if common.world_size() > 1:
-        device = common.setup_distributed()
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
-    model = load(args, source, config, device)
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 4
-    if common.world_size() > 1:
-        memory = common.broadcast(memory, device)  # all ranks decide alike
-    engine = Engine(model, tokenizer, prompts, device, args.max_batch, 2048 if device.type == "cuda" else 512, 0.8 * memory, args.compile)
+    in_terminal = not args.input and args.serve is None
+    # piped, standard output is for the replies
+    with contextlib.redirect_stdout(sys.stderr) if in_terminal and not sys.stdin.isatty() else contextlib.nullcontext():
+        source, config, tokenizer, prompts, found, part, done = prepare(args)
+        if common.world_size() > 1:
+            device = common.setup_distributed()
+        else:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+        model = load(args, source, config, device)
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 4
+        if common.world_size() > 1:
+            memory = common.broadcast(memory, device)  # all ranks decide alike
+        engine = Engine(model, tokenizer, prompts, device, args.max_batch, 2048 if device.type == "cuda" else 512, 0.8 * memory, args.compile)
+        if in_terminal:
+            log.info(f"format {prompts.format}{'' if prompts.multi_turn else '; each message is a prompt of its own'}; /help lists the commands")
     if common.rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         engine.run()
         return 0
     engine.start()
-    if args.input or args.serve is not None:
+    if not in_terminal:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if args.input:
@@ -1605,12 +1673,13 @@ def main(args):
         elif args.serve is not None:
             serve(args, engine, prompts, pathlib.Path(source).name)
         else:
-            alone = "" if prompts.multi_turn else "; each message is a prompt of its own"
-            log.info(f"format {prompts.format}{alone}; /help lists the commands")
             Terminal(args, engine, prompts).run()
     except KeyboardInterrupt:
         log.info(f"stopped{'; the same command continues' if args.input else ''}")
         return common.EXIT_SAVED if args.input else 0
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     finally:
         engine.stop()
     return 0

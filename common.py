@@ -112,16 +112,17 @@ def setup_distributed():
 def leave(code):
     """Close the process group, where there is one, and end the process with this exit code.
 
-    Without the interpreter's own taking down: a thread of gloo's that drops its last tensor then asks for a lock that is
-    gone, and a rank whose work is done ends with an abort (PyTorch issue 190489; closing the group does not prevent it).
+    Without the interpreter's own taking down: a thread of gloo's (or a daemon's) that drops its last tensor then asks for a
+    lock that is gone, and a process whose work is done ends with an abort (PyTorch issue 190489; closing the group does not
+    prevent it).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-        atexit._run_exitfuncs()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def all_reduce_sum(values, device):
