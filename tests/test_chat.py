@@ -131,6 +131,20 @@ def test_the_engine_ends_empty_and_a_full_batch_makes_others_wait(name):
     assert not engine.batches and not engine.waiting and engine.n_running() == engine.n_waiting() == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_a_short_row_that_outlives_a_long_one_gives_its_padding_back(name):
+    model = make(name)
+    engine, (long, short) = engine_of(model, chunk=256), prompts_of((100, 4))
+    n_long, n_short = (10, 60) if name != "t5" else (110, 150)
+    requests = [ask(engine, long, n_long)]
+    if name == "t5":  # decoders are long by what they have written
+        list(steps(engine, 105))
+    requests.append(ask(engine, short, n_short))
+    widths = [max((batch.width() for batch in engine.batches), default=0) for _ in steps(engine)]
+    assert max(widths) > 100 and any(b < a - 60 for a, b in zip(widths, widths[1:]) if b)
+    assert finish(engine, requests) == [[alone(model, long, n_long)], [alone(model, short, n_short)]]
+
+
 def test_memory_bounds_what_runs_together_but_never_stops_a_single_request():
     engine = engine_of(make("llama"), max_batch=8)
     engine.capacity_bytes = 2 * 60 * engine.bytes_per_token
@@ -193,6 +207,11 @@ def test_a_next_turn_reads_its_new_tokens_only_and_replies_the_same(name):
     again = finish(engine, [ask(engine, turn, 10)])[0][0]
     assert again == alone(model, turn, 10)
     assert engine.n_read - before == len(more) + 1  # the last token of a reply was chosen, not yet read
+    before = engine.n_read
+    assert finish(engine, [ask(engine, turn, 10)])[0][0] == again and engine.n_read - before == 1  # the same once more
+    before, others = engine.n_read, prompts_of((60, 58), seed=5)
+    assert finish(engine, [ask(engine, prompt, 10) for prompt in (turn, *others)])[0][0] == again
+    assert engine.n_read - before == 1 + sum(map(len, others))  # not read anew to be read beside others
     engine.kept.clear()
     before = engine.n_read
     assert finish(engine, [ask(engine, turn, 10)])[0][0] == again and engine.n_read - before == len(turn)
@@ -295,11 +314,16 @@ def test_greedy_and_sampled_rows_and_penalties_share_a_batch():
     chosen = engine.choose(batch, logits)
     wanted = transformers.RepetitionPenaltyLogitsProcessor(1000.0)(torch.tensor([[5, 7, 7]]), logits[1:2].clone()).argmax()
     assert chosen[0] == 7 and chosen[1] == wanted != 7
+    below = logits - 100
+    below[:, 5] = -1.0  # the likeliest, said before: a penalty makes it less likely also where its logit is negative
+    batch.knobs = None
+    assert engine.choose(batch, below)[0] == 5 != engine.choose(batch, below)[1]
     assert len({int(engine.choose(batch, logits)[2]) for batch.rows[2].key in range(30) if not setattr(batch, "knobs", None)}) > 3
 
 
-def test_samples_share_one_reading_of_their_prompt_and_do_not_depend_on_the_batch():
-    model = make("llama")
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_samples_share_one_reading_of_their_prompt_and_do_not_depend_on_the_batch(name):
+    model = make(name)
     engine, ids = engine_of(model, max_batch=8), prompts_of((30, 6))
     keys = [common.derive_seed(0, n) for n in range(3)]
     options = {"temperature": 1.0, "top_p": 0.9}
