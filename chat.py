@@ -750,7 +750,7 @@ class Engine:
         while True:
             stop = min(done + chunk, width)
             logits = self._forward(batch, ids[:, done:stop], keep_all=requests[0].echo)
-            self.n_read += len(requests) * (stop - done)
+            self.n_read += sum(max(0, stop - max(done, first)) for first in start)
             if requests[0].echo:
                 self._echo(requests[0], done, logits[0])
             done = stop

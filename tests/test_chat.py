@@ -200,7 +200,7 @@ def test_a_failing_step_ends_its_replies_with_the_error_and_the_next_request_wor
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
 def test_a_next_turn_reads_its_new_tokens_only_and_replies_the_same(name):
     model = make(name)
-    engine, (first, more) = engine_of(model), prompts_of((50, 7))
+    engine, (first, more) = engine_of(model, chunk=512), prompts_of((50, 7))
     reply = finish(engine, [ask(engine, first, 10)])[0][0]
     before = engine.n_read
     turn = first + reply + more
