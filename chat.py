@@ -66,10 +66,10 @@ GREEDY = 0.001  # temperatures up to this are greedy decoding
 CANDIDATES = 256  # likeliest tokens that top_k and top_p look at first; all of them where these do not suffice
 REUSE_FROM = 32  # shorter conversations are read again rather than kept [tokens]
 ROLES = {"prompter": "user", "human": "user", "gpt": "assistant", "bot": "assistant", "developer": "system"}  # other names
-FORMATS = {  # --format: chat templates for models whose tokenizer has none; {bot} is --bot_name
+FORMATS = {  # --format: chat templates for models whose tokenizer has none; bot is --bot_name
     # plain dialogue, as for a base model
-    "turns": "{% for m in messages %}{{ {'user': 'User: ', 'assistant': '{bot}: ', 'system': ''}[m['role']] + m['content'] + "
-             "('\\n\\n' if m['role'] == 'system' else '\\n') }}{% endfor %}{{ '{bot}:' if add_generation_prompt }}",
+    "turns": "{% for m in messages %}{{ {'user': 'User: ', 'assistant': bot + ': ', 'system': ''}[m['role']] + m['content'] + "
+             "('\\n\\n' if m['role'] == 'system' else '\\n') }}{% endfor %}{{ bot + ':' if add_generation_prompt }}",
     # Open-Assistant's first models: no token ends a turn, the next <human> does
     "v2": "{% for m in messages %}{{ {'user': '<human>', 'assistant': '<bot>', 'system': '<prefix>'}[m['role']] + m['content'] + "
           "('</prefix>' if m['role'] == 'system' else '') }}{% endfor %}{{ '<bot>' if add_generation_prompt }}",
@@ -219,7 +219,7 @@ class Prompts:
         missing = [token for token in FORMAT_TOKENS.get(self.format, []) if token not in tokenizer.get_vocab()]
         if missing:
             problems.append(f"--format {self.format}: the tokenizer has no {' and no '.join(missing)}; choose another --format")
-        self.template = FORMATS[self.format].replace("{bot}", args.bot_name) if self.format in FORMATS else None
+        self.template, self.bot = FORMATS.get(self.format), args.bot_name
         self.stops, self.begin = FORMAT_STOPS.get(self.format, []), [tokenizer.bos_token_id]
         self.begin = self.begin if tokenizer("a").input_ids[:1] == self.begin else []
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
@@ -261,7 +261,8 @@ class Prompts:
     def render(self, messages, reply_follows=True):
         """Text of a conversation. Raises ValueError with what the template objects to."""
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=reply_follows)
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=reply_follows,
+                                                      **({"bot": self.bot} if self.template else {}))
         except (jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
@@ -569,8 +570,9 @@ class Engine:
         return torch.no_grad() if common.world_size() > 1 or self.compiled_step is not None else torch.inference_mode()
 
     def _probe(self):
-        """Does a row compute the same with padding on its left? If not (BART: positions are counted from the left), rows of
-        unlike length take turns. Also measures what a token's keys and values take."""
+        """Do the steps compute what the model computes in one go? If not (Mamba ignores this cache), it is refused. Does a row
+        compute the same with padding on its left? If not (BART: positions are counted from the left), rows of unlike length take
+        turns. Also measures what a token's keys and values take."""
         ids = [i % self.model.config.get_text_config().vocab_size for i in range(3, 10)]
         alone, joined = [], []
         for prompts, results in (([ids], alone), ([ids[:3]], alone), ([ids, ids[:3]], joined)):
@@ -591,6 +593,13 @@ class Engine:
         self.bytes_per_token = sum(sum(x.element_size() * x.shape[1] * x.shape[3] for x in (layer.keys, layer.values)) for layer, _ in batch.layers())
         expected, found = torch.cat(alone), joined[0]
         bound = 1e-4 if self.model.dtype == torch.float32 else 0.05
+        one_go = {"input_ids": torch.tensor([ids + ids[:1]], device=self.device)}
+        if self.encoder_decoder:
+            one_go = {"input_ids": torch.tensor([ids], device=self.device),
+                      "decoder_input_ids": torch.tensor([[self.first_id()] + ids[:1] * (len(ids) + 1)], device=self.device)}
+        apart = (self.model(**one_go, use_cache=False).logits[:, -1].float() - expected[:1]).abs().max()
+        if not apart <= 10 * bound * expected.abs().max():
+            raise ValueError(f"its steps give other logits than one go, by {float(apart):.3g}")
         self.shiftable = bool((expected - found).abs().max() <= bound * expected.abs().max())
         if not self.shiftable:
             log.info(f"{self.model.config.model_type}: its positions count padding, so only replies that began together are computed together")
@@ -726,6 +735,11 @@ class Engine:
                 best = key, n
         return best
 
+    def first_id(self):
+        """What the decoder of an encoder-decoder begins with."""
+        start = self.model.generation_config.decoder_start_token_id
+        return self.model.config.decoder_start_token_id if start is None else start
+
     def _read(self, requests):
         """Generator over the chunks of some prompts; at last (batch with a row per request, logits (B, V) behind each prompt)."""
         if self.encoder_decoder:
@@ -734,9 +748,7 @@ class Engine:
             mask = torch.arange(max(lengths), device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
             hidden = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             batch = Batch(list(requests), [0] * len(requests), lengths)
-            generation = self.model.generation_config
-            first = generation.decoder_start_token_id if generation.decoder_start_token_id is not None else self.model.config.decoder_start_token_id
-            logits = self._forward(batch, torch.full((len(requests), 1), first, device=self.device), hidden)
+            logits = self._forward(batch, torch.full((len(requests), 1), self.first_id(), device=self.device), hidden)
             self.n_read += sum(lengths)
             yield batch, logits[:, -1]
             return

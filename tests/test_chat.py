@@ -122,6 +122,13 @@ def test_padding_that_is_not_masked_changes_replies(monkeypatch):
     assert finish(engine, [ask(engine, prompt) for prompt in ids]) != [[alone(model, prompt)] for prompt in ids]
 
 
+def test_a_model_that_does_not_use_the_cache_is_refused_at_the_start(capsys):
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2)).eval()
+    with pytest.raises(SystemExit):
+        engine_of(model)
+    assert "mamba does not run on a plain key-value cache" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_the_engine_ends_empty_and_a_full_batch_makes_others_wait(name):
     engine = engine_of(make(name), max_batch=2)

@@ -105,6 +105,8 @@ def test_source_ids_are_those_that_seq2seq_trained(tmp_path, write):
 def test_a_tokenizer_that_adds_an_end_token_does_not_end_the_prompt():
     prompts = prompts_of(bpe_tokenizer(adds_end=True), format="turns")
     ids = prompts.ids([{"role": "user", "content": "a: yes"}])
+    named = prompts_of(bpe_tokenizer(), format="turns", bot_name="O'Neill {{ 1 }}")
+    assert named.render([{"role": "user", "content": "a"}]) == "User: a\nO'Neill {{ 1 }}:"
     assert ids[0] == 1 and ids[-1] != 2 and ids.count(1) == 1
 
 
