@@ -321,8 +321,9 @@ def test_a_killed_job_continues_and_a_copied_script_needs_nothing_else(tmp_path,
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("SMOLLM2"), reason="SMOLLM2 does not name the folder of SmolLM2-135M-Instruct")
 def test_a_real_model_keeps_its_context_over_five_turns_and_stops(tmp_path):
-    said = ["My dog is called Biscuit and he is three years old.", "What is my dog called?", "How old is he?", "Write one sentence about him.", "Thank you."]
-    command = [sys.executable, ROOT / "chat.py", "--model_path", os.environ["SMOLLM2"], "--temperature", "0", "--max_new_tokens", "150"]
+    said = ["My dog is called Biscuit and he is three years old.", "What is my dog called?", "How old is he?", "Write one sentence about him.",
+            "Thank you. What did I tell you first?"]
+    command = [sys.executable, ROOT / "chat.py", "--model_path", os.environ["SMOLLM2"], "--temperature", "0", "--max_new_tokens", "100"]
     result = subprocess.run(command, input="\n".join([*said, f"/save {tmp_path}/talk.json"]) + "\n", capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     replies = [m["content"] for m in json.loads((tmp_path / "talk.json").read_text())["messages"] if m["role"] == "assistant"]

@@ -20,7 +20,6 @@ from test_chat_terminal import write_babbler
 import chat
 
 openai = pytest.importorskip("openai", reason="openai is not installed (pip install -r requirements-dev.txt)")
-import httpx  # noqa: E402  openai brings it
 
 HI = [{"role": "user", "content": "hi"}]
 FLAGS = ["--temperature", "0", "--max_new_tokens", "40", "--max_batch", "8"]
@@ -49,7 +48,7 @@ class Served:
 
     def connect(self, key):
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60,
-                             http_client=httpx.Client(trust_env=False, timeout=60))
+                             http_client=openai.DefaultHttpxClient(trust_env=False, timeout=60))
 
     def close(self):
         self.client.close()  # and with it the threads of its connections
