@@ -1,6 +1,7 @@
 """chat.py's prompts and files: the ids of training, where replies end, what is left out, which model; --input to --output."""
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -8,11 +9,12 @@ import signal
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, bpe_tokenizer, copy_script, finish, flags, in_process, start, write_byt5, write_llama, write_model
+from conftest import ROOT, copy_script, finish, flags, in_process, start, write_byt5, write_llama, write_model
 
 import chat
 import common
@@ -28,6 +30,11 @@ RECORDS = [{"instruction": "Add one.", "input": "the cat", "output": "a book"}, 
 @pytest.fixture
 def run_chat(monkeypatch):
     return in_process("chat", monkeypatch)
+
+
+def bpe_tokenizer(*options):
+    """One of our own: conftest's is shared, and these tests add tokens."""
+    return copy.deepcopy(conftest.bpe_tokenizer(*options))
 
 
 def prompts_of(tokenizer, rawtune=None, config=None, **options):
@@ -103,7 +110,7 @@ def test_source_ids_are_those_that_seq2seq_trained(tmp_path, write):
 
 
 def test_a_tokenizer_that_adds_an_end_token_does_not_end_the_prompt():
-    prompts = prompts_of(bpe_tokenizer(adds_end=True), format="turns")
+    prompts = prompts_of(bpe_tokenizer(True), format="turns")
     ids = prompts.ids([{"role": "user", "content": "a: yes"}])
     named = prompts_of(bpe_tokenizer(), format="turns", bot_name="O'Neill {{ 1 }}")
     assert named.render([{"role": "user", "content": "a"}]) == "User: a\nO'Neill {{ 1 }}:"

@@ -53,6 +53,7 @@ time.sleep(0.1)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_ends_with_its_exit_code_although_a_thread_still_wants_the_interpreter():
     """As gloo's threads do now and then (PyTorch issue 190489). The control: the usual ending aborts."""
     for end, code in (("common.leave(75)", 75), ("common.dist.destroy_process_group(); sys.exit(75)", -signal.SIGABRT)):
