@@ -133,7 +133,8 @@ def test_sigterm_and_max_hours_save_and_leave_with_75(mount, run_main, monkeypat
     assert common.latest_checkpoint(mount / "models" / "hours") is not None
 
 
-@pytest.mark.parametrize("kilobytes", [40, pytest.param(260, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [40, 260])
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay_whole(mount, kilobytes):
     """A file-size limit stands in for the full disk: it strikes at the Hugging Face file (40 kB) or at DeepSpeed's (260 kB)."""
     words = [str(w) for w in dropout_flags(mount, "full", 0, max_steps=4)]
