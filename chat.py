@@ -671,10 +671,14 @@ class Engine:
         requests.update((request.number, request) for request in self.reading_requests)
         self.batches, self.reading, self.reading_requests = [], None, []
         self.kept.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         for request in requests.values():
             request.events.put((None, message, None, None, "error"))
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.empty_cache()
+            except Exception:  # the GPU's context is lost: no later step can succeed
+                traceback.print_exc()
+                os._exit(1)
 
     # computing
 
@@ -927,7 +931,8 @@ class Engine:
             n = min(CANDIDATES, scores.shape[1])
             total = scores.logsumexp(-1, keepdim=True)
             best, ids = scores.topk(n, -1)
-            if n < scores.shape[1] and not bool(((top_k <= n) | ((best - total).exp().sum(-1, keepdim=True) >= top_p) | greedy).all()):
+            if n < scores.shape[1] and not bool((greedy | (top_k <= n) | (
+                    (top_k >= scores.shape[1]) & ((best - total).exp().sum(-1, keepdim=True) >= top_p))).all()):
                 best, ids = scores.sort(-1, descending=True)  # a flat distribution: all tokens matter
             ranks = torch.arange(best.shape[1], device=self.device)
             best = best.masked_fill(ranks >= top_k, -math.inf)
@@ -1136,6 +1141,7 @@ def read_prompts(args, prompts, problems):
             ids = prompts.raw_ids(text) if messages is None else prompts.ids(messages)
             if len(ids) >= prompts.context:
                 raise ValueError(f"{len(ids)} tokens, and the context has {prompts.context}; shorten it")
+            json.dumps(record, ensure_ascii=False).encode()  # half a character: a UnicodeEncodeError, which is a ValueError
             found.append((record, ids))
         except ValueError as error:
             problems.append(f"{where}: {error}")
@@ -1150,7 +1156,8 @@ def open_output(args, found, problems):
     part = out.with_name(out.name + ".part")
     head = {"model": str(args.model_path), "weights_sha256": common.weights_sha256(args.model_path) if os.path.isdir(args.model_path) else None,
             "input_sha256": common.file_sha256(pathlib.Path(args.input)), "format": args.format, "system_prefix": args.system_prefix,
-            "n_samples": args.n_samples, "logprobs": args.logprobs, **{name: getattr(args, name) for name in SAMPLING}}
+            "n_samples": args.n_samples, "logprobs": args.logprobs, "revision": args.revision, "quantize": args.quantize, "dtype": args.dtype,
+            "bot_name": args.bot_name, "max_context": args.max_context, **{name: getattr(args, name) for name in SAMPLING}}
     done = set()
     if part.exists():
         lines = part.read_bytes().split(b"\n")[:-1]  # a last line without an end was cut by a kill
@@ -1158,7 +1165,7 @@ def open_output(args, found, problems):
             problems.append(f"{part} was begun with other flags, input or weights: finish it with those, or move it away")
         done = {json.loads(line)["row"] for line in lines[1:]}
         if not problems:
-            part.write_bytes(b"".join(line + b"\n" for line in lines))
+            os.truncate(part, sum(len(line) + 1 for line in lines))
             log.info(f"{part}: {len(done)} of {len(found)} prompts are done, continuing")
     elif not problems:
         try:
@@ -1192,7 +1199,7 @@ def answer_file(args, engine, prompts, found, part, done):
             file.flush()
             bar.update()
     bar.close()
-    rows = sorted((json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()[1:]), key=lambda row: row["row"])
+    rows = sorted((json.loads(line) for line in part.read_bytes().split(b"\n")[1:-1]), key=lambda row: row["row"])
     aside = part.with_name(part.name + ".tmp")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(aside, args.output)
@@ -1429,6 +1436,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for ids, settings, n, more in jobs:
             if not ids:
                 raise BadRequest(400, "the prompt has no tokens")
+            if max(ids) >= engine.model.config.get_text_config().vocab_size:
+                raise BadRequest(400, "the prompt has a token for which this model has no embedding")
             if len(ids) + (settings["max_new_tokens"] > 0) > prompts.context:
                 raise BadRequest(400, f"the prompt has {len(ids)} tokens, and the context {prompts.context}", code="context_length_exceeded")
         for ids, settings, n, more in jobs:
@@ -1666,8 +1675,14 @@ def main(args):
             device = common.setup_distributed()
         else:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)  # set_device wants a number
+            torch.cuda.set_device(device)
         model = load(args, source, config, device)
-        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else common.device_memory() / 4
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / common.local_world_size() / 4
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            memory = torch.cuda.mem_get_info(device)[0]
         if common.world_size() > 1:
             memory = common.broadcast(memory, device)  # all ranks decide alike
         engine = Engine(model, tokenizer, prompts, device, args.max_batch, 2048 if device.type == "cuda" else 512, 0.8 * memory, args.compile)

@@ -286,7 +286,7 @@ def test_choice_is_the_row_keyed_sample_of_the_evaluations_whatever_the_batch():
 
 
 @pytest.mark.parametrize("top_k, top_p, vocabulary, sharpness", [(0, 0.9, 300, 3), (5, 1.0, 300, 3), (7, 0.6, 300, 3), (0, 0.9, 5000, 0.01),
-                                                              (0, 0.5, 5000, 3), (1000, 0.9, 5000, 0.1), (3, 0.3, 5000, 0.1), (0, 1.0, 300, 1)])
+                                                              (0, 0.5, 5000, 3), (1000, 0.9, 5000, 0.1), (1000, 0.7, 5000, 1.3), (3, 0.3, 5000, 0.1), (0, 1.0, 300, 1)])
 def test_what_can_be_drawn_is_what_transformers_warpers_leave_with_their_probabilities(top_k, top_p, vocabulary, sharpness):
     """More than CANDIDATES tokens in flat distributions included."""
     engine, generator = engine_of(make("llama")), torch.Generator().manual_seed(3)
@@ -418,3 +418,16 @@ def test_a_stop_string_over_several_tokens_is_cut_away_and_what_might_begin_one_
         else:
             pieces.append(text.push(None, last=True))
         assert "".join(pieces) == wanted and text.stopped == (wanted != "Yes.\nUser: and more")
+
+
+def test_a_row_whose_top_k_exceeds_the_candidates_does_not_depend_on_its_neighbours():
+    """A flat neighbour makes all tokens be looked at: the same draw with and without."""
+    engine, generator = engine_of(make("llama")), torch.Generator().manual_seed(5)
+    logits = torch.stack([torch.randn(5000, generator=generator) * 2, torch.randn(5000, generator=generator) * 0.01])
+    for key in range(300):
+        batch = knobs(2, temperature=[1.0, 1.0], top_k=[1000, 0], top_p=[0.7, 0.99])
+        for row in batch.rows:
+            row.key = common.derive_seed(key)
+        together = engine.choose(batch, logits)
+        batch.rows, batch.knobs = batch.rows[:1], None
+        assert engine.choose(batch, logits[:1])[0] == together[0]

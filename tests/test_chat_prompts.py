@@ -219,7 +219,7 @@ def file_job(tmp_path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().rstrip("\n").split("\n")]
 
 
 def test_every_prompt_is_answered_in_order_with_its_own_samples_whatever_the_batch(file_job, run_chat):
@@ -233,6 +233,16 @@ def test_every_prompt_is_answered_in_order_with_its_own_samples_whatever_the_bat
     assert run_chat(file_job("seed.jsonl", seed=1)) == 0
     assert [row["replies"] for row in rows_of(file_job.folder / "seed.jsonl")] != [row["replies"] for row in rows]
     assert not list(file_job.folder.glob("*.part*"))
+
+
+def test_line_separators_within_texts_end_no_row_and_half_characters_are_refused(file_job, run_chat, capsys):
+    """JSON may hold U+2028 and U+0085 as they are; str.splitlines cuts there."""
+    odd = {"prompt": "the cat\u2028reads", "note": "a\u0085b"}
+    (file_job.folder / "p.jsonl").write_text(json.dumps(odd) + "\n" + json.dumps({"prompt": "a book"}) + "\n")
+    assert run_chat(file_job()) == 0
+    assert [row["orig_d"] for row in rows_of(file_job.folder / "out.jsonl")] == [odd, {"prompt": "a book"}]
+    (file_job.folder / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "note": "\\ud800"}\n')
+    assert run_chat(file_job("other.jsonl")) == 2 and "line 2" in capsys.readouterr().err
 
 
 def test_a_stopped_job_continues_behind_its_last_row_and_ends_the_same(file_job, run_chat, monkeypatch, capsys):
