@@ -1655,6 +1655,8 @@ def load(args, source, config, device):
     stored = pathlib.Path(source) / "generation_config.json"
     if stored.is_file():  # an adapter's own, where it has one
         model.generation_config = GenerationConfig.from_pretrained(source)
+    if args.compile and model.config._attn_implementation == "eager":  # which adds a mask where others apply it
+        common.fail(f"--compile: not for a {config.model_type}, which has only eager attention; leave it out")
     n = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) + sum(
         m.in_features * m.out_features for m in model.modules() if isinstance(m, common.QuantizedLinear))
     log.info(f"{n / 1e6:.2f} M parameters, {precision} on {device.type}" + (f", ZeRO-3 over {common.world_size()} processes" if many else ""))

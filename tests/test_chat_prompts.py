@@ -198,6 +198,17 @@ def test_all_mistakes_are_reported_at_once_before_a_model_loads(tmp_path, run_ch
     assert (tmp_path / "p.out").read_text() == "mine"
 
 
+def test_compile_is_refused_for_a_family_with_eager_attention_only(tmp_path, run_chat, capsys):
+    bpe_tokenizer().save_pretrained(tmp_path / "m")
+    transformers.GPTJConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64).save_pretrained(tmp_path / "m")
+    weigh(tmp_path / "m")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the cat"}\n')
+    words = ["--model_path", tmp_path / "m", "--input", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--max_new_tokens", 3]
+    assert run_chat([*words, "--compile"]) == 2 and "eager attention" in capsys.readouterr().err
+    (tmp_path / "o.jsonl.part").unlink()
+    assert run_chat(words) == 0
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
