@@ -926,7 +926,7 @@ class Engine:
             logits[i, said] = torch.where(logits[i, said] > 0, logits[i, said] / penalty, logits[i, said] * penalty)
         if all_greedy:
             return logits.argmax(-1)
-        scores, ids = logits / temperature, None
+        scores, ids = logits / temperature, torch.arange(logits.shape[1], device=self.device).expand_as(logits)
         if cut:
             n = min(CANDIDATES, scores.shape[1])
             total = scores.logsumexp(-1, keepdim=True)
@@ -940,12 +940,8 @@ class Engine:
             mass = (best - total).exp()
             scores = best.masked_fill((mass.cumsum(-1) - mass >= top_p) & (ranks > 0), -math.inf)
         position = torch.tensor([row.n_new for row in batch.rows], device=self.device)[:, None]
-        mix = common.RowKeyedSampler._mix
-        hashed = mix(mix(keys + position) + 1 + (torch.arange(scores.shape[1], device=self.device) if ids is None else ids))
-        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
-        drawn = (scores - torch.log(-torch.log(uniform)).float()).argmax(-1, keepdim=True)
-        drawn = drawn if ids is None else ids.gather(1, drawn)
-        return torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)[:, 0]
+        drawn = (scores + common.RowKeyedSampler.gumbel(keys + position, ids)).argmax(-1, keepdim=True)
+        return torch.where(greedy, logits.argmax(-1, keepdim=True), ids.gather(1, drawn))[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ terminal

@@ -1206,13 +1206,18 @@ class RowKeyedSampler(transformers.LogitsProcessor):
         z = (z ^ right(z, 27)) * -7723592293110705685  # 0x94d049bb133111eb
         return z ^ right(z, 31)
 
+    @classmethod
+    def gumbel(cls, keys, ids):
+        """Noise (fp32) of the tokens `ids` (n,) or (B, n) in rows with keys (B, 1), int64: key + position."""
+        hashed = cls._mix(cls._mix(keys) + 1 + ids)
+        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+        return -torch.log(-torch.log(uniform)).float()
+
     def __call__(self, input_ids, scores):
         scores = scores.float() / self.temperature
         scores = self.top_p(input_ids, scores) if self.top_p else scores
-        per_row = self._mix(self.keys + input_ids.shape[1] - self.start)
-        hashed = self._mix(per_row[:, None] + torch.arange(1, scores.shape[1] + 1, device=scores.device))  # (B, V)
-        uniform = (((hashed >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
-        return scores - torch.log(-torch.log(uniform)).float()
+        keys = self.keys[:, None] + input_ids.shape[1] - self.start
+        return scores + self.gumbel(keys, torch.arange(scores.shape[1], device=scores.device))
 
 
 # ------------------------------------------------------------------------------------------------ layers
