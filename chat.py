@@ -454,11 +454,12 @@ class Still(DynamicLayer):
 class Batch:
     """Rows that are computed together: their caches, and what each is fed next."""
 
-    def __init__(self, rows, start, source_lengths=None, layers=None):
+    def __init__(self, rows, start, source_lengths=None, own=None, cross=None):
         self.rows, self.start, self.source_lengths = rows, start, source_lengths  # start: column at which each row begins
         self.tokens = self.knobs = None  # (B, 1) next input; what `Engine.choose` has prepared for these rows
-        own = Cache(layers=layers) if layers else Cache(layer_class_to_replicate=Slots)
-        self.cache = own if source_lengths is None else EncoderDecoderCache(own, Cache(layer_class_to_replicate=Slots))
+        own, cross = (Cache(layers=layers) if layers else Cache(layer_class_to_replicate=Slots) for layers in (own, cross))
+        # the pair notes whether the encoder has been read: whether `cross` has layers
+        self.cache = own if source_lengths is None else EncoderDecoderCache(own, cross)
 
     def width(self):
         return self.cache.get_seq_length()
@@ -484,12 +485,9 @@ class Batch:
         if which == list(range(len(self.rows))):
             self.rows = rows
             return self
-        lengths = self.source_lengths and [self.source_lengths[i] for i in which]
-        new = Batch(rows, [self.start[i] for i in which], lengths, [layer.part(which) for layer, right in self.layers() if right])
-        if lengths:
-            cross = Cache(layers=[layer.part(which) for layer, right in self.layers() if not right])
-            new.cache = EncoderDecoderCache(new.cache.self_attention_cache, cross)  # which notes that the encoder has been read
-        return new
+        own, cross = ([layer.part(which) for layer, right in self.layers() if right == end] for end in (True, False))
+        lengths = [self.source_lengths[i] for i in which] if cross else None
+        return Batch(rows, [self.start[i] for i in which], lengths, own, cross)
 
     def remove(self, i):
         for layer, _ in self.layers():
@@ -686,12 +684,11 @@ class Engine:
         """One chunk of a new prompt, one token of every running row."""
         if self.cancelled:
             self.waiting = collections.deque(request for request in self.waiting if request.number not in self.cancelled)
-            for batch in self.batches:
+            for batch in list(self.batches):
                 for row in batch.rows:
                     if row.request.number in self.cancelled:
                         row.finish = "cancelled"
                 self._drop(batch)
-            self.batches = [batch for batch in self.batches if batch.rows]  # an empty one has no width: who joined it would start wrong
             self.reading_requests = [request for request in self.reading_requests if request.number not in self.cancelled]
             self.cancelled.clear()
             if not self.reading_requests:
@@ -701,10 +698,8 @@ class Engine:
         if self.reading and (done := next(self.reading)):
             self._begin(*done)
             self.reading, self.reading_requests = None, []
-        self.batches = [batch for batch in self.batches if batch.rows]
-        for batch in self.batches:
+        for batch in list(self.batches):
             self._advance(batch, self._forward(batch, batch.tokens)[:, -1])
-        self.batches = [batch for batch in self.batches if batch.rows]
 
     def _need(self, request):
         """Columns of the cache."""
@@ -761,7 +756,7 @@ class Engine:
         ids = torch.tensor([[0] * (width - len(request.ids)) + request.ids for request in requests], device=self.device)
         key, done = self._kept_prefix(requests[0].ids) if len(requests) == 1 and not requests[0].echo else (None, 0)
         layers = [layer.part([0], 0, done) for layer in self.kept[key]] if key else None
-        batch = Batch(list(requests), start, layers=layers)
+        batch = Batch(list(requests), start, own=layers)
         chunk = max(32, self.chunk // len(requests))
         while True:
             stop = min(done + chunk, width)
@@ -882,6 +877,8 @@ class Engine:
             if batch.rows[i].finish:
                 self._keep(batch, i)
                 batch.remove(i)
+        if not batch.rows and batch in self.batches:  # an empty one has no width: who joined it would start wrong
+            self.batches.remove(batch)
 
     def _keep(self, batch, i):
         """Keep what a conversation's next turn can begin with; the oldest go when they take more than a quarter of the cache's memory."""
@@ -1174,13 +1171,13 @@ def open_output(args, found, problems):
 def answer_file(args, engine, prompts, found, part, done):
     """All prompts that are not done, the longest first; rows are written as they end and put in order at the end."""
     settings = {name: getattr(args, name) for name in SAMPLING}
-    rest = sorted((i for i in range(len(found)) if i not in done), key=lambda i: -len(found[i][1]))
+    rest = collections.deque(sorted((i for i in range(len(found)) if i not in done), key=lambda i: -len(found[i][1])))
     running, began, n_before = collections.deque(), time.perf_counter(), engine.n_generated
     bar = tqdm(total=len(rest), desc="prompts", delay=2)
     with open(part, "a", encoding="utf-8") as file:
         while rest or running:
             while rest and len(running) < 2 * args.max_batch:
-                i = rest.pop(0)
+                i = rest.popleft()
                 keys = [common.derive_seed(args.seed, "file", i, n) for n in range(args.n_samples)]
                 logprobs = 0 if args.logprobs else None
                 running.append((i, engine.submit(new_request(prompts, found[i][1], keys, settings, logprobs=logprobs, keep=False))))
@@ -1281,8 +1278,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """What the library refuses by itself: other methods, broken request lines."""
-        self.close_connection, self.request_version = True, self.request_version or "HTTP/1.1"
-        self.send(code, {"error": {"message": message or explain or "refused", "type": "invalid_request_error", "param": None, "code": None}})
+        self.request_version = self.request_version or "HTTP/1.1"
+        self.refuse(BadRequest(code, message or explain or "refused"))
+
+    def refuse(self, error):
+        self.close_connection = True  # what is left of its body is not read
+        about = {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.code}}
+        if self.streaming:
+            self.event(about)
+            self.end_stream()
+        else:
+            self.send(error.status, about)
 
     def do_GET(self):
         self.answer({"/": self.page, "/healthz": self.health, "/v1/models": self.models})
@@ -1313,15 +1319,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not isinstance(error, BadRequest):
                 log.error(traceback.format_exc())
                 error = BadRequest(500, f"{type(error).__name__}: {error}", "server_error")
-            self.close_connection = True  # what is left of its body is not read
-            about = {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.code}}
             with contextlib.suppress(OSError):
-                if self.streaming:
-                    self.event(about)
-                    self.end_stream()
-                else:
-                    self.send(error.status, about)
-                    self.drain()
+                self.refuse(error)
+                self.drain()
 
     def drain(self):
         """Read what is left of a refused body: closed before, the connection would be reset, and the client not hear why."""
@@ -1400,8 +1400,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if body.get(name) not in (None, nothing, [], {}):
                 raise BadRequest(400, f"{name!r} is not supported")
         for name in ("stream", "echo"):
-            if not isinstance(body.get(name), (bool, type(None))):
-                raise BadRequest(400, f"{name!r} must be true or false")
+            self.switch(body, name)
         if not isinstance(body.get("stream_options"), (dict, type(None))):
             raise BadRequest(400, "'stream_options' must be an object")
         tokens = body.get("max_completion_tokens") if body.get("max_completion_tokens") is not None else body.get("max_tokens")
@@ -1419,10 +1418,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stops = [] if stops is None else stops
         if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
             raise BadRequest(400, "'stop' must be a string, or up to 16 of them, not empty")
-        n = 1 if body.get("n") is None else body["n"]
-        if type(n) is not int or not 1 <= n <= MAX_CHOICES:
-            raise BadRequest(400, f"'n' must be a whole number from 1 to {MAX_CHOICES}")
-        return settings, stops, n
+        return settings, stops, self.whole(body, "n", 1, 1, MAX_CHOICES)
+
+    def switch(self, body, name):
+        if not isinstance(body.get(name), (bool, type(None))):
+            raise BadRequest(400, f"{name!r} must be true or false")
+        return bool(body.get(name))
+
+    def whole(self, body, name, default, low, high):
+        value = default if body.get(name) is None else body[name]
+        if value is not None and (type(value) is not int or not low <= value <= high):
+            raise BadRequest(400, f"{name!r} must be a whole number from {low} to {high}")
+        return value
 
     def submit(self, jobs):
         """[(ids, settings, n, options of Request)] -> requests, or 429 where the queue is full."""
@@ -1487,7 +1494,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 choices, n = [], 0
                 for j, request in enumerate(requests):
                     for reply in collect(request, lambda request=request: self.wait(request)):
-                        choices.append({"index": len(choices), **choice_of(reply, j, len(choices) % len(request.keys)), "finish_reason": reply["finish"]})
+                        choices.append({"index": len(choices), **choice_of(reply, j), "finish_reason": reply["finish"]})
                         n += len(reply["tokens"])
                     n -= len(request.ids) if request.echo else 0
                 self.send(200, {**head, "choices": choices, "usage": usage(n)})
@@ -1529,11 +1536,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ids = self.server.prompts.ids(messages)
         except ValueError as error:
             raise BadRequest(400, str(error)) from None
-        top = 0 if body.get("top_logprobs") is None else body["top_logprobs"]
-        if not isinstance(body.get("logprobs"), (bool, type(None))):
-            raise BadRequest(400, "'logprobs' must be true or false")
-        if type(top) is not int or not 0 <= top <= 20:
-            raise BadRequest(400, "'top_logprobs' must be a whole number from 0 to 20")
+        logprobs, top = self.switch(body, "logprobs"), self.whole(body, "top_logprobs", 0, 0, 20)
         decode = self.server.prompts.tokenizer.decode
 
         def told_of(token, told):
@@ -1542,7 +1545,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return {"token": text, "logprob": p, "bytes": list(text.encode("utf-8", "replace"))}
             return {**one(token, told[0]), "top_logprobs": [one(t, p) for t, p in told[1].items()]}
 
-        def choice_of(reply, *_):
+        def choice_of(reply, _):
             content = [told_of(token, told) for token, told in reply["tokens"] if told]
             return {"message": {"role": "assistant", "content": reply["text"]}, "logprobs": {"content": content} if content else None}
 
@@ -1550,14 +1553,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return {"delta": {"role": "assistant", "content": piece} if first else {"content": piece} if piece else {},
                     "logprobs": {"content": [told_of(token, told)]} if told else None}
 
-        jobs = [(ids, settings, n, {"stops": stops, "logprobs": top if body.get("logprobs") else None})]
+        jobs = [(ids, settings, n, {"stops": stops, "logprobs": top if logprobs else None})]
         self.serve(body, jobs, "chat.completion.chunk" if body.get("stream") else "chat.completion", choice_of, delta_of)
 
     def completions(self):
         """Text or ids as they are, without a template; with "echo" and "logprobs" the prompt's log-probabilities too."""
         body, prompts = self.body(), self.server.prompts
         settings, stops, n = self.options(body, 16)
-        prompt, logprobs, echo = body.get("prompt"), body.get("logprobs"), bool(body.get("echo"))
+        prompt, logprobs, echo = body.get("prompt"), body.get("logprobs"), self.switch(body, "echo")
         prompt = [prompt] if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int) else prompt
         size = len(prompts.tokenizer)
         if not isinstance(prompt, list) or not prompt or not all(
@@ -1565,9 +1568,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, "'prompt' must be a string, a list of token ids of this model, or a list of these")
         if len(prompt) > self.server.args.max_queue:
             raise BadRequest(400, f"{len(prompt)} prompts; send up to {self.server.args.max_queue} at once")
-        logprobs = 0 if logprobs is True else None if logprobs is False else logprobs
-        if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= 20):
-            raise BadRequest(400, "'logprobs' must be a whole number from 0 to 20")
+        logprobs = (0 if logprobs else None) if isinstance(logprobs, bool) else self.whole(body, "logprobs", None, 0, 20)
         if echo and (body.get("stream") or n > 1 or prompts.encoder_decoder):
             raise BadRequest(400, "'echo' goes with one choice of a decoder-only model, not streamed")
         try:
@@ -1588,7 +1589,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "top_logprobs": [told and likeliest(told[1]) for _, told in tokens],
                     "text_offset": list(itertools.accumulate(map(len, texts), initial=offset))[:-1]}
 
-        def choice_of(reply, job, _):
+        def choice_of(reply, job):
             text = reply["text"]
             if echo:
                 text = (prompt[job] if isinstance(prompt[job], str) else decode(prompt[job])) + text
