@@ -707,18 +707,18 @@ class Engine:
 
     def _admit(self):
         """The next requests to read: the oldest, and those behind it that fit beside it with little padding."""
-        found, n_rows = [], self.n_running()
+        found, alone, n_rows = [], False, self.n_running()
         longest = max((self._need(row.request) for batch in self.batches for row in batch.rows), default=0)
-        while self.waiting and len(found) < self.max_batch:
+        while self.waiting and not alone and len(found) < self.max_batch:
             request = self.waiting[0]
             rows, columns = n_rows + len(request.keys), max(longest, self._need(request))
             too_much = rows > self.max_batch or rows * columns * self.bytes_per_token > self.capacity_bytes
             if too_much and n_rows:
                 break
             lengths = [len(r.ids) for r in [*found, request]]
-            if found and (request.echo or found[0].echo or max(lengths) * len(lengths) > self.chunk or max(lengths) > 1.5 * min(lengths)
-                          or (not self.shiftable and len(set(lengths)) > 1)
-                          or self._kept_prefix(request.ids)[1] or self._kept_prefix(found[0].ids)[1]):
+            alone = request.echo or self._kept_prefix(request.ids)[1] > 0  # such a prompt is read by itself
+            if found and (alone or max(lengths) * len(lengths) > self.chunk or max(lengths) > 1.5 * min(lengths)
+                          or (not self.shiftable and len(set(lengths)) > 1)):
                 break
             found.append(self.waiting.popleft())
             n_rows, longest = rows, columns
@@ -1642,8 +1642,8 @@ def prepare(args):
 
 def load(args, source, config, device):
     """The model in eval mode on its device; with several processes partitioned by ZeRO-3."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = args.dtype if args.dtype != "auto" else "bf16" if bf16 else "fp32"
+    by_device = "fp32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    precision = common.resolve_precision(argparse.Namespace(precision=by_device))
     auto_class, many = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, common.world_size() > 1
     ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100000},
                  "bf16": {"enabled": precision == "bf16"}, "fp16": {"enabled": precision == "fp16"}}

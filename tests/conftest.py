@@ -70,6 +70,25 @@ def write_llama(folder, adds_end=False, **changes):
                    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}).save_pretrained(folder)
 
 
+def write_babbler(folder, positions=512):
+    """A random Llama with a chatml template, which never ends a reply by itself."""
+    import sft_causal
+    import torch
+    import transformers
+    write_llama(folder, vocab_size=302, initializer_range=0.3, max_position_embeddings=positions)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in sft_causal.TEMPLATE_TOKENS["chatml"]],
+                         special_tokens=True)
+    tokenizer.chat_template = sft_causal.TEMPLATES["chatml"].replace("{bos}", "{{ bos_token }}")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        model.lm_head.weight[list(tokenizer.added_tokens_decoder)] = 0  # a logit of 0 is never the largest of so many
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_byt5(folder):
     """models/<folder>: a T5 on bytes (v1.1: gated, untied), whose tokenizer needs no file; no weights."""
     from transformers import ByT5Tokenizer, T5Config

@@ -14,8 +14,7 @@ import time
 import urllib.request
 
 import pytest
-import transformers
-from conftest import ROOT, write_llama
+from conftest import ROOT, write_babbler
 
 pytest.importorskip("selenium", reason="selenium is not installed (pip install -r requirements-dev.txt)")
 from selenium import webdriver  # noqa: E402
@@ -501,13 +500,7 @@ def test_the_page_is_one_file(page, server):
 
 def test_the_page_and_chat_py_understand_each_other(browser, tmp_path):
     """The real server with a small random model: a reply streams in, Stop frees its row, the rate and a refusal are shown."""
-    write_llama(tmp_path / "tiny", max_position_embeddings=8192)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path / "tiny"))
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(tmp_path / "tiny")
+    write_babbler(tmp_path / "tiny", 8192)
     log = tmp_path / "log"
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, ROOT / "chat.py", "--model_path", tmp_path / "tiny", "--serve", "0", "--max_new_tokens", "8000"],
@@ -527,7 +520,7 @@ def test_the_page_and_chat_py_understand_each_other(browser, tmp_path):
         page.stop.click()
         until(lambda: page.idle() and json.loads(urllib.request.urlopen(url + "/healthz").read())["running"] == 0)
         assert "tokens/s" in page.all(".assistant .stats")[0]
-        page.input.send_keys("a book </s>" + Keys.ENTER)
+        page.input.send_keys("a book <|im_end|>" + Keys.ENTER)
         until(lambda: any("special token" in error for error in page.all(".error")))
     finally:
         process.send_signal(signal.SIGINT)

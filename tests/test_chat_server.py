@@ -14,8 +14,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import ROOT, finish, kill, start, write_byt5
-from test_chat_terminal import write_babbler
+from conftest import ROOT, finish, kill, start, write_babbler, write_byt5
 
 import chat
 

@@ -15,26 +15,9 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import ROOT, finish, start, write_llama
+from conftest import ROOT, finish, start, write_babbler
 
 import chat
-import sft_causal
-
-
-def write_babbler(folder, positions=512):
-    """A random Llama with a chatml template, which never ends a reply by itself."""
-    write_llama(folder, vocab_size=302, initializer_range=0.3, max_position_embeddings=positions)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([transformers.AddedToken(t, special=True, normalized=False) for t in sft_causal.TEMPLATE_TOKENS["chatml"]],
-                         special_tokens=True)
-    tokenizer.chat_template = sft_causal.TEMPLATES["chatml"].replace("{bos}", "{{ bos_token }}")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    with torch.no_grad():
-        model.lm_head.weight[list(tokenizer.added_tokens_decoder)] = 0  # a logit of 0 is never the largest of so many
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
