@@ -1201,12 +1201,12 @@ def answer_file(args, engine, prompts, found, part, done):
     log.info(f"{args.output}: {len(rows)} prompts, {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s")
 
 
-def collect(request, wait=None):
+def collect(request, wait=lambda request: request.events.get()):
     """Wait for all replies of a request: [{"text", "finish", "tokens": [(id, log-probabilities)]}]. Raises RuntimeError with its error.
-    wait: called instead of a plain get."""
+    wait: gives the next event."""
     replies = [{"pieces": [], "finish": None, "tokens": []} for _ in request.keys]
     while any(reply["finish"] is None for reply in replies):
-        choice, piece, token, told, finish = wait() if wait else request.events.get()
+        choice, piece, token, told, finish = wait(request)
         if finish == "error":
             raise RuntimeError(piece)
         reply = replies[choice]
@@ -1493,7 +1493,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not stream:
                 choices, n = [], 0
                 for j, request in enumerate(requests):
-                    for reply in collect(request, lambda request=request: self.wait(request)):
+                    for reply in collect(request, self.wait):
                         choices.append({"index": len(choices), **choice_of(reply, j), "finish_reason": reply["finish"]})
                         n += len(reply["tokens"])
                     n -= len(request.ids) if request.echo else 0

@@ -260,11 +260,11 @@ def test_a_stopped_job_continues_behind_its_last_row_and_ends_the_same(file_job,
     assert run_chat(file_job("whole.jsonl")) == 0
     real, asked = chat.collect, []
 
-    def stops(request, wait=None):
+    def stops(request):
         asked.append(1)
         if len(asked) == 9:
             raise KeyboardInterrupt
-        return real(request, wait)
+        return real(request)
     monkeypatch.setattr(chat, "collect", stops)
     assert run_chat(file_job()) == common.EXIT_SAVED
     part = file_job.folder / "out.jsonl.part"
