@@ -53,7 +53,7 @@ import jinja2
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -1119,7 +1119,8 @@ def new_request(prompts, ids, keys, settings, **more):
     """A Request from the six sampling options. The reply's length is what the context leaves."""
     room = prompts.context - (1 if prompts.encoder_decoder else len(ids))
     more["stops"] = [*prompts.stops, *more.get("stops", [])]
-    return Request(ids, keys, min(settings["max_new_tokens"], room), settings["temperature"], settings["top_k"], settings["top_p"], settings["repetition_penalty"], **more)
+    sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    return Request(ids, keys, min(settings["max_new_tokens"], room), **sampling, **more)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -1649,9 +1650,6 @@ def load(args, source, config, device):
                  "bf16": {"enabled": precision == "bf16"}, "fp16": {"enabled": precision == "fp16"}}
     model = common.load_model(auto_class, source, config, model_args(args), precision, ds_config if many else {"zero_optimization": {"stage": 0}})
     model.requires_grad_(False)
-    stored = pathlib.Path(source) / "generation_config.json"
-    if stored.is_file():  # an adapter's own, where it has one
-        model.generation_config = GenerationConfig.from_pretrained(source)
     if args.compile and model.config._attn_implementation == "eager":  # which adds a mask where others apply it
         common.fail(f"--compile: not for a {config.model_type}, which has only eager attention; leave it out")
     n = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) + sum(
