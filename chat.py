@@ -65,7 +65,6 @@ SAMPLING = {  # what /set and the API change for one reply: type, smallest and l
 GREEDY = 0.001  # temperatures up to this are greedy decoding
 CANDIDATES = 256  # likeliest tokens that top_k and top_p look at first; all of them where these do not suffice
 REUSE_FROM = 32  # shorter conversations are read again rather than kept [tokens]
-ROLES = {"prompter": "user", "human": "user", "gpt": "assistant", "bot": "assistant", "developer": "system"}  # other names
 FORMATS = {  # --format: chat templates for models whose tokenizer has none; bot is --bot_name
     # plain dialogue, as for a base model
     "turns": "{% for m in messages %}{{ {'user': 'User: ', 'assistant': bot + ': ', 'system': ''}[m['role']] + m['content'] + "
@@ -220,10 +219,8 @@ class Prompts:
         if missing:
             problems.append(f"--format {self.format}: the tokenizer has no {' and no '.join(missing)}; choose another --format")
         self.template, self.bot = FORMATS.get(self.format), args.bot_name
-        self.stops, self.begin = FORMAT_STOPS.get(self.format, []), [tokenizer.bos_token_id]
-        self.begin = self.begin if tokenizer("a").input_ids[:1] == self.begin else []
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
-        self.special = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
+        self.stops, self.special = FORMAT_STOPS.get(self.format, []), common.special_tokens(tokenizer)
+        self.begin = [tokenizer.bos_token_id] if common.adds_bos(tokenizer) else []
         self.context = args.max_context
         limit = None if config.model_type in ("t5", "mt5", "umt5") else getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and self.context and self.context > limit:
@@ -305,7 +302,7 @@ class Prompts:
     def of_record(self, record):
         """(messages, None) or (None, raw text) of a row with the keys that the trainers know. Raises ValueError."""
         if "messages" in record:
-            messages = clean_messages(record["messages"])
+            messages = common.clean_messages(record["messages"])
             last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
             if last is None:
                 raise ValueError("'messages' has no user turn")
@@ -319,22 +316,6 @@ class Prompts:
         if extra:
             text += ("\n\n### Input:\n" if self.rawtune.get("template") == "alpaca" else "\n\n") + extra
         return (None, text) if name == "text" or self.format == "raw" else ([{"role": "user", "content": text}], None)
-
-
-def clean_messages(messages):
-    """Messages with the three usual roles and text as content. Raises ValueError, which names what is wrong."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list that is not empty")
-    found = []
-    for i, message in enumerate(messages):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            content = "".join(part["text"] for part in content)
-        role = ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise ValueError(f"messages[{i}]: expected a 'role' (system, user, assistant) and a 'content' of text")
-        found.append({"role": role, "content": content})
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ text of a reply
@@ -1089,7 +1070,7 @@ class Terminal:
             if not isinstance(stored.get("messages"), list) or not isinstance(stored.get("settings") or {}, dict) or not isinstance(
                     stored.get("system") or "", str):
                 raise ValueError(f"{rest}: expected a list of messages, or what /save writes")
-            messages = clean_messages(stored["messages"]) if stored["messages"] else []
+            messages = common.clean_messages(stored["messages"]) if stored["messages"] else []
             system = stored.get("system") or None
             if messages and messages[0]["role"] == "system":
                 system, messages = messages[0]["content"], messages[1:]
@@ -1531,7 +1512,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.body()
         settings, stops, n = self.options(body, self.server.args.max_new_tokens)
         try:
-            messages = clean_messages(body.get("messages"))
+            messages = common.clean_messages(body.get("messages"))
             if self.server.args.system_prefix and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.server.args.system_prefix})
             ids = self.server.prompts.ids(messages)

@@ -705,6 +705,7 @@ def plot_curves(run_dir):
 # ------------------------------------------------------------------------------------------------ data files
 
 DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+ROLES = {"prompter": "user", "human": "user", "gpt": "assistant", "bot": "assistant"}  # other names of the two
 
 
 def parse_data_spec(spec, problems):
@@ -780,6 +781,22 @@ def read_records(path, problems, default_split="train"):
                 problems.append(f"{where}: a {type(record).__name__}, expected an object")
 
 
+def clean_messages(messages):
+    """Messages with the three usual roles and text as content. Raises ValueError, which names what is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("'messages' must be a list that is not empty")
+    found = []
+    for i, message in enumerate(messages):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
+        role = {**ROLES, "developer": "system"}.get(role, role) if isinstance(role, str) else role
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise ValueError(f"messages[{i}]: expected a 'role' (system, user, assistant) and a 'content' of text")
+        found.append({"role": role, "content": content})
+    return found
+
+
 def file_sha256(path):
     """Of a file that did not change since the last call, without reading it again: a large base takes minutes."""
     stat = os.stat(path)
@@ -797,6 +814,17 @@ def tokenizer_fingerprint(tokenizer):
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256((type(tokenizer).__name__ + text).encode()).hexdigest()
+
+
+def special_tokens(tokenizer):
+    """A pattern that matches each special token of the tokenizer; one that has none gets a pattern that matches nothing."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
+
+
+def adds_bos(tokenizer):
+    """Whether the tokenizer puts a begin token in front of a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 class Ragged:
@@ -972,6 +1000,8 @@ def to_device(batch, device):
 
 
 # ------------------------------------------------------------------------------------------------ model
+
+CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
 
 
 def open_model_folder(args, problems):
@@ -1185,6 +1215,28 @@ def generating_model(args, engine, device):
     return plain_copy(model, device), False
 
 
+def finish_logits(config, logits):
+    """What these families do to the logits behind their head; sft_causal.py's `check_model` finds families that do something else."""
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    return logits
+
+
+def chunk_tokens(vocabulary):
+    """Target tokens whose logits are computed at once."""
+    return max(128, CHUNK_ELEMENTS // vocabulary)
+
+
+def refuse_fp32_logits(head, inputs, logits):
+    """Forward hook of the head under bf16-mixed: were autocast not in effect, the run would silently be fp32."""
+    if logits.dtype != torch.bfloat16:
+        raise RuntimeError(f"--precision bf16-mixed: the logits are {logits.dtype}, so autocast is not in effect with this DeepSpeed")
+
+
 class RowKeyedSampler(transformers.LogitsProcessor):
     """Sampling that depends on (seed, step, row, sample, position) only: not on batch, order or number of ranks.
 
@@ -1346,12 +1398,12 @@ class LoraLinear(torch.nn.Module):
 
 
 class BottleneckLinear(torch.nn.Module):
-    """h = base(x), then h + up(relu(down(dropout(h)))) (Houlsby et al. 2019, figure 2). `up` starts with zeros: no change."""
+    """h = base(x), then h + scale up(relu(down(dropout(h)))), scale 1 (Houlsby et al. 2019, figure 2). `up` starts with zeros: no change."""
 
     def __init__(self, base_layer, name, width, dropout, dtype, seed):
         super().__init__()
         h = linear_sizes(base_layer)[1]
-        self.base_layer, self.name = base_layer, name  # mh_adapter or output_adapter
+        self.base_layer, self.scale, self.name = base_layer, 1.0, name  # mh_adapter or output_adapter
         down, up = (_new_linear(*sizes, dtype, base_layer, bias=True) for sizes in ((h, width), (width, h)))
         _fill(down.weight, "normal_", 0.0, 0.02, seed=seed)
         self.add_module(name, torch.nn.ModuleDict({"dropout": torch.nn.Dropout(dropout), "down": down, "up": up}))
@@ -1363,7 +1415,7 @@ class BottleneckLinear(torch.nn.Module):
     def forward(self, x):
         h, part = self.base_layer(x), getattr(self, self.name)
         inner = part["down"](part["dropout"](h.to(part["down"].weight.dtype)))
-        return h + part["up"](inner.relu()).to(h.dtype)
+        return h + (part["up"](inner.relu()) * self.scale).to(h.dtype)
 
 
 class TokenRows(torch.nn.Module):
@@ -1544,6 +1596,21 @@ def _continue_adapter(plan, stored, args, problems):
 def adapter_kind(model):
     """none, lora or bottleneck."""
     return model.adapter_plan.kind if hasattr(model, "adapter_plan") else "none"
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model answers as its base does (rows of new tokens stay), but calls the same modules, which ZeRO-3 counts. Only
+    without gradients: recomputed activations would see the scale of later. `plain_copy` builds its adapters anew, switched on."""
+    layers = [module for module in model.modules() if isinstance(module, (LoraLinear, BottleneckLinear))]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scale = scale
 
 
 def count_trained(auto_class, source, config, args, n_params, problems):
@@ -1956,9 +2023,9 @@ def fsync_tree(folder, pattern="**/*"):
         os.close(handle)
 
 
-def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, limit, best_step=None):
+def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, limit, best_step=None, extra=None):
     """Collective. checkpoint-<step>/: a Hugging Face folder (with adapters: only theirs), engine/ for resuming, state.json,
-    rawtune.json.
+    rawtune.json. extra: rank 0's {"critic/model.safetensors": {name: CPU tensor}}, more files for it.
 
     Written as checkpoint-<step>.tmp, synced, marked COMPLETE, renamed: a kill at any moment leaves a whole checkpoint
     or a .tmp folder that the next start removes. Then all but the newest `limit` and the best are deleted.
@@ -1980,6 +2047,9 @@ def save_checkpoint(engine, model, tokenizer, run_dir, step, state, rawtune, lim
             write_json(aside / "rawtune.json", rawtune)
             write_json(aside / "state.json", {**state, "step": step, "world_size": world_size(),
                                               "zero_stage": engine.zero_optimization_stage()})
+            for name, tensors in (extra or {}).items():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / name, {"format": "pt"})
         del weights
         # universal_checkpoint_info lets the optimizer state move to another number of ranks
         hook = model.register_state_dict_post_hook(_drop_frozen) if has_adapter else None
@@ -2041,12 +2111,14 @@ def load_checkpoint(engine, checkpoint, universal):
 
 
 def export_root(run_dir, checkpoint):
-    """Rank 0: the run folder itself becomes a plain Hugging Face folder with the weights of `checkpoint`."""
+    """Rank 0: the run folder itself becomes a plain Hugging Face folder with the weights of `checkpoint`, and its critic/."""
     for stale in [*run_dir.glob("*.safetensors"), *run_dir.glob("*.safetensors.index.json")]:
         stale.unlink()  # of this run, before it was continued; the checkpoint has them newer
-    for source in checkpoint.iterdir():
-        if source.is_file() and source.name not in (COMPLETE, "state.json"):
-            aside = run_dir / f"{source.name}.tmp"
+    for source in [*checkpoint.iterdir(), *checkpoint.glob("critic/*")]:
+        if source.is_file() and source not in (checkpoint / COMPLETE, checkpoint / "state.json"):
+            target = run_dir / source.relative_to(checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            aside = target.with_name(f"{target.name}.tmp")
             aside.unlink(missing_ok=True)
             try:
                 if source.suffix != ".safetensors":
@@ -2054,5 +2126,5 @@ def export_root(run_dir, checkpoint):
                 os.link(source, aside)  # no second copy of the weights where the file system can do this
             except OSError:
                 shutil.copyfile(source, aside)
-            os.replace(aside, run_dir / source.name)
+            os.replace(aside, target)
     (run_dir / COMPLETE).touch()

@@ -46,7 +46,6 @@ from common import log
 DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 800 --train_batch_size 128 "
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 400 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
 PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
-CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
 EVAL_METRICS = {"loss": "low", "exact_match": "high", "token_f1": "high"}
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "num_beams", "zero3_generation"}  # evaluation only
 RECORD_LAYOUT = {"source": "{prompt}", "target": "{completion}"}
@@ -388,7 +387,7 @@ class TrainingData:
         for g in range(n_micro):
             together = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
             # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
-            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // chunk_tokens(self.config)))
+            n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // common.chunk_tokens(self.config.vocab_size)))
             mine = together[common.rank()]
             sources, targets = ({int(i): self.example(i, side) for i in mine} for side in (0, 1))
             groups = plan(mine, self.lengths, self.width, self.packed, self.group_tokens)
@@ -398,17 +397,6 @@ class TrainingData:
 
 
 # ------------------------------------------------------------------------------------------------ model and loss
-
-
-def chunk_tokens(config):
-    """Target tokens whose logits are computed at once."""
-    return max(128, CHUNK_ELEMENTS // config.vocab_size)
-
-
-def refuse_fp32_logits(head, inputs, logits):
-    """Forward hook of the head under bf16-mixed: were autocast not in effect, the run would silently be fp32."""
-    if logits.dtype != torch.bfloat16:
-        raise RuntimeError(f"--precision bf16-mixed: the logits are {logits.dtype}, so autocast is not in effect with this DeepSpeed")
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -555,7 +543,7 @@ def row_losses(args, engine, examples, config, device):
     mine, n_rounds = common.my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
     sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
     rounds = n_rounds if engine.zero_optimization_partition_weights() else len(mine)
-    n_chunks = -(-args.eval_batch_size * int(lengths[:, 1].max(initial=1)) // chunk_tokens(config))  # on every rank the same
+    n_chunks = -(-args.eval_batch_size * int(lengths[:, 1].max(initial=1)) // common.chunk_tokens(config.vocab_size))  # on every rank the same
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
@@ -679,7 +667,7 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if precision == "bf16-mixed":
-        model.get_output_embeddings().register_forward_hook(refuse_fp32_logits)
+        model.get_output_embeddings().register_forward_hook(common.refuse_fp32_logits)
     if args.compile:
         for part in (model.encoder, model.decoder) if packed else (model,):
             part.compile(dynamic=True)

@@ -53,7 +53,6 @@ from common import log
 DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sft-demo --max_steps 1800 --train_batch_size 64 "
         "--learning_rate 0.006 --weight_decay 0.1 --warmup_steps 100 --eval_steps 900 --max_new_tokens 24 --logging_steps 50 --n_generate 300")
 NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
-CHUNK_ELEMENTS = 2**26  # logits computed at once: 256 MB in fp32
 MAX_DROPPED = 0.01  # share of the documents that truncation may leave without a target
 EVAL_METRICS = {"loss": "low", "perplexity": "low", "token_accuracy": "high", "exact_match": "high"}
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "zero3_generation", "n_generate", "show_examples", "write_results",
@@ -188,10 +187,6 @@ def set_tokens(args, tokenizer, problems):
             problems.append(f"the tokenizer has no {name} token ({use}): --{name}_token TEXT, one of its special tokens ({has}) or a new one")
 
 
-def adds_bos(tokenizer):
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
 def set_template(args, tokenizer, problems):
     """Write the template into the tokenizer; -> (its name, the token that ends an assistant turn or None)."""
     name = args.template
@@ -202,7 +197,7 @@ def set_template(args, tokenizer, problems):
             log.warning(f"--template {name} replaces the tokenizer's own template; a chat model goes on best with its own")
         new = [token for token in TEMPLATE_TOKENS.get(name, []) if token not in tokenizer.get_vocab()]
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-        tokenizer.chat_template = TEMPLATES[name].replace("{bos}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+        tokenizer.chat_template = TEMPLATES[name].replace("{bos}", "{{ bos_token }}" if common.adds_bos(tokenizer) else "")
     if not tokenizer.is_fast:
         problems.append("the tokenizer has no fast version (tokenizer.json): the masks are made from its character positions")
         return name, None
@@ -213,7 +208,7 @@ def set_template(args, tokenizer, problems):
         problems.append(f"the chat template fails on a plain exchange ({error}); choose another --template")
         return name, None
     # the end token is the first special token behind what the assistant says
-    found = re.match(rf"\s*({special_tokens(tokenizer).pattern})", text[text.rfind("Blue.") + 5:]) if "Blue." in text else None
+    found = re.match(rf"\s*({common.special_tokens(tokenizer).pattern})", text[text.rfind("Blue.") + 5:]) if "Blue." in text else None
     if not text.startswith(before) or not found:
         problems.append(f"the chat template writes no end token after an assistant turn (it ends with {text[-30:]!r}), so the model would never "
                         f"learn to stop; choose --template {' or '.join(TEMPLATES)}")
@@ -223,12 +218,6 @@ def set_template(args, tokenizer, problems):
         problems.append(f"the end token {found[1]!r} is not one id of this tokenizer but {len(ids)}; give another --eos_token or --template")
         return name, None
     return name, found[1]
-
-
-def special_tokens(tokenizer):
-    """A pattern that matches each special token of the tokenizer."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)))
 
 
 def render(tokenizer, messages, reply_follows=False):
@@ -255,8 +244,6 @@ def chat_spans(tokenizer, messages, targets, end):
 
 
 # ------------------------------------------------------------------------------------------------ data
-
-ROLES = {"prompter": "user", "human": "user", "gpt": "assistant", "bot": "assistant"}  # other names of the two
 
 
 def to_conversations(record, args, template):
@@ -319,7 +306,7 @@ def clean_messages(messages):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             return None, f"messages[{i}] has no 'role' and 'content' that are strings (has: {', '.join(map(str, message))})"
-        role = ROLES.get(role, role)
+        role = common.ROLES.get(role, role)
         if role == "assistant" and not content.strip():
             return None, f"messages[{i}]: the assistant's 'content' is empty; remove the record or fill it"
         found.append({"role": role, "content": content})
@@ -360,7 +347,8 @@ def tree_paths(root, args):
             path = path[:-1]
         if path:  # threads that only differed in an unanswered last question are one
             key = tuple(id(node) for node in path)
-            paths[key] = (paths.get(key, (0.0, None))[0] + probability, [{"role": ROLES.get(n["role"], n["role"]), "content": n["text"]} for n in path])
+            messages = [{"role": common.ROLES.get(n["role"], n["role"]), "content": n["text"]} for n in path]
+            paths[key] = (paths.get(key, (0.0, None))[0] + probability, messages)
     found = list(paths.values())
     if args.oasst_paths == "all":
         return [(1.0, messages) for _, messages in found]
@@ -430,7 +418,7 @@ def encode(tokenizer, conversations, args, end):
     of the assistant. Plain text: prompt and completion are tokenised apart, a begin token in front where the tokenizer puts one.
     """
     found, texts, work = [None] * len(conversations), [], []  # work: (place, spans or None for plain text, whose two texts follow)
-    begin, specials = [tokenizer.bos_token_id] if adds_bos(tokenizer) else [], special_tokens(tokenizer)
+    begin, specials = [tokenizer.bos_token_id] if common.adds_bos(tokenizer) else [], common.special_tokens(tokenizer)
     for i, conversation in enumerate(conversations):
         contents = conversation if isinstance(conversation, tuple) else [message["content"] for message in conversation]
         if special := next(filter(None, map(specials.search, contents)), None):
@@ -794,7 +782,7 @@ class TrainingData:
         for g in range(n_micro):
             together = pieces[g * world: (g + 1) * world]  # what all ranks compute at once: pieces of like size
             # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
-            n_chunks = max(1, -(-max(int(self.n_targets[p].sum()) for p in together) // chunk_tokens(self.vocabulary)))
+            n_chunks = max(1, -(-max(int(self.n_targets[p].sum()) for p in together) // common.chunk_tokens(self.vocabulary)))
             mine = together[common.rank()]
             rows = pack(mine, self.lengths, self.args.max_length, self.width, self.sparse) if self.args.packing else [[int(i)] for i in mine]
             batches.append((collate(rows, {int(i): self.example(int(i)) for i in mine}, self.pad_id, self.args.packing,
@@ -812,17 +800,6 @@ def random_window(is_target, limit, rng):
 
 
 # ------------------------------------------------------------------------------------------------ model and loss
-
-
-def chunk_tokens(vocabulary):
-    """Target tokens whose logits are computed at once."""
-    return max(128, CHUNK_ELEMENTS // vocabulary)
-
-
-def refuse_fp32_logits(head, inputs, logits):
-    """Forward hook of the head under bf16-mixed: were autocast not in effect, the run would silently be fp32."""
-    if logits.dtype != torch.bfloat16:
-        raise RuntimeError(f"--precision bf16-mixed: the logits are {logits.dtype}, so autocast is not in effect with this DeepSpeed")
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -843,17 +820,6 @@ class CrossEntropy(torch.autograd.Function):
         exps, sums, target_ids = ctx.saved_tensors
         exps.mul_((grad / sums)[:, None])
         return exps.scatter_add_(1, target_ids[:, None], -grad[:, None]), None
-
-
-def finish_logits(config, logits):
-    """What these families do to the logits behind their head; `check_model` finds families that do something else."""
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    return logits
 
 
 def poly_loss(losses, eps):
@@ -903,7 +869,7 @@ class TargetLosses(torch.nn.Module):
         head, config = self.model.get_output_embeddings(), self.model.config
 
         def chunk_losses(hidden, target_ids):
-            logits = finish_logits(config, head(hidden))
+            logits = common.finish_logits(config, head(hidden))
             logits = logits if logits.dtype == torch.float64 else logits.float()
             hits = logits.argmax(1) == target_ids if with_hits else None  # CrossEntropy overwrites them
             losses = CrossEntropy.apply(logits, target_ids)
@@ -933,7 +899,7 @@ def check_model(args, engine, documents, pad_id, device):
         alone, batch = states(two, [[1]], False)
         mask = {"attention_mask": module.prefix_mask(batch["document"], batch["is_prompt"])} if prefix else {}
         wanted = model(input_ids=batch["input_ids"], use_cache=False, **mask).logits
-        ours = finish_logits(model.config, model.get_output_embeddings()(alone))
+        ours = common.finish_logits(model.config, model.get_output_embeddings()(alone))
         packed = [states(pair, [[0, 1]], True)[0][:, len(two[0]): len(two[0]) + len(two[1])] for pair in (two, other)] if args.packing else None
     engine.train()
     loose = 1e-3 if model.dtype in (torch.float32, torch.float64) and not engine.torch_autocast_enabled() else 0.1
@@ -943,7 +909,7 @@ def check_model(args, engine, documents, pad_id, device):
     family = model.config.model_type
     if differ(ours.double(), wanted.double()) > loose:
         common.fail(f"{family}: this model does something to its logits that sft_causal.py does not know (they differ by "
-                    f"{differ(ours.double(), wanted.double()):.2g}); `finish_logits` is the place to add it")
+                    f"{differ(ours.double(), wanted.double()):.2g}); `common.finish_logits` is the place to add it")
     if args.packing and (differ(*packed) > loose / 1000 or differ(packed[0].double(), alone.double()) > loose):
         common.fail(f"--packing: a {family} with --attention {model.config._attn_implementation} does not keep the documents of a row apart; "
                     "leave out --packing")
@@ -996,7 +962,7 @@ def row_losses(args, engine, documents, n_targets, vocabulary, pad_id, device):
     """Collective. documents: [as `seal` stores them] -> {row: (summed loss, right tokens, target tokens)} of this rank's share."""
     mine, n_rounds = common.my_batches(len(documents), np.array([len(document) for document in documents]), args.eval_batch_size)
     rounds, found = n_rounds if engine.zero_optimization_partition_weights() else len(mine), {}
-    n_chunks = -(-args.eval_batch_size * max(n_targets, default=1) // chunk_tokens(vocabulary))  # on every rank the same
+    n_chunks = -(-args.eval_batch_size * max(n_targets, default=1) // common.chunk_tokens(vocabulary))  # on every rank the same
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
         rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
         batch = collate(rows, documents, pad_id, prefix=args.bidirectional_prompt)
@@ -1213,7 +1179,7 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if precision == "bf16-mixed":
-        model.get_output_embeddings().register_forward_hook(refuse_fp32_logits)
+        model.get_output_embeddings().register_forward_hook(common.refuse_fp32_logits)
     if args.compile:
         model.base_model.compile(dynamic=True)
 

@@ -393,6 +393,25 @@ def test_bottlenecks_are_read_back(tmp_path):
     assert len(problems) == 1 and "nothing can be merged" in problems[0]
 
 
+# ------------------------------------------------------------------------------------------------ both kinds
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("words", [["--lora_rank", 3, "--lora_alpha", 5, "--lora_dropout", 0.1], ["--train_adapter", "--reduction_factor", 8]],
+                         ids=["lora", "bottleneck"])
+def test_with_adapters_off_the_base_answers_to_the_bit_and_they_come_back(tmp_path, name, words):
+    base = write_base(tmp_path / "base", name)
+    model, without, calls = shake(load(base, *words)), logits(load(base)), []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    before, called = logits(model), calls.copy()
+    calls.clear()
+    with pytest.raises(ValueError, match="also after an error"), common.adapters_off(model):
+        assert torch.equal(logits(model), without) and calls == called
+        raise ValueError("also after an error")
+    assert torch.equal(logits(model), before) and off(before, without) > 0.01
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 

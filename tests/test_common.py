@@ -335,6 +335,21 @@ def test_export_root_replaces_stale_weights_and_leaves_the_checkpoint_alone(tmp_
     assert len(list(checkpoint.iterdir())) == 6
 
 
+def test_export_root_brings_the_critic_along(tmp_path):
+    critic, exported = tmp_path / "checkpoint-4" / "critic", tmp_path / "critic"
+    critic.mkdir(parents=True)
+    exported.mkdir()
+    for name in ("model.safetensors", "config.json", "state.json"):
+        (critic / name).write_text(f"new {name}")
+    for name in ("model.safetensors", "model.safetensors.tmp"):
+        (exported / name).write_text("old")
+    common.export_root(tmp_path, tmp_path / "checkpoint-4")
+    assert {p.name: p.read_text() for p in exported.iterdir()} == {p.name: p.read_text() for p in critic.iterdir()}
+    assert [p.samefile(critic / p.name) for p in sorted(exported.iterdir())] == [False, True, False]  # people edit small files
+    (tmp_path / "checkpoint-5").mkdir()
+    common.export_root(tmp_path, tmp_path / "checkpoint-5")  # as most scripts' checkpoints are: without
+
+
 # ------------------------------------------------------------------------------------------------ order of examples
 
 

@@ -320,7 +320,7 @@ def test_the_same_step_gets_the_same_examples_for_any_split_and_ranks_share_them
     a = ids(train_batch_size=8)
     assert a == ids(train_batch_size=2, gradient_accumulation_steps=4) and a != ids(train_batch_size=8, seed=1) and a[:6] != a[6:]
     assert sorted(i for batch in a[:6] for i in batch) == list(range(43))
-    monkeypatch.setattr(sft_causal, "chunk_tokens", lambda vocabulary: 7)
+    monkeypatch.setattr(common, "chunk_tokens", lambda vocabulary: 7)
     for world in (2, 3):
         data, seen, targets, chunks = training_data(sft_mount, train_batch_size=12, gradient_accumulation_steps=2)[0], [], set(), set()
         monkeypatch.setattr(common, "world_size", lambda: world)

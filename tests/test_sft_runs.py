@@ -141,7 +141,7 @@ def test_packing_and_memory_savers_do_not_change_the_result(sft_mount, run_sft, 
     monkeypatch.setattr(sft_causal, "pack", lambda *a: packed.append(pack(*a[:4], True)) or packed[-1])
     assert run_sft(split_words(sft_mount, "plain", "8x1", max_steps=4, save_steps=3)) == 0 and not packed
     if changes.pop("logits of 7 tokens", None):
-        monkeypatch.setattr(sft_causal, "chunk_tokens", lambda vocabulary: 7)
+        monkeypatch.setattr(common, "chunk_tokens", lambda vocabulary: 7)
     assert run_sft(split_words(sft_mount, "other", "8x1", max_steps=4, **changes)) == 0
     assert_same_mathematics(sft_mount / "models" / "other", plain)
     assert distance(weights(plain), weights(plain / "checkpoint-3")) > 1e-5
