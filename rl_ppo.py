@@ -53,9 +53,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import log
 
-DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish --training_run_name ppo-demo --max_steps 400 "
-        "--num_rollouts 128 --train_batch_size 64 --ppo_epochs 2 --learning_rate 0.001 --max_new_tokens 8 --num_layers_unfrozen 0 "
-        "--init_kl_coef 0.02 --kl_controller fixed --kl_cap 40 --eval_steps 100 --logging_steps 20")
+DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish --training_run_name ppo-demo --max_steps 600 "
+        "--num_rollouts 128 --train_batch_size 64 --ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
+        "--num_layers_unfrozen 0 --init_kl_coef 0.015 --kl_controller fixed --kl_cap 40 --eval_steps 200 --logging_steps 20")
 NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 EVAL_METRICS = {"reward": "high", "heldout_reward": "high"}
 UPDATE_METRICS = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "update_kl")  # sums over reply tokens
@@ -930,6 +930,22 @@ def group_advantages(scores, n_samples, kind):
     return ((groups - mean) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
+def estimate_advantages(args, old, of_reference, values, scores, is_reply, kl_coef):
+    """(advantages (B, T), returns (B, T), KL of each reply (B,), {metric: number}) of a rollout, from log-probabilities of policy and
+    reference and values, each (B, T), and scores (B,)."""
+    kl = np.where(is_reply, kl_terms(np.where(is_reply, old - of_reference, 0.0), args.kl_estimator), 0.0)
+    reply_kl, metrics = kl.sum(1), {"kl": kl.sum(1).mean(), "kl_per_token": kl.sum() / is_reply.sum()}
+    if args.advantage == "gae":
+        advantages, returns = gae(token_rewards(kl, scores, is_reply, kl_coef), values, is_reply, args.gamma, args.lam)
+        spread = returns[is_reply].var()
+        metrics.update(returns=returns[is_reply].mean(), values=values[is_reply].mean(),
+                       explained_variance=1 - (returns - values)[is_reply].var() / spread if spread else 0.0)
+        return whiten(advantages, is_reply), returns, reply_kl, metrics
+    # rloo: the price of the KL is part of the score; grpo: part of the loss
+    whole = scores - kl_coef * reply_kl if args.advantage == "rloo" else scores
+    return group_advantages(whole, args.n_samples, args.advantage)[:, None] * is_reply, np.zeros(is_reply.shape), reply_kl, metrics
+
+
 def policy_losses(new, old, advantages, cliprange, dual_clip=0.0):
     """(losses, ratio, is_clipped), each (N,): max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(new - old) (Schulman et al. 2017, eq. 7). dual_clip:
     where A < 0 at most -A dual_clip (Ye et al. 2020, eq. 5)."""
@@ -979,16 +995,16 @@ def shaped_scores(args, scores, has_end, stats):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def reply_texts(prompts, ids, tokenizer):
-    """(replies as text, prompt and reply as one text) of [(prompt ids, prompt text)] and [reply ids]."""
-    replies = tokenizer.batch_decode([list(map(int, reply)) for reply in ids], skip_special_tokens=True)
-    if prompts and tokenizer.is_encoder_decoder:
-        return replies, [f"{text}\n\n{reply}" for (_, text), reply in zip(prompts, replies)]
-    joined = tokenizer.batch_decode([[*map(int, prompt), *map(int, reply)] for (prompt, _), reply in zip(prompts, ids)], skip_special_tokens=True)
-    return replies, joined
+def reply_texts(prompts, texts, prompt_ids, reply_ids):
+    """(replies as text, prompt and reply as one text), special tokens left out. An encoder-decoder's two texts are joined by a blank line."""
+    decode = prompts.tokenizer.batch_decode
+    replies = decode([reply.tolist() for reply in reply_ids], skip_special_tokens=True)
+    if prompts.encoder_decoder:
+        return replies, [f"{text}\n\n{reply}" for text, reply in zip(texts, replies)]
+    return replies, decode([[*prompt.tolist(), *reply.tolist()] for prompt, reply in zip(prompt_ids, reply_ids)], skip_special_tokens=True)
 
 
-def evaluate(args, engine, tokenizer, prompts, data_sets, split, rewards, step, run_dir, device):
+def evaluate(args, engine, prompts, data_sets, split, rewards, step, run_dir, device):
     """Collective. Replies to the prompts of `split` at --eval_temperature, their rewards, length and share with an end; writes the
     predictions; returns the metrics on every rank. rewards: {"reward": .., "heldout_reward": ..}."""
     rows = [(d, i) for d in data_sets for i in range(len(d.ids[split]))]
@@ -1002,7 +1018,7 @@ def evaluate(args, engine, tokenizer, prompts, data_sets, split, rewards, step, 
         common.fail(f"step {step}, evaluation: out of memory ({str(error).splitlines()[0]}). Next: a smaller --eval_batch_size, then a "
                     "smaller --max_new_tokens, then --zero3_generation synced", only_here=True)
     texts, records = [d.texts[split][i] for d, i in rows], [d.records[split][i] for d, i in rows]
-    replies, joined = reply_texts([(d.ids[split][i], d.texts[split][i]) for d, i in rows], ids, tokenizer)
+    replies, joined = reply_texts(prompts, texts, [d.ids[split][i] for d, i in rows], ids)
     scores = {name: score_replies(args, reward, texts, replies, records, joined, device) for name, reward in rewards.items()}
     no_dropout(engine.module)
     has_end = [bool(len(reply)) and int(reply[-1]) in prompts.stop_ids for reply in ids]
@@ -1034,6 +1050,63 @@ def show_before_and_after(args, run_dir, step):
             (a,), (b,) = old["generations"], new["generations"]
             log.info(f"{old['prompt'][-200:]!r}\n    before: {a['lm_postprocess'][:200]!r} ({a['reward']:.3g})\n"
                      f"    after:  {b['lm_postprocess'][:200]!r} ({b['reward']:.3g})")
+
+
+# ------------------------------------------------------------------------------------------------ guards
+
+
+def sampler_gap(sampled, old):
+    """Mean |difference| of the log-probabilities while sampling and of the whole text; 0 where the sampler gives none."""
+    pairs = [(logprobs, mine) for (_, logprobs), mine in zip(sampled, old) if logprobs is not None]
+    return float(np.mean(np.abs(np.concatenate([a - b for a, b in pairs])))) if pairs else 0.0
+
+
+def check_rollout(precision, sampled, old, of_reference, step):
+    """Two identities of every rollout, the same on every rank: the sampler's log-probabilities are the policy's, and the mean KL to the
+    reference is not negative by more than chance (5 standard errors)."""
+    gap = sampler_gap(sampled, old)
+    if not gap <= SAMPLER_BOUND[precision]:
+        common.fail(f"step {step}: the sampler's log-probabilities differ by {gap:.3g} on average from those of the whole text (allowed in {precision}: "
+                    f"{SAMPLER_BOUND[precision]:g}). One of the two sees other positions, another mask or other weights, or `common.finish_logits` does not "
+                    "know what this family does to its logits")
+    of_reply = np.array([(a - b).sum() for a, b in zip(old, of_reference)])
+    mean, error = of_reply.mean(), of_reply.std() / math.sqrt(len(of_reply))
+    if not mean >= -5 * error - (1e-6 if precision in ("fp32", "fp64") else 0.05):
+        common.fail(f"step {step}: the KL to the reference is {mean:.4g} nats a reply, {-mean / max(error, 1e-12):.1f} standard errors below 0, which "
+                    "sampled replies cannot give: they were not drawn from the policy whose probabilities are trained")
+
+
+def check_update(args, precision, found, n_targets, largest, is_first, step, device):
+    """Collective. Before an update: its loss is finite, the policy is near the one that sampled, and before the first update it is that one."""
+    if not math.isfinite(found["loss"]):
+        common.fail(f"step {step + 1}: the loss is {found['loss']}. Nothing of this step was applied; checkpoints are intact. "
+                    "Lower --learning_rate, set --max_grad_norm 1.0, or try --precision fp32")
+    moved = found["update_kl"] / n_targets
+    if args.divergence_kl and moved > args.divergence_kl:
+        common.fail(f"step {step + 1}: the policy is {moved:.3g} nats per token away from the one that sampled (--divergence_kl {args.divergence_kl:g}). "
+                    "Nothing of this step was applied; checkpoints are intact. Lower --learning_rate, --ppo_epochs or --cliprange")
+    if is_first:
+        largest = torch.tensor(largest, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if largest.item() > RATIO_BOUND[precision]:
+            common.fail(f"step {step + 1}: before the first update of a rollout the log-ratio must be 0, and it is {largest.item():.3g} (allowed in "
+                        f"{precision}: {RATIO_BOUND[precision]:g}). Something differs between two passes over the same text: dropout, or a kernel "
+                        "that is not deterministic")
+
+
+def warn_of_trends(state, means, step):
+    """Once each: replies twice or half as long as in the first rollout, and ends half as often."""
+    if state["start"] is None:
+        state["start"] = {"reply_tokens": float(means["reply_tokens"]), "eos_rate": float(means["eos_rate"])}
+    start = state["start"]
+    for name, is_off, text in (
+            ("length", not 0.5 <= means["reply_tokens"] / start["reply_tokens"] <= 2, f"replies have {means['reply_tokens']:.3g} tokens, at the start "
+             f"{start['reply_tokens']:.3g}: is length what the reward likes?"),
+            ("eos_rate", start["eos_rate"] >= 0.1 and means["eos_rate"] < 0.5 * start["eos_rate"], f"{100 * means['eos_rate']:.3g} % of the replies end by themselves, at the start "
+             f"{100 * start['eos_rate']:.3g} %: --missing_eos_penalty makes it cost something")):
+        if is_off and name not in state["warned"]:
+            state["warned"].append(name)
+            log.warning(f"step {step}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -1106,6 +1179,9 @@ def prepare(args):
              "reward_stats": [0, 0.0, 0.0], "start": None, "warned": [], "kl": 0.0, "best_proxy": None}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
         args, source, identity, FREE_FLAGS, state, n_all if n_params else 0, n_trained, precision, problems, quantized)
+    for part in models:
+        if args.overwrite and run_dir.resolve() == pathlib.Path(part.source).resolve():
+            problems.append(f"--overwrite would rename {run_dir}, which {part.what} names: choose another --training_run_name")
     if args.no_train:
         problems += [f"{path} exists; move it away or choose another --training_run_name" for path in
                      (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.ids[split] for d in data_sets)) if path.exists()]
@@ -1163,7 +1239,6 @@ def main(args):
     source, config, tokenizer, data_sets, prompts, run_dir = job.source, job.config, job.tokenizer, job.data_sets, job.prompts, job.run_dir
     device, resume_from, state, precision, ds_name, ds_config, universal = common.begin_run(args, job, __file__)
     rank, world = common.rank(), common.world_size()
-    tokenizer.is_encoder_decoder = config.is_encoder_decoder
 
     # 3 model
     source = common.base_of_run(job.auto_class, source, config, tokenizer, args, precision, run_dir)
@@ -1207,7 +1282,7 @@ def main(args):
     if args.no_train:
         for split in ("eval", "test"):
             if any(d.ids[split] for d in data_sets):
-                log_row(split, evaluate(args, engine, tokenizer, prompts, data_sets, split, rewards, 0, run_dir, device))
+                log_row(split, evaluate(args, engine, prompts, data_sets, split, rewards, 0, run_dir, device))
         return 0
     stopper = common.Stopper(args.max_hours)  # not before: a signal ends an evaluation at once
     order = PromptOrder(args, data_sets)
@@ -1232,7 +1307,7 @@ def main(args):
     saved_step = step if resume_from else None
 
     def run_evaluation():
-        metrics = evaluate(args, engine, tokenizer, prompts, data_sets, "eval", rewards, step, run_dir, device)
+        metrics = evaluate(args, engine, prompts, data_sets, "eval", rewards, step, run_dir, device)
         log_row("eval", metrics)
         common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
         if args.metric_for_best == "heldout_reward" and step:
@@ -1297,7 +1372,7 @@ def main(args):
 
         # score the replies
         texts, records = [train_texts[i] for i in rows], [train_records[i] for i in rows]
-        replies, joined = reply_texts(list(zip(buffer.prompts, texts)), buffer.replies, tokenizer)
+        replies, joined = reply_texts(prompts, texts, buffer.prompts, buffer.replies)
         raw_scores = score_replies(args, rewards["reward"], texts, replies, records, joined, device)
         state["reward_stats"] = add_to_stats(state["reward_stats"], raw_scores)
         scores = shaped_scores(args, raw_scores, has_end, state["reward_stats"])
@@ -1308,23 +1383,13 @@ def main(args):
                   for epoch in range(args.ppo_epochs)]
         with reference or contextlib.nullcontext():
             old, of_reference, old_values = score_tokens(engine, reference, [batches for batches, _ in passes[0]], buffer.lengths, device)
-        log_ratio, values = padded(old) - padded(of_reference), padded(old_values)
-        kl = kl_terms(log_ratio, args.kl_estimator) * is_reply
-        reply_kl = kl.sum(1)
-        check_rollout(precision, sampled, old, log_ratio.sum(1), step)
+        check_rollout(precision, sampled, old, of_reference, step)
         lap("score")
 
         # rewards and advantages, the same on every rank
-        kl_coef, means = state["kl_coef"], {}
-        if args.advantage == "gae":
-            advantages, returns = gae(token_rewards(kl, scores, is_reply, kl_coef), values, is_reply, args.gamma, args.lam)
-            means.update(returns=returns[is_reply].mean(), values=values[is_reply].mean(),
-                         explained_variance=1 - (returns - values)[is_reply].var() / max(returns[is_reply].var(), 1e-12))
-            advantages = whiten(advantages, is_reply)
-        else:
-            whole = scores - kl_coef * reply_kl if args.advantage == "rloo" else scores
-            advantages, returns = group_advantages(whole, args.n_samples, args.advantage)[:, None] * is_reply, np.zeros(is_reply.shape)
-        columns = [padded(old), advantages, returns, values, padded(of_reference)]
+        kl_coef, columns = state["kl_coef"], [padded(part) for part in (old, of_reference, old_values)]
+        advantages, returns, reply_kl, means = estimate_advantages(args, *columns, scores, is_reply, kl_coef)
+        columns += [advantages, returns]
 
         # update
         sums, computed, tokens, n_updates = collections.Counter(), 0, 0, 0
@@ -1338,7 +1403,7 @@ def main(args):
                     is_last = i == len(forwards) - 1
                     engine.set_gradient_accumulation_boundary(is_last)
                     new, entropy, value = engine(common.to_device(batch, device), n_chunks, args.entropy_coef > 0)
-                    before, advantage, target, old_value, ref = (torch.from_numpy(np.concatenate(
+                    before, ref, old_value, advantage, target = (torch.from_numpy(np.concatenate(
                         [column[r, : buffer.lengths[r]] for r in rows_] or [np.zeros(0)])).to(device, new.dtype) for column in columns)
                     losses, ratio, is_clipped = policy_losses(new, before, advantage, args.cliprange, args.dual_clip)
                     total = losses.sum() - args.entropy_coef * entropy.sum()
@@ -1383,8 +1448,7 @@ def main(args):
         state["kl"] = float(reply_kl.mean())
         computed, tokens, seconds, n_stop = common.all_reduce_sum([computed, tokens, sum(phases.values()) / world, bool(reason := stopper.reason())], device)
         stop = (reason or "another process was told to stop") if n_stop else None
-        means.update(score=raw_scores.mean(), score_std=raw_scores.std(), shaped_score=scores.mean(), kl=reply_kl.mean(),
-                     kl_per_token=kl.sum() / is_reply.sum(), kl_coef=kl_coef, reply_tokens=buffer.lengths.mean(), eos_rate=has_end.mean(),
+        means.update(score=raw_scores.mean(), score_std=raw_scores.std(), shaped_score=scores.mean(), kl_coef=kl_coef, reply_tokens=buffer.lengths.mean(), eos_rate=has_end.mean(),
                      sampler_gap=sampler_gap(sampled, old), **{name: value / n_updates for name, value in sums.items() if name not in ("loss", "grad_norm")})
         window.append({"loss": sums["loss"] / n_updates, "lr": lr, "grad_norm": sums["grad_norm"] / n_updates,
                        "tokens_per_sec": buffer.lengths.sum() / seconds, "target_tokens": float(buffer.lengths.sum()), "padding_share": 1 - tokens / computed,
@@ -1392,7 +1456,7 @@ def main(args):
                        **{f"time/{phase}": value for phase, value in phases.items()}})
         warn_of_trends(state, means, step)
         if step // args.logging_steps > first_step // args.logging_steps or finished() or stop:
-            log_row("train", {name: round(float(np.mean([row[name] for row in window])), 10) for name in window[0]})
+            log_row("train", {name: float(np.mean([row[name] for row in window])) for name in window[0]})
             window = []
         if over_cap():
             log.warning(f"step {step}: the KL of a reply is {state['kl']:.4g} nats, above --kl_cap {args.kl_cap:g}: the policy has left its reference, "
@@ -1414,7 +1478,7 @@ def main(args):
     if any(d.ids["test"] for d in data_sets):
         if state["best_step"] not in (None, step):
             common.copy_weights(model, chosen)
-        log_row("test", evaluate(args, engine, tokenizer, prompts, data_sets, "test", rewards, state["best_step"] or step, run_dir, device))
+        log_row("test", evaluate(args, engine, prompts, data_sets, "test", rewards, state["best_step"] or step, run_dir, device))
     if rank == 0:
         show_before_and_after(args, run_dir, state["best_step"] or step)
         common.plot_curves(run_dir)
@@ -1422,59 +1486,6 @@ def main(args):
         log.info(f"done: {run_dir} holds the policy of {chosen.name}, metrics.jsonl and the predictions")
     dist.barrier()
     return 0
-
-
-def sampler_gap(sampled, old):
-    """Mean |difference| of the log-probabilities while sampling and of the whole text; 0 where the sampler gives none."""
-    pairs = [(logprobs, mine) for (_, logprobs), mine in zip(sampled, old) if logprobs is not None]
-    return float(np.mean(np.abs(np.concatenate([a - b for a, b in pairs])))) if pairs else 0.0
-
-
-def check_rollout(precision, sampled, old, reply_log_ratio, step):
-    """Two identities of every rollout, the same on every rank: the sampler's log-probabilities are the policy's, and the mean KL to the
-    reference is not negative by more than chance (5 standard errors)."""
-    gap = sampler_gap(sampled, old)
-    if not gap <= SAMPLER_BOUND[precision]:
-        common.fail(f"step {step}: the sampler's log-probabilities differ by {gap:.3g} on average from those of the whole text (allowed in {precision}: "
-                    f"{SAMPLER_BOUND[precision]:g}). One of the two sees other positions, another mask or other weights, or `common.finish_logits` does not "
-                    "know what this family does to its logits")
-    mean, error = reply_log_ratio.mean(), reply_log_ratio.std() / math.sqrt(len(reply_log_ratio))
-    if not mean >= -5 * error - (1e-6 if precision in ("fp32", "fp64") else 0.05):
-        common.fail(f"step {step}: the KL to the reference is {mean:.4g} nats a reply, {-mean / max(error, 1e-12):.1f} standard errors below 0, which "
-                    "sampled replies cannot give: they were not drawn from the policy whose probabilities are trained")
-
-
-def check_update(args, precision, found, n_targets, largest, is_first, step, device):
-    """Collective. Before an update: its loss is finite, the policy is near the one that sampled, and before the first update it is that one."""
-    if not math.isfinite(found["loss"]):
-        common.fail(f"step {step + 1}: the loss is {found['loss']}. Nothing of this step was applied; checkpoints are intact. "
-                    "Lower --learning_rate, set --max_grad_norm 1.0, or try --precision fp32")
-    moved = found["update_kl"] / n_targets
-    if args.divergence_kl and moved > args.divergence_kl:
-        common.fail(f"step {step + 1}: the policy is {moved:.3g} nats per token away from the one that sampled (--divergence_kl {args.divergence_kl:g}). "
-                    "Nothing of this step was applied; checkpoints are intact. Lower --learning_rate, --ppo_epochs or --cliprange")
-    if is_first:
-        largest = torch.tensor(largest, device=device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        if largest.item() > RATIO_BOUND[precision]:
-            common.fail(f"step {step + 1}: before the first update of a rollout the log-ratio must be 0, and it is {largest.item():.3g} (allowed in "
-                        f"{precision}: {RATIO_BOUND[precision]:g}). Something differs between two passes over the same text: dropout, or a kernel "
-                        "that is not deterministic")
-
-
-def warn_of_trends(state, means, step):
-    """Once each: replies twice or half as long as in the first rollout, and ends half as often."""
-    if state["start"] is None:
-        state["start"] = {"reply_tokens": float(means["reply_tokens"]), "eos_rate": float(means["eos_rate"])}
-    start = state["start"]
-    for name, is_off, text in (
-            ("length", not 0.5 <= means["reply_tokens"] / start["reply_tokens"] <= 2, f"replies have {means['reply_tokens']:.3g} tokens, at the start "
-             f"{start['reply_tokens']:.3g}: is length what the reward likes?"),
-            ("eos_rate", means["eos_rate"] < 0.5 * start["eos_rate"], f"{100 * means['eos_rate']:.3g} % of the replies end by themselves, at the start "
-             f"{100 * start['eos_rate']:.3g} %: --missing_eos_penalty makes it cost something")):
-        if is_off and name not in state["warned"]:
-            state["warned"].append(name)
-            log.warning(f"step {step}: {text}")
 
 
 if __name__ == "__main__":
