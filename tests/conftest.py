@@ -129,6 +129,18 @@ def write_clf_mount(folder):
     return folder
 
 
+def write_ppo_mount(folder, chat=True):
+    """`write_clf_mount`, models/chat (a babbler) and data/wants.jsonl: 40 ragged prompts, 9 for evaluation and 5 for the test, with what
+    data/rewards.py:wish reads."""
+    write_clf_mount(folder)
+    if chat:
+        write_babbler(folder / "models" / "chat")
+    wants = [{"prompt": f"question number {i} is " + "long " * (i % 7), "want": "digits"} for i in range(40)]
+    wants += [{"prompt": f"{split} {i}", "want": "vowels", "split": split} for split, n in (("eval", 9), ("test", 5)) for i in range(n)]
+    (folder / "data" / "wants.jsonl").write_text("".join(json.dumps(record) + "\n" for record in wants))
+    return folder
+
+
 @pytest.fixture
 def clf_mount(tmp_path):
     return write_clf_mount(tmp_path)
@@ -160,6 +172,13 @@ def flags(mount, run="run", **changes):
 def clf_flags(mount, run="run", **changes):
     """The same for clf.py, on data/scores.json."""
     return flags(mount, run, **{"data": "scores", "max_new_tokens": None, **changes})
+
+
+def ppo_flags(mount, run="run", **changes):
+    """The same for rl_ppo.py, on data/wants.jsonl: 4 rollouts of 16 replies, 2 steps each."""
+    return flags(mount, run, **{"model_init_name": None, "policy": "llama", "data": "wants", "reward_fn": ROOT / "data" / "rewards.py:wish",
+                                "max_steps": 8, "num_rollouts": 16, "ppo_epochs": 1, "rollout_batch_size": 8, "max_new_tokens": 6, "n_eval": 4,
+                                "learning_rate": 0.001, "num_layers_unfrozen": 0, "eval_steps": 1000, "warmup_steps": 0, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +232,12 @@ def run_clf(monkeypatch):
 def run_sft(monkeypatch):
     """run_sft(words) -> exit code of sft_causal.main in this process."""
     return in_process("sft_causal", monkeypatch)
+
+
+@pytest.fixture
+def run_ppo(monkeypatch):
+    """run_ppo(words) -> exit code of rl_ppo.main in this process."""
+    return in_process("rl_ppo", monkeypatch)
 
 
 @pytest.fixture
