@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, DynamicCache, EncoderDecoderCache,
@@ -860,6 +861,13 @@ def padded(rows, fill=0.0):
     return out
 
 
+def same_kernels(model, device):
+    """The attention kernels of an update for a pass without gradients, or their log-probabilities differ in the fifth digit: PyTorch's fast
+    CPU kernel takes T5's bias only where the bias needs no gradient."""
+    trains_bias = any("attention_bias" in name and weight.requires_grad for name, weight in model.named_parameters())
+    return sdpa_kernel(SDPBackend.MATH) if trains_bias and device.type == "cpu" else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def score_tokens(engine, reference, steps, lengths, device):
     """Collective. Per reply: log-probabilities of the policy and of the reference, and values, by the forward steps of the first updates,
@@ -1381,7 +1389,7 @@ def main(args):
         # log-probabilities of policy and reference, and values, by the forward steps of the first updates
         passes = [[micro_batches(args, ids, buffer, vocabulary, prompts.pad_id, start_id) for ids in minibatches(args, state["rollout"], epoch)]
                   for epoch in range(args.ppo_epochs)]
-        with reference or contextlib.nullcontext():
+        with reference or contextlib.nullcontext(), same_kernels(model, device):
             old, of_reference, old_values = score_tokens(engine, reference, [batches for batches, _ in passes[0]], buffer.lengths, device)
         check_rollout(precision, sampled, old, of_reference, step)
         lap("score")

@@ -129,15 +129,18 @@ def write_clf_mount(folder):
     return folder
 
 
-def write_ppo_mount(folder, chat=True):
-    """`write_clf_mount`, models/chat (a babbler) and data/wants.jsonl: 40 ragged prompts, 9 for evaluation and 5 for the test, with what
-    data/rewards.py:wish reads."""
+def write_ppo_mount(folder):
+    """`write_clf_mount` (llama and tiny with many end tokens, so that replies differ in length), models/chat (a babbler),
+    reward.py, and data/wants.jsonl: 40 ragged prompts, 12 for evaluation and 5 for the test."""
     write_clf_mount(folder)
-    if chat:
-        write_babbler(folder / "models" / "chat")
-    wants = [{"prompt": f"question number {i} is " + "long " * (i % 7), "want": "digits"} for i in range(40)]
-    wants += [{"prompt": f"{split} {i}", "want": "vowels", "split": split} for split, n in (("eval", 9), ("test", 5)) for i in range(n)]
-    (folder / "data" / "wants.jsonl").write_text("".join(json.dumps(record) + "\n" for record in wants))
+    write_babbler(folder / "models" / "chat")
+    for name, ends in (("llama", [2, *range(20, 60)]), ("tiny", [1, *range(20, 60)])):
+        (folder / "models" / name / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    records = [{"prompt": f"question number {i} is " + "long " * (i % 7), "want": "digits"} for i in range(40)]
+    records += [{"prompt": f"{split} {i}", "want": "vowels", "split": split} for split, n in (("eval", 12), ("test", 5)) for i in range(n)]
+    (folder / "data" / "wants.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "reward.py").write_text("".join(f"def {name}(prompts, replies, records):\n    return [{value} for r in replies]\n\n" for name, value in
+                                              (("variety", "len(set(r)) / 10"), ("length", "float(len(r))"), ("shortness", "-float(len(r))"))))
     return folder
 
 
@@ -175,10 +178,10 @@ def clf_flags(mount, run="run", **changes):
 
 
 def ppo_flags(mount, run="run", **changes):
-    """The same for rl_ppo.py, on data/wants.jsonl: 4 rollouts of 16 replies, 2 steps each."""
-    return flags(mount, run, **{"model_init_name": None, "policy": "llama", "data": "wants", "reward_fn": ROOT / "data" / "rewards.py:wish",
-                                "max_steps": 8, "num_rollouts": 16, "ppo_epochs": 1, "rollout_batch_size": 8, "max_new_tokens": 6, "n_eval": 4,
-                                "learning_rate": 0.001, "num_layers_unfrozen": 0, "eval_steps": 1000, "warmup_steps": 0, **changes})
+    """The same for rl_ppo.py on `write_ppo_mount`: 4 rollouts of 16 replies, 2 steps each."""
+    return flags(mount, run, **{"model_init_name": None, "policy": "llama", "data": "wants", "reward_fn": f"{mount}/reward.py:variety", "max_steps": 8,
+                                "num_rollouts": 16, "ppo_epochs": 1, "rollout_batch_size": 8, "max_new_tokens": 6, "learning_rate": 0.001,
+                                "num_layers_unfrozen": 0, "warmup_steps": 0, **changes})
 
 
 @pytest.fixture(autouse=True)
