@@ -65,7 +65,9 @@ FREE_FLAGS = {"rollout_batch_size", "reward_timeout", "eval_temperature", "n_eva
 RATIO_BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}  # largest |log ratio| before the first update of a rollout
 SAMPLER_BOUND = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}  # mean |log p while sampling - log p of the whole text|
 WORKER = """
-import importlib.util, json, os, sys
+import importlib.util, json, os, signal, sys
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the trainer saves first; this process ends with it
+    signal.signal(number, signal.SIG_IGN)
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 answers, sys.stdout = sys.stdout, sys.stderr
 spec = importlib.util.spec_from_file_location("reward", sys.argv[1])
@@ -164,6 +166,7 @@ def parse_args(argv=None):
         args.learning_rate = 1e-4 if args.lora_rank or args.train_adapter else 1e-6
     if args.kl_cap is None:
         args.kl_cap = 5 * args.target_kl
+    args.reward_text = args.reward_text and args.reward_text.replace("\\n", "\n")  # as a shell passes it
     if args.policy:
         args.model_init_path = named_model(args, args.policy)
     if args.metric_for_best is None and (args.heldout_reward_model or args.heldout_reward_fn):
@@ -252,13 +255,13 @@ class Prompts:
         self.is_raw = args.raw_prompt or bool(raw) or not tokenizer.chat_template
         self.begin = [tokenizer.bos_token_id] if common.adds_bos(tokenizer) else []
         self.special = common.special_tokens(tokenizer)
-        self.stop_ids = self._stop_ids(source)
+        self.stop_ids = self._stop_ids(source, problems)
         pad_id = tokenizer.pad_token_id
         self.pad_id = pad_id if pad_id is not None else min(self.stop_ids, default=0)
         if not self.stop_ids:
             problems.append(f"{source}: nothing says where a reply ends: no end token in its tokenizer or generation_config.json")
 
-    def _stop_ids(self, source):
+    def _stop_ids(self, source, problems):
         """Every id that ends a reply: the run's, the generation configuration's, the tokenizer's, the template's end of a turn."""
         try:
             eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
@@ -268,8 +271,12 @@ class Prompts:
         if not ids and self.tokenizer.eos_token_id is not None:
             ids = {self.tokenizer.eos_token_id}
         if not self.is_raw:
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": "What colour?"}, {"role": "assistant", "content": "Blue."}],
-                                                      tokenize=False)
+            probe = [{"role": "user", "content": "What colour?"}, {"role": "assistant", "content": "Blue."}]
+            try:
+                text = self.tokenizer.apply_chat_template(probe, tokenize=False)
+            except Exception as error:  # jinja2's and the template's own
+                problems.append(f"{source}: its chat template fails on a plain exchange ({error}); --raw_prompt does without it")
+                return [0]
             if end := re.match(rf"\s*({self.special.pattern})", text[text.rfind("Blue.") + 5:]):
                 ids.add(self.tokenizer.convert_tokens_to_ids(end[1]))
         return sorted(ids)
@@ -531,7 +538,8 @@ def no_dropout(policy):
 def freeze_layers(model, n_top):
     """Train the n_top last blocks of the decoder, what follows them, and an untied head; freeze the rest."""
     decoder, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
-    n_layers = getattr(model.config, "num_decoder_layers", None) or model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    n_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or config.num_hidden_layers
     blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
     model.requires_grad_(False)
     inside = {id(p) for p in [*blocks.parameters(), *embedding.parameters()]}
@@ -1084,7 +1092,7 @@ def check_rollout(precision, sampled, old, of_reference, step):
                     "sampled replies cannot give: they were not drawn from the policy whose probabilities are trained")
 
 
-def check_update(args, precision, found, n_targets, largest, is_first, step, device):
+def check_update(args, precision, found, n_targets, largest, is_first, step):
     """Collective. Before an update: its loss is finite, the policy is near the one that sampled, and before the first update it is that one."""
     if not math.isfinite(found["loss"]):
         common.fail(f"step {step + 1}: the loss is {found['loss']}. Nothing of this step was applied; checkpoints are intact. "
@@ -1094,7 +1102,6 @@ def check_update(args, precision, found, n_targets, largest, is_first, step, dev
         common.fail(f"step {step + 1}: the policy is {moved:.3g} nats per token away from the one that sampled (--divergence_kl {args.divergence_kl:g}). "
                     "Nothing of this step was applied; checkpoints are intact. Lower --learning_rate, --ppo_epochs or --cliprange")
     if is_first:
-        largest = torch.tensor(largest, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         if largest.item() > RATIO_BOUND[precision]:
             common.fail(f"step {step + 1}: before the first update of a rollout the log-ratio must be 0, and it is {largest.item():.3g} (allowed in "
@@ -1174,6 +1181,14 @@ def prepare(args):
         log.info(common.estimate_table(n_all, precision, common.device_memory(), n_trained, quantized))
         return None
     data_sets = load_data(args, prompts, problems)
+    for part in models:
+        missing = set(re.findall(r"\{(\w+)\}", part.template or "")) - {"prompt", "reply", "input"}
+        bad = [(d.name, split, i, key) for d in data_sets for split, records in d.records.items() for i, record in enumerate(records)
+               for key in sorted(missing) if not isinstance(record.get(key), str)]
+        problems += [f"{name}, {split} prompt {i + 1}: no text {key!r}, which the template {part.template!r} of {part.what} fills in" for name, split, i, key in bad]
+    if -(-args.num_rollouts // args.rollout_batch_size) < common.world_size() and not args.no_train:
+        log.warning(f"--num_rollouts {args.num_rollouts} in batches of --rollout_batch_size {args.rollout_batch_size} leave some of {common.world_size()} "
+                    "processes without replies to sample: lower the second")
     limit = getattr(config, "max_position_embeddings", None) if auto_class is AutoModelForCausalLM else None
     longest = max((len(ids) for d in data_sets for split in d.ids.values() for ids in split), default=0)
     if limit and longest + args.max_new_tokens > limit:
@@ -1184,7 +1199,7 @@ def prepare(args):
                     name: getattr(part, "sha256", None) or (hasattr(part, "source") and common.weights_sha256(part.source)) or None
                     for name, part in rewards.items() if part} if not problems else None}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "rollout": 0, "kl_coef": args.init_kl_coef,
-             "reward_stats": [0, 0.0, 0.0], "start": None, "warned": [], "kl": 0.0, "best_proxy": None}
+             "reward_stats": [0, 0.0, 0.0], "start": None, "warned": [], "kl": 0.0, "best_proxy": None, "eval_due": True}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
         args, source, identity, FREE_FLAGS, state, n_all if n_params else 0, n_trained, precision, problems, quantized)
     for part in models:
@@ -1318,6 +1333,7 @@ def main(args):
         metrics = evaluate(args, engine, prompts, data_sets, "eval", rewards, step, run_dir, device)
         log_row("eval", metrics)
         common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
+        state["eval_due"] = False
         if args.metric_for_best == "heldout_reward" and step:
             if state["best_step"] == step:
                 state["best_proxy"] = metrics["reward"]
@@ -1343,7 +1359,7 @@ def main(args):
         return (step >= max_steps or over_cap()
                 or bool(args.early_stopping_patience) and state["evals_since_best"] >= args.early_stopping_patience)
 
-    if state["last_eval"] != step and (step == 0 or step >= max_steps):  # the baseline, or what a stop left out
+    if state["eval_due"]:  # the baseline, or what a stop left out
         run_evaluation()
         if saved_step == step and state["best_step"] == step:
             save()  # best.json
@@ -1405,7 +1421,7 @@ def main(args):
             lr = common.lr_at(step, args.learning_rate, args.lr_scheduler_type, warmup, max_steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            local = collections.Counter()
+            local, largest = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64, device=device), torch.zeros((), device=device)
             try:
                 for i, (batch, rows_, n_chunks) in enumerate(forwards):
                     is_last = i == len(forwards) - 1
@@ -1414,23 +1430,23 @@ def main(args):
                     before, ref, old_value, advantage, target = (torch.from_numpy(np.concatenate(
                         [column[r, : buffer.lengths[r]] for r in rows_] or [np.zeros(0)])).to(device, new.dtype) for column in columns)
                     losses, ratio, is_clipped = policy_losses(new, before, advantage, args.cliprange, args.dual_clip)
-                    total = losses.sum() - args.entropy_coef * entropy.sum()
+                    total, of_value, is_value_clipped = losses.sum() - args.entropy_coef * entropy.sum(), losses[:0], is_clipped[:0]
                     if value is not None:
                         of_value, is_value_clipped = value_losses(value, old_value, target, args.cliprange_value)
                         total = total + args.vf_coef * of_value.sum()
-                        local.update(value_loss=of_value.sum().item(), value_clip_fraction=is_value_clipped.sum().item())
                     if args.advantage == "grpo":
                         total = total + kl_coef * kl_terms(new - ref, "k3").sum()
-                    local.update(loss=total.item(), policy_loss=losses.sum().item(), entropy=entropy.sum().item(), clip_fraction=is_clipped.sum().item(),
-                                 update_kl=kl_terms(before - new.detach(), "k3").sum().item())
-                    gap = (new.detach() - before).abs().max().item() if len(new) else 0.0
-                    local["largest"] = max(local["largest"], gap)
+                    moved = new.detach() - before
+                    largest = torch.maximum(largest, moved.abs().max() if len(moved) else largest)
+                    local += torch.stack([x.detach().sum().double() for x in (  # in the order of UPDATE_METRICS
+                        total, losses, of_value, entropy, is_clipped, is_value_clipped, kl_terms(-moved, "k3"))])
                     # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                     # steps, this is the sum over all reply tokens of the step / their number
                     engine.backward(total * (world / n_targets), scale_wrt_gas=False)
                     if is_last:
-                        found = dict(zip(UPDATE_METRICS, common.all_reduce_sum([local[name] for name in UPDATE_METRICS], device)))
-                        check_update(args, precision, found, n_targets, local["largest"], n_updates == 0, step, device)
+                        dist.all_reduce(local)
+                        found = dict(zip(UPDATE_METRICS, local.tolist()))
+                        check_update(args, precision, found, n_targets, largest, n_updates == 0, step)
                         grad_norm = common.grad_norm_before_step(engine)
                 engine.step()  # weights move on the last call of a step
             except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -1454,7 +1470,8 @@ def main(args):
             state["kl_coef"] = next_kl_coef(kl_coef, float(reply_kl.mean()), args.target_kl, args.kl_horizon, args.num_rollouts)
         state["rollout"] += 1
         state["kl"] = float(reply_kl.mean())
-        computed, tokens, seconds, n_stop = common.all_reduce_sum([computed, tokens, sum(phases.values()) / world, bool(reason := stopper.reason())], device)
+        reason = stopper.reason()
+        computed, tokens, seconds, n_stop = common.all_reduce_sum([computed, tokens, sum(phases.values()) / world, bool(reason)], device)
         stop = (reason or "another process was told to stop") if n_stop else None
         means.update(score=raw_scores.mean(), score_std=raw_scores.std(), shaped_score=scores.mean(), kl_coef=kl_coef, reply_tokens=buffer.lengths.mean(), eos_rate=has_end.mean(),
                      sampler_gap=sampler_gap(sampled, old), **{name: value / n_updates for name, value in sums.items() if name not in ("loss", "grad_norm")})
@@ -1469,7 +1486,8 @@ def main(args):
         if over_cap():
             log.warning(f"step {step}: the KL of a reply is {state['kl']:.4g} nats, above --kl_cap {args.kl_cap:g}: the policy has left its reference, "
                         "where the reward is no longer to be trusted. The run ends here; a higher --init_kl_coef or a lower --learning_rate keeps it closer")
-        if (step // eval_steps > first_step // eval_steps or finished()) and not stop:
+        state["eval_due"] = step // eval_steps > first_step // eval_steps or finished()
+        if state["eval_due"] and not stop:
             run_evaluation()
         if finished() or stop or state["best_step"] == step or (save_steps and step // save_steps > first_step // save_steps):
             save()

@@ -130,12 +130,19 @@ def write_clf_mount(folder):
 
 
 def write_ppo_mount(folder):
-    """`write_clf_mount` (llama and tiny with many end tokens, so that replies differ in length), models/chat (a babbler),
-    reward.py, and data/wants.jsonl: 40 ragged prompts, 12 for evaluation and 5 for the test."""
+    """`write_clf_mount` (llama and tiny with many end tokens, so that replies differ in length), models/t5 (tiny with weights), models/chat (a
+    babbler), reward.py, and data/wants.jsonl: 40 ragged prompts, 12 for evaluation and 5 for the test."""
+    import torch
+    import transformers
     write_clf_mount(folder)
     write_babbler(folder / "models" / "chat")
     for name, ends in (("llama", [2, *range(20, 60)]), ("tiny", [1, *range(20, 60)])):
         (folder / "models" / name / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    shutil.copytree(folder / "models" / "tiny", folder / "models" / "t5")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.from_pretrained(folder / "models" / "t5"))
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder / "models" / "t5")
     records = [{"prompt": f"question number {i} is " + "long " * (i % 7), "want": "digits"} for i in range(40)]
     records += [{"prompt": f"{split} {i}", "want": "vowels", "split": split} for split, n in (("eval", 12), ("test", 5)) for i in range(n)]
     (folder / "data" / "wants.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -15,10 +15,11 @@ from conftest import ROOT, clf_flags, finish, flags, rows, start, write_llama
 import chat
 import clf
 import common
+import rl_ppo
 import seq2seq
 import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "chat.py": chat}
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "rl_ppo.py": rl_ppo, "chat.py": chat}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
@@ -66,7 +67,7 @@ def flags_of(page, monkeypatch):
 
 
 @pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
-                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"}),
+                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"}), ("rl_ppo.py", 8, {"README.md", "rl_ppo.md"}),
                                               ("chat.py", 9, {"README.md", "chat.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
@@ -97,8 +98,9 @@ def test_the_earlier_systems_command_and_its_wrapper_stand_in_the_pages_as_they_
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir()))
 def test_preset_parses_and_a_later_flag_wins(preset):
-    script = seq2seq if preset == "flan-t5" else sft_causal
-    words = [f"@presets/{preset}", "--model_init_path", "some/model", "--data", "mydata", "--seed", "7"]
+    script = {"flan-t5": seq2seq, "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
+    words = [f"@presets/{preset}", "--model_init_path", "some/model", "--data", "mydata", "--seed", "7",
+             *(["--reward_fn", "x.py:y"] if script is rl_ppo else [])]
     assert script.parse_args(words).data_name == ["mydata"]
     args, problems = script.parse_args([*words, "--learning_rate", "0.125"]), []
     script.check_args(args, problems)
@@ -273,6 +275,35 @@ def test_the_python_of_the_clf_page_scores_as_clf_does(model, loss, changes, clf
             else:
                 assert found["score"] == pytest.approx(row["pred_score"], abs=1e-5)
                 assert changes.get("target_min", 0) < found["score"] < changes.get("target_max", 1)
+
+
+def ppo_section():
+    return re.search(r"^## A reward instead of examples\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+
+
+def test_every_metric_of_rl_ppo_is_explained_and_none_besides(tmp_path, run_ppo):
+    write_llama(tmp_path / "models" / "llama")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text(ppo_section().split("```json\n")[1].split("```")[0])
+    reward = f"{ROOT / 'data' / 'rewards.py'}:last_number"
+    assert run_ppo(flags(tmp_path, model_init_name="llama", data="mine", reward_fn=reward, heldout_reward_fn=reward, num_rollouts=8)) == 0
+    logged = {name for split in ("train", "eval") for row in rows(tmp_path / "models" / "run", split) for name in row}
+    section = re.search(r"^## Metrics\n(.*?)^## ", (ROOT / "docs" / "rl_ppo.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    explained = set(re.findall(r"`([a-z_/]+)`", section)) - {"train", "clip_fraction"}
+    assert logged - {"step", "epoch", "split", "time", "eval/peak_memory_gb"} == explained
+
+
+@pytest.mark.slow
+def test_what_the_readme_says_of_rewards_happens(clf_mount, run_clf, run_ppo):
+    """Its prompts and its commands in their order, with tiny models and 1 rollout of 8 replies."""
+    assert run_clf(clf_flags(clf_mount, "reward", data="pairs", loss="pairwise", model_init_name="llama", max_steps=1)) == 0
+    (clf_mount / "models" / "llama").rename(clf_mount / "models" / "assistant")
+    (clf_mount / "data" / "myprompts.jsonl").write_text(ppo_section().split("```json\n")[1].split("```")[0])
+    found = [shlex.split(line)[2:] for line in ppo_section().splitlines() if line.startswith("python rl_ppo.py")]
+    assert len(found) == 2
+    for words in found:
+        assert run_ppo([*words, "--mount_dir", clf_mount, "--max_steps", 4, "--train_batch_size", 8, "--num_rollouts", 8, "--max_new_tokens", 4]) == 0
+    assert (clf_mount / "models" / "solver" / "model.safetensors").exists() and (clf_mount / "models" / "pleaser" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

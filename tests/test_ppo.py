@@ -24,14 +24,14 @@ def small_model(family, dropout=0.0, seed=0, **changes):
              "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "tie_word_embeddings": False}
     t5 = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": dropout}
     ids = {"pad_token_id": 1, "bos_token_id": None, "eos_token_id": None, "forced_eos_token_id": None}
-    two = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    two = {"encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     config = {
         "llama": lambda: transformers.LlamaConfig(**{**llama, "attention_dropout": dropout, **changes}),
-        "gemma2": lambda: transformers.Gemma2Config(**{**llama, "head_dim": 8, "final_logit_softcapping": 1.0, "attention_dropout": dropout, **changes}),
+        "gemma2": lambda: transformers.Gemma2Config(**{**llama, "head_dim": 8, "final_logit_softcapping": 1.0, "sliding_window": 4, "attention_dropout": dropout, **changes}),
         "gpt2": lambda: transformers.GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, resid_pdrop=dropout,
                                                 embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=None, eos_token_id=None),
         "opt": lambda: transformers.OPTConfig(vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, init_std=0.2,
-                                              max_position_embeddings=64, word_embed_proj_dim=32, dropout=dropout, attention_dropout=dropout, **ids),
+                                              max_position_embeddings=64, dropout=dropout, attention_dropout=dropout, **{**ids, "word_embed_proj_dim": 32, **changes}),
         "t5 v1.0": lambda: transformers.T5Config(**t5),
         "t5 v1.1": lambda: transformers.T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False),
         "bart": lambda: transformers.BartConfig(vocab_size=V, d_model=32, max_position_embeddings=64, init_std=0.2, decoder_start_token_id=2, **two,
@@ -400,6 +400,15 @@ def test_a_zero_value_head_gives_zero_and_learns_and_a_linear_one_has_the_given_
     assert zero.out_weight.grad.any() and torch.isfinite(zero.out_weight.grad).all()
 
 
+@pytest.mark.parametrize("family, changes", [*[(family, {}) for family in [*FAMILIES, "opt"]], ("opt", {"word_embed_proj_dim": 16})])
+def test_the_value_head_has_the_width_of_the_last_hidden_state(family, changes):
+    model = small_model(family, **changes)
+    heads = [rl_ppo.make_critic(arguments("--seed", seed), None, model, "fp32", None) for seed in (0, 0, 1)]
+    values = [rl_ppo.Policy(model, 1.0, head)(batch_of(family))[2] for head in heads]
+    assert values[0].shape == (14,) and torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2]) and torch.isfinite(values[0]).all()
+    assert rl_ppo.make_critic(arguments("--advantage", "rloo", "--n_samples", 2), None, model, "fp32", None) is None
+
+
 def test_values_are_computed_in_fp32_whatever_the_weights_are():
     """A bf16 value has at most 256 steps between two powers of two."""
     hidden = torch.randn(50, 32)
@@ -415,10 +424,11 @@ def test_values_are_computed_in_fp32_whatever_the_weights_are():
     ("llama", ["model.layers.1.", "model.norm.", "lm_head."], 2), ("llama tied", ["model.layers.1.", "model.norm."], 2),
     ("gpt2", ["transformer.h.1.", "transformer.ln_f."], 2), ("t5 v1.0", ["decoder.block.1.", "decoder.final_layer_norm."], 2),
     ("t5 v1.1", ["decoder.block.1.", "decoder.final_layer_norm.", "lm_head."], 2), ("opt", ["model.decoder.layers.1.", "model.decoder.final_layer_norm."], 2),
-    ("bart", ["model.decoder.layers.1."], 2)])
+    ("opt narrow", ["model.decoder.layers.1.", "model.decoder.final_layer_norm.", "model.decoder.project_out."], 2), ("bart", ["model.decoder.layers.1."], 2)])
 def test_the_top_layers_are_trained_and_the_embedding_is_frozen(family, trained, total):
-    changes = {"tie_word_embeddings": True} if family == "llama tied" else {}
-    model = small_model(family.removesuffix(" tied"), **changes)
+    """What lies between the embedding and the first block is frozen too: BART's norm, the projection of a narrow embedding."""
+    changes = {"llama tied": {"tie_word_embeddings": True}, "opt narrow": {"word_embed_proj_dim": 16}}.get(family, {})
+    model = small_model(family.removesuffix(" tied").removesuffix(" narrow"), **changes)
     assert rl_ppo.freeze_layers(model, 1) == 1
     found = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert found == {name for name, _ in model.named_parameters() if name.startswith(tuple(trained))} and len(found) > 5
@@ -446,7 +456,7 @@ def some_stop_ids(replies):
     return usable[:2]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5 v1.0", "t5 v1.1", "bart"])
+@pytest.mark.parametrize("family", FAMILIES + ["opt"])
 def test_greedy_replies_are_those_of_generate_for_each_prompt_alone(family):
     model = small_model(family, seed=3)
     stop_ids = some_stop_ids(sample(model, temperature=0))
@@ -514,8 +524,8 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(family):
     for temperature, fits in ((0.7, True), (1.0, False)):
         with torch.no_grad():
             expected = n * slow_log_probabilities(model, LONG[0], [5], temperature)[0].double().exp().numpy()
-        is_often = expected >= 5
-        observed, wanted = np.append(counts[is_often], counts[~is_often].sum()), np.append(expected[is_often], expected[~is_often].sum())
+        is_rare = expected < 5
+        observed, wanted = (np.append(x[~is_rare], x[is_rare].sum() if is_rare.any() else []) for x in (counts, expected))
         chi, k = ((observed - wanted) ** 2 / wanted).sum(), len(wanted)
         assert k > 10 and (chi < k - 1 + 4 * math.sqrt(2 * (k - 1))) == fits
 
@@ -595,3 +605,50 @@ def test_a_data_set_with_an_amount_gives_that_many_prompts_an_epoch():
         found = [sum(low <= i < high for i in epoch) for low, high in ((0, 4), (4, 14), (14, 34))]
         assert found == [4, 3, 2] and len(set(epoch)) == 9
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 3  # sampled anew
+
+
+# ------------------------------------------------------------------------------------------------ guards
+
+
+def kl_sample(n, mean, seed=0, deviation=0.05, shift=0.0):
+    """(sampled, policy's, reference's log-probabilities) of n one-token replies whose log-ratio to the reference is normal."""
+    d = np.random.default_rng(seed).normal(mean, deviation, n)
+    return [(ids, np.array([-1 + x + shift])) for ids, x in enumerate(d)], [np.array([-1 + x]) for x in d], [np.array([-1.0])] * n
+
+
+def test_a_rollout_by_another_distribution_than_the_trained_one_is_refused(capsys):
+    rl_ppo.check_rollout("fp32", *kl_sample(128, 0.05**2 / 2), 0)
+    assert rl_ppo.sampler_gap(*kl_sample(128, 0, shift=0.25)[:2]) == pytest.approx(0.25) and rl_ppo.sampler_gap([(np.array([5]), None)], [np.ones(1)]) == 0
+    for rollout, said in ((kl_sample(128, 0, shift=0.01), "log-probabilities differ by 0.01"), (kl_sample(128, -0.05), "KL to the reference is -0.0"),
+                          (kl_sample(128, np.nan), "differ by nan")):
+        with pytest.raises(SystemExit) as stop:
+            rl_ppo.check_rollout("fp32", *rollout, 7)
+        errors = capsys.readouterr().err
+        assert stop.value.code == 2 and said in errors and "step 7" in errors
+    rl_ppo.check_rollout("bf16", *kl_sample(128, 0, shift=0.01), 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 128])
+def test_rollouts_of_any_size_that_were_drawn_from_the_policy_are_accepted(n):
+    """Log-ratios of deviation s have mean s^2 / 2; a few replies near the reference may all be below 0."""
+    for seed in range(200):
+        rl_ppo.check_rollout("fp32", *kl_sample(n, 0.05**2 / 2, seed), 0)
+
+
+@pytest.mark.parametrize("changes, said", [({}, None), ({"loss": math.nan}, "--learning_rate"), ({"loss": -math.inf}, "the loss is -inf"), ({"update_kl": 101}, "--divergence_kl")])
+def test_an_update_that_is_not_finite_or_goes_too_far_is_not_applied(capsys, changes, said):
+    found = {"loss": 1.0, "update_kl": 99.0, **changes}
+    if said is None:
+        return rl_ppo.check_update(arguments(), "fp32", found, 100, 0.0, False, 3, CPU)
+    with pytest.raises(SystemExit) as stop:
+        rl_ppo.check_update(arguments(), "fp32", found, 100, 0.0, False, 3, CPU)
+    assert stop.value.code == 2 and said in (errors := capsys.readouterr().err) and "step 4" in errors
+    if "update_kl" in changes:
+        rl_ppo.check_update(arguments("--divergence_kl", 0), "fp32", found, 100, 0.0, False, 3, CPU)
+
+
+def test_trends_of_length_and_ends_are_told_once(messages):
+    state = {"start": None, "warned": []}
+    for tokens, ends in ((10, 0.8), (19, 0.5), (6, 0.41), (21, 0.8), (30, 0.39), (4, 0.1)):
+        rl_ppo.warn_of_trends(state, {"reply_tokens": tokens, "eos_rate": ends}, 5)
+    assert len(messages) == 2 and "replies have 21 tokens, at the start 10" in messages[0] and "39 % of the replies end" in messages[1]

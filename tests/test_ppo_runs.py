@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import types
 
@@ -45,6 +46,14 @@ def replies(run, step):
     return [row["generations"][0]["lm_postprocess"] for row in json.loads((run / f"temperature=0.00_n=1_step={step}.json").read_text())]
 
 
+def assert_close(a, b):
+    """Rows of another layout: equal within 1e-6 but for padding."""
+    for mine, theirs in zip(a, b, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"padding_share", "split"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+
+
 def critic(folder):
     return weights(folder / "critic")
 
@@ -56,11 +65,11 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------ what a run leaves
 
 
-@pytest.mark.parametrize("policy", ["chat", "tiny"])
-def test_a_run_leaves_what_the_docs_name_and_transformers_and_chat_give_its_replies(shared, run_ppo, messages, monkeypatch, policy):
+@pytest.mark.parametrize("policy", ["chat", "t5"])
+def test_a_run_leaves_what_the_docs_name_and_transformers_and_chat_give_its_replies(shared, run_ppo, capsys, monkeypatch, policy):
     """With and without a chat template. The evaluation's greedy replies are those of the exported policy, to the letter."""
-    assert run_ppo(ppo_flags(shared, policy, policy=policy, reward_fn=ROOT / "data" / "rewards.py:wish", learning_rate=0.01, save_steps=4)) == 0
-    run = shared / "models" / policy
+    run = shared / "models" / f"left by {policy}"
+    assert run_ppo(ppo_flags(shared, run.name, policy=policy, reward_fn=ROOT / "data" / "rewards.py:wish", learning_rate=0.01, save_steps=4)) == 0
     for name in ("args.json", "env.json", "ds_config.json", "metrics.jsonl", "rawtune.json", "config.json", "model.safetensors", "COMPLETE", "log.txt",
                  "code/rl_ppo.py", "code/common.py", "tokenizer_config.json", "critic/model.safetensors", "checkpoint-8/critic/model.safetensors",
                  "checkpoint-8/COMPLETE", "checkpoint-8/engine", "checkpoint-8/rawtune.json", "checkpoint-4", "test_temperature=0.00_n=1_step=8.json"):
@@ -79,30 +88,34 @@ def test_a_run_leaves_what_the_docs_name_and_transformers_and_chat_give_its_repl
     assert {tuple(row) for row in found} == {("prompt", "generations", "demonstration", "orig_d", "dataset")}
     assert all(set(row["generations"][0]) == {"lm_postprocess", "reward"} and row["dataset"] == "wants" for row in found)
     assert np.mean([row["generations"][0]["reward"] for row in found]) == pytest.approx(rows(run, "eval")[-1]["eval/reward"])
-    assert replies(run, 8) != replies(run, 0) and sum("    before: " in line and "    after:  " in line for line in messages) == 10
+    said = capsys.readouterr().out
+    assert replies(run, 8) != replies(run, 0) and said.count("    before: ") == said.count("    after:  ") == 10
 
-    model, report = (transformers.AutoModelForSeq2SeqLM if policy == "tiny" else transformers.AutoModelForCausalLM).from_pretrained(
+    model, report = (transformers.AutoModelForSeq2SeqLM if policy == "t5" else transformers.AutoModelForCausalLM).from_pretrained(
         run, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and distance(weights(run), weights(run / "checkpoint-8")) == 0
     tokenizer, about = transformers.AutoTokenizer.from_pretrained(run), json.loads((run / "rawtune.json").read_text())
-    assert (about["script"], about["family"], about["format"], about["raw_prompt"]) == ("rl_ppo.py", *(("seq2seq", 1, True) if policy == "tiny" else ("causal", 1, False)))
+    assert (about["script"], about["family"], about["format"]) == ("rl_ppo.py", "seq2seq" if policy == "t5" else "causal", 1)
+    ends = model.generation_config.eos_token_id
     for record, reply in list(zip(records, replies(run, 8)))[:3]:
         if policy == "chat":
             ids = tokenizer.apply_chat_template([{"role": "user", "content": record["prompt"]}], add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             ids = tokenizer(record["prompt"]).input_ids
-        out = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=about["stop_ids"], pad_token_id=0)[0]
-        assert tokenizer.decode(out[0 if policy == "tiny" else len(ids):], skip_special_tokens=True) == reply
+        out = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=about.get("stop_ids", ends), pad_token_id=0)[0]
+        assert tokenizer.decode(out[0 if policy == "t5" else len(ids):], skip_special_tokens=True) == reply
     (shared / f"{policy}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     out = shared / f"{policy}-told.jsonl"
-    assert in_process("chat", monkeypatch)(["--mount_dir", shared, "--model_path", policy, "--temperature", 0, "--max_new_tokens", 6, "--dtype", "fp32",
+    assert in_process("chat", monkeypatch)(["--mount_dir", shared, "--model_path", run.name, "--temperature", 0, "--max_new_tokens", 6, "--dtype", "fp32",
                                             "--input", shared / f"{policy}.jsonl", "--output", out]) == 0
     assert [json.loads(line)["replies"] for line in out.read_text().splitlines()] == [[reply] for reply in replies(run, 8)]
 
 
-def test_ten_evaluation_prompts_are_shown_before_and_after_and_none_where_nothing_was_trained(shared, run_ppo, messages):
-    assert run_ppo(ppo_flags(shared, "only looked", policy="chat", no_train=True)) == 0
-    assert not [line for line in messages if "before:" in line]
+def test_an_export_ends_its_replies_where_training_did(shared, run_ppo, capsys):
+    """Also a T5 that began without weights, whose generation_config.json names many end tokens."""
+    assert run_ppo(ppo_flags(shared, "t5 scratch", policy="tiny", max_steps=2)) == run_ppo(ppo_flags(shared, "t5 again", policy="t5 scratch", no_train=True)) == 0
+    a, b = re.findall(r"replies end with (\[.*?\]), reference", capsys.readouterr().out)
+    assert a == b and len(a) > 100
 
 
 def test_no_train_evaluates_and_leaves_policy_and_folder_as_they_are(shared, run_ppo, capsys):
@@ -112,15 +125,16 @@ def test_no_train_evaluates_and_leaves_policy_and_folder_as_they_are(shared, run
     assert {path: path.read_bytes() for path in (shared / "models" / "run").rglob("*") if path.is_file()} == before
     run = shared / "models" / "looked"
     assert replies(run, 0) == replies(shared / "models" / "run", 8) != replies(shared / "models" / "run", 0) and not list(run.glob("**/*.safetensors"))
+    assert "before:" not in capsys.readouterr().out
     assert [rows(run, split)[0][f"{split}/reward"] for split in ("eval", "test")] == [
         rows(shared / "models" / "run", split)[-1][f"{split}/reward"] for split in ("eval", "test")]
     assert run_ppo(words) == 2 and "step=0.json exists" in capsys.readouterr().err
 
 
-def test_estimate_prints_a_table_and_writes_nothing(shared, run_ppo, messages, monkeypatch):
+def test_estimate_prints_a_table_and_writes_nothing(shared, run_ppo, capsys, monkeypatch):
     monkeypatch.setattr(common, "load_model", None)
-    assert run_ppo(ppo_flags(shared, "estimated", estimate=True, **T5_CRITIC, reward_fn=None)) == 0
-    assert any("zero3" in line for line in messages) and not (shared / "models" / "estimated").exists()
+    assert run_ppo(ppo_flags(shared, "estimated", estimate=True, **T5_CRITIC)) == 0
+    assert "zero3" in capsys.readouterr().out and not (shared / "models" / "estimated").exists()
 
 
 # ------------------------------------------------------------------------------------------------ identities
@@ -140,15 +154,18 @@ def test_without_a_learning_rate_the_kl_is_exactly_zero_and_nothing_moves(shared
 
 
 def test_the_order_of_prompts_and_the_replies_do_not_depend_on_how_they_are_batched(shared, run_ppo, monkeypatch):
+    """Of three rollouts, into the second epoch; the steps between them have no effect."""
     seen, score = {}, rl_ppo.score_replies
     monkeypatch.setattr(rl_ppo, "score_replies", lambda args, reward, prompts, replies, *rest: (
         seen.setdefault(args.training_run_name, []).append((prompts, replies)), score(args, reward, prompts, replies, *rest))[1])
-    for name, changes in {"order 4": {"train_batch_size": 4}, "order 2x8": {"train_batch_size": 2, "gradient_accumulation_steps": 8},
-                          "order 3": {"rollout_batch_size": 3}, "order seed": {"seed": 1}}.items():
-        assert run_ppo(ppo_flags(shared, name, learning_rate=1e-30, num_epochs=1, max_steps=4, **changes)) == 0
-    n = min(map(len, seen.values()))
-    assert seen["order 4"][:n - 1] == seen["order 2x8"][:n - 1] == seen["order 3"][:n - 1] != seen["order seed"][:n - 1] and n >= 3
-    assert len({len(reply) for _, replies in seen["order 4"] for reply in replies}) > 3
+    for name, changes in {"4": {"train_batch_size": 4}, "2x8": {"train_batch_size": 2, "gradient_accumulation_steps": 8},
+                          "3": {"train_batch_size": 16, "rollout_batch_size": 3}, "seed": {"train_batch_size": 16, "seed": 1}}.items():
+        assert run_ppo(ppo_flags(shared, f"order {name}", learning_rate=1e-30, max_steps=12 if name == "4" else 3, **changes)) == 0
+    found = {name.split()[1]: [part for part in parts if len(part[0]) == 16] for name, parts in seen.items()}
+    assert found["4"] == found["2x8"] == found["3"] and len(found["4"]) == 3 and len({len(reply) for _, replies in found["4"] for reply in replies}) > 3
+    prompts = [prompt for part, _ in found["4"] for prompt in part]
+    assert len(set(prompts[:40])) == 40 and prompts != [prompt for part, _ in found["seed"] for prompt in part]
+    assert [replies for _, replies in found["4"][:1]] != [replies for _, replies in found["seed"][:1]]
 
 
 SPLITS = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
@@ -167,9 +184,7 @@ def test_accumulation_splits_are_the_same_mathematics_and_a_mean_of_means_is_not
         assert run_ppo(split_flags(shared, f"{task} {split}", split, **changes)) == 0
     runs = [shared / "models" / f"{task} {split}" for split in SPLITS]
     for other in runs[1:]:
-        for mine, theirs in zip(told(other), told(runs[0]), strict=True):
-            assert {k: v for k, v in mine.items() if k != "padding_share"} == pytest.approx({k: v for k, v in theirs.items() if k != "padding_share"},
-                                                                                          rel=2e-6, abs=1e-6)
+        assert_close(told(other), told(runs[0]))
         assert distance(weights(runs[0]), weights(other)) < 1e-6 and distance(critic(runs[0]), critic(other)) < 1e-6
     real = rl_ppo.micro_batches
 
@@ -222,7 +237,7 @@ def test_another_engine_fits_the_seam_of_rollout(shared, run_ppo, monkeypatch, p
     monkeypatch.setattr(rl_ppo, "rollout", by_generate)
     assert run_ppo(ppo_flags(shared, f"engine {policy}", policy=policy)) == 0
     run = shared / "models" / f"engine {policy}"
-    assert all(row["ppo/sampler_gap"] == 0 and row["ppo/kl"] > -0.1 and 1 < row["ppo/reply_tokens"] < 6 for row in rows(run)) and rows(run)[0]["ppo/kl"] == 0
+    assert all(row["ppo/sampler_gap"] == 0 and row["ppo/kl"] > -1 and 1 < row["ppo/reply_tokens"] < 6 for row in rows(run)) and rows(run)[0]["ppo/kl"] == 0
     assert policy == "tiny" or replies(run, 0) == replies(shared / "models" / "run", 0)
 
 
@@ -326,7 +341,7 @@ def test_a_hacked_reward_is_warned_about_and_the_heldout_one_chooses_the_policy(
     best_step = max((step for step in held if step), key=held.get)
     assert best == {"checkpoint": f"checkpoint-{best_step}", "metric": "heldout_reward", "value": held[best_step]} and best_step < 20
     assert distance(weights(run), weights(run / f"checkpoint-{best_step}")) == 0 < distance(weights(run), weights(run / "checkpoint-20"))
-    assert equal(critic(run), critic(run / f"checkpoint-{best_step}")) and rows(run, "test")[-1]["step"] == best_step
+    assert equal(critic(run), critic(run / f"checkpoint-{best_step}")) and (run / f"test_temperature=1.00_n=1_step={best_step}.json").exists()
     error = capsys.readouterr().err
     assert "the reward is being hacked" in error and f"at step {best_step} it was {proxy[best_step]:.4g}" in error and proxy[20] > proxy[best_step]
     warned = [step for step in held if f"step {step}: the reward is {proxy[step]:.4g}" in error]
@@ -357,7 +372,8 @@ def assert_same_ppo_run(a, b, last):
         assert told(a, split) == told(b, split)
     assert distance(weights(a), weights(b)) == 0 and torch.equal(moments(a / f"checkpoint-{last}"), moments(b / f"checkpoint-{last}"))
     assert (a / "critic").exists() == (b / "critic").exists() and (not (a / "critic").exists() or equal(critic(a), critic(b)))
-    assert json.loads((a / f"checkpoint-{last}" / "state.json").read_text()) == json.loads((b / f"checkpoint-{last}" / "state.json").read_text())
+    a, b = (json.loads((run / f"checkpoint-{last}" / "state.json").read_text()) for run in (a, b))
+    assert {**a, "last_eval": None} == {**b, "last_eval": None}  # a checkpoint of a stop is older than its evaluation
 
 
 @pytest.fixture
@@ -490,22 +506,21 @@ def test_all_mistakes_are_reported_at_once_before_a_model_loads(shared, run_ppo,
 # ------------------------------------------------------------------------------------------------ adapters, critics, other advantages
 
 
-def test_lora_asks_the_base_with_the_adapter_off_and_peft_reads_the_policy(shared, run_ppo, messages):
+def test_lora_asks_the_base_with_the_adapter_off_and_peft_reads_the_policy(shared, run_ppo, capsys):
     before = (shared / "models" / "chat" / "model.safetensors").read_bytes()
-    words = dict(policy="chat", lora_rank=4, num_layers_unfrozen=None, learning_rate=0.05)
+    words = dict(policy="chat", lora_rank=4, num_layers_unfrozen=None, learning_rate=0.02)
     assert run_ppo(ppo_flags(shared, "lora", **words)) == 0
     run = shared / "models" / "lora"
-    assert any("reference: adapter off" in line for line in messages)
+    assert "reference: adapter off" in capsys.readouterr().out
     assert (shared / "models" / "chat" / "model.safetensors").read_bytes() == before and not list(run.glob("**/model.safetensors.index.json"))
     adapter = weights(run)
     assert all("lora_" in name for name in adapter) and all(tensor.abs().sum() for name, tensor in adapter.items() if "lora_B" in name)
     assert rows(run)[0]["ppo/kl"] == 0 < rows(run)[-1]["ppo/kl"]
     # a copy as reference: the same to the last digit; continued: the copy has the adapter
     assert run_ppo(ppo_flags(shared, "lora copy", **words, reference="copy")) == 0 and equal(weights(shared / "models" / "lora copy"), adapter)
-    messages.clear()
-    assert run_ppo(ppo_flags(shared, "lora on", policy="lora", learning_rate=0.05, num_layers_unfrozen=None)) == 0
+    assert run_ppo(ppo_flags(shared, "lora on", policy="lora", learning_rate=0.01, num_layers_unfrozen=None)) == 0
     on = shared / "models" / "lora on"
-    assert any("reference: copy" in line for line in messages) and rows(on)[0]["ppo/kl"] == 0 < rows(on)[-1]["ppo/kl"]
+    assert "reference: copy" in capsys.readouterr().out and rows(on)[0]["ppo/kl"] == 0 < rows(on)[-1]["ppo/kl"]
     assert replies(on, 0) == replies(run, 8) != replies(run, 0) and not equal(weights(on), adapter)
     assert run_ppo(ppo_flags(shared, "lora refused", policy="lora", reference="adapter_off", num_layers_unfrozen=None)) == 2
     peft = pytest.importorskip("peft")
@@ -553,17 +568,15 @@ def test_rloo_and_grpo_train_without_a_critic_on_several_replies_to_a_prompt(sha
     assert run_ppo(ppo_flags(shared, kind, policy="chat", advantage=kind, n_samples=4, learning_rate=0.01)) == 0
     run = shared / "models" / kind
     assert not list(run.glob("**/critic")) and distance(weights(shared / "models" / "chat"), weights(run)) > 1e-4
-    assert not {"ppo/value_loss", "ppo/values", "ppo/explained_variance"} & rows(run)[0].keys() and rows(run)[-1]["ppo/kl"] > 0
+    assert not {"ppo/values", "ppo/explained_variance"} & rows(run)[0].keys() and rows(run)[-1]["ppo/kl"] > 0
     rollouts = [prompts for prompts in seen if len(prompts) == 16]
     assert len(rollouts) == 4 and all(len(set(prompts[i: i + 4])) == 1 for prompts in rollouts for i in (0, 4, 8, 12))
     assert all(len(set(prompts)) == 4 for prompts in rollouts)
     assert run_ppo(ppo_flags(shared, f"{kind} policy", policy=kind, no_train=True)) == 0 and replies(shared / "models" / f"{kind} policy", 0) == replies(run, 8)
 
 
-def test_dollars_of_memory_are_not_spent_twice(shared, run_ppo, monkeypatch):
-    """The frozen copy is the policy's twin in weights, not in memory: an update moves the one and not the other."""
-    made = []
-    real = rl_ppo.Frozen.__init__
+def test_the_reference_stays_what_the_policy_was(shared, run_ppo, monkeypatch):
+    made, real = [], rl_ppo.Frozen.__init__
     monkeypatch.setattr(rl_ppo.Frozen, "__init__", lambda self, *a: (real(self, *a), made.append(self))[0])
     assert run_ppo(ppo_flags(shared, "twins", policy="chat", learning_rate=0.01)) == 0
     found = {name: tensor.double() for name, tensor in made[0].module.model.state_dict().items()}
