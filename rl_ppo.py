@@ -65,17 +65,20 @@ FREE_FLAGS = {"rollout_batch_size", "reward_timeout", "eval_temperature", "n_eva
 RATIO_BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}  # largest |log ratio| before the first update of a rollout
 SAMPLER_BOUND = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}  # mean |log p while sampling - log p of the whole text|
 WORKER = """
-import importlib.util, json, os, signal, sys
+import importlib.util, json, os, pathlib, signal, sys
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the trainer saves first; this process ends with it
-    signal.signal(number, signal.SIG_IGN)
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-answers, sys.stdout = sys.stdout, sys.stderr
-spec = importlib.util.spec_from_file_location("reward", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
+    signal.signal(number, lambda *_: None)
+requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")  # whatever the function or its children read or print goes elsewhere
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
+path = pathlib.Path(sys.argv[1])
+sys.path.insert(0, str(path.parent))
+spec = importlib.util.spec_from_file_location(path.stem, path)
+module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 function = getattr(module, sys.argv[2])
 print(json.dumps("ready"), file=answers, flush=True)
-for line in sys.stdin:
+for line in requests:
     print(json.dumps([float(value) for value in function(*json.loads(line))]), file=answers, flush=True)
 """
 
@@ -159,16 +162,17 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.debug:
         args.max_steps = 10
-    if args.max_steps is None and args.num_epochs is None:
-        args.max_steps = 10000
-    args.num_epochs = args.num_epochs or 10.0
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.lora_rank or args.train_adapter else 1e-6
+    if args.num_epochs is None:
+        args.num_epochs, args.max_steps = 10.0, 10000 if args.max_steps is None else args.max_steps
     if args.kl_cap is None:
         args.kl_cap = 5 * args.target_kl
     args.reward_text = args.reward_text and args.reward_text.replace("\\n", "\n")  # as a shell passes it
     if args.policy:
         args.model_init_path = named_model(args, args.policy)
+    if args.learning_rate is None:
+        folder = pathlib.Path(args.model_init_path or common.mount_dir(args) / "models" / (args.model_init_name or ""))
+        has_adapter = args.lora_rank or args.train_adapter or any((folder / name).is_file() for name, _ in common.ADAPTER_FILES.values())
+        args.learning_rate = 1e-4 if has_adapter else 1e-6
     if args.metric_for_best is None and (args.heldout_reward_model or args.heldout_reward_fn):
         args.metric_for_best = "heldout_reward"
     return args
@@ -198,12 +202,12 @@ def check_args(args, problems):
     if args.top_k or args.top_p != 1:
         problems.append(f"--top_k {args.top_k} --top_p {args.top_p}: replies from a cut distribution have other probabilities than those that are "
                         "trained (the KL turns negative); leave both out, a lower --temperature is exact")
+    if args.kl_controller == "adaptive" and args.num_rollouts >= 5 * args.kl_horizon:
+        problems.append(f"--kl_horizon {args.kl_horizon:g} replies is too short for --num_rollouts {args.num_rollouts}: beta would fall below 0")
     if args.dual_clip and args.dual_clip <= 1:
         problems.append(f"--dual_clip {args.dual_clip}: expected a ratio above 1 (3 is usual), or 0 = off")
     if args.num_layers_unfrozen is not None and args.num_layers_unfrozen < 0:
         problems.append(f"--num_layers_unfrozen {args.num_layers_unfrozen}: expected 0 (all) or more layers")
-    if args.num_layers_unfrozen and (args.lora_rank or args.train_adapter):
-        problems.append("--num_layers_unfrozen has no effect beside an adapter, which freezes the model")
     if args.num_rollouts % args.n_samples:
         problems.append(f"--num_rollouts {args.num_rollouts} counts replies and cannot be divided by --n_samples {args.n_samples}")
     if args.advantage != "gae":
@@ -222,6 +226,13 @@ def check_args(args, problems):
             problems.append(f"--{kind}reward_model and --{kind}reward_fn exclude each other")
         if not model and not function and not kind:
             problems.append("no reward: give --reward_model (a clf.py run, or a model with one logit) or --reward_fn file.py:name")
+    functions, frozen = args.reward_fn or args.heldout_reward_fn, args.reward_model or args.heldout_reward_model or not (args.lora_rank or args.train_adapter)
+    for name, off, has_effect, needed in (("reward_timeout", 60.0, functions, "a reward function"), ("frozen_models", "auto", frozen, "a frozen model"),
+                                          ("kl_horizon", 10000.0, args.kl_controller == "adaptive", "--kl_controller adaptive"),
+                                          ("model_init_name", None, not args.policy, "leaving out --policy"), ("cache_dir", None, False, "a cache: prompts "
+                                           "are kept in memory")):
+        if getattr(args, name) != off and not has_effect:
+            problems.append(f"--{name} {getattr(args, name)} has no effect without {needed}")
     if args.critic == "reward_model" and not args.reward_model:
         problems.append("--critic reward_model needs --reward_model")
     if args.critic_init and not (pathlib.Path(named_model(args, args.critic_init)) / "critic" / "model.safetensors").is_file():
@@ -250,14 +261,16 @@ class Prompts:
         self.rawtune = json.loads(about.read_text()) if about.is_file() else {}
         if self.rawtune.get("script") == "clf.py":
             problems.append(f"--policy {source}: a clf.py run scores texts; expected a model that writes them")
+        if self.rawtune.get("bidirectional_prompt"):
+            problems.append(f"--policy {source}: it was trained with --bidirectional_prompt, a mask that sampling does not have")
         self.tokenizer, self.encoder_decoder = tokenizer, config.is_encoder_decoder
         raw = self.rawtune.get("raw_prompt") or "record_layout" in self.rawtune
         self.is_raw = args.raw_prompt or bool(raw) or not tokenizer.chat_template
         self.begin = [tokenizer.bos_token_id] if common.adds_bos(tokenizer) else []
         self.special = common.special_tokens(tokenizer)
         self.stop_ids = self._stop_ids(source, problems)
-        pad_id = tokenizer.pad_token_id
-        self.pad_id = pad_id if pad_id is not None else min(self.stop_ids, default=0)
+        pad_id = tokenizer.pad_token_id  # fills what counts nowhere; it must only have a row in the embeddings
+        self.pad_id = pad_id if pad_id is not None and pad_id < config.get_text_config().vocab_size else 0
         if not self.stop_ids:
             problems.append(f"{source}: nothing says where a reply ends: no end token in its tokenizer or generation_config.json")
 
@@ -307,6 +320,8 @@ class Prompts:
             except Exception as error:  # jinja2's and the template's own
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
             ids = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        if not ids or not text.strip():
+            raise ValueError("the prompt is empty")
         return np.array(ids, np.int64), text
 
 
@@ -493,12 +508,13 @@ class Policy(torch.nn.Module):
     def __init__(self, model, temperature, critic=None):
         super().__init__()
         self.model, self.temperature, self.critic = model, temperature, critic
+        use_one_kernel(self)
 
-    def forward(self, batch, n_chunks=1, entropy_grad=False):
+    def forward(self, batch, n_chunks=1, with_values=True, with_entropy=True, entropy_grad=False):
         model, config = self.model, self.model.config
         hidden, head = target_states(model, batch), model.get_output_embeddings()
         values = None
-        if self.critic is not None:
+        if self.critic is not None and with_values:
             values = self.critic(hidden) if isinstance(self.critic, ValueHead) else self.critic(batch)
 
         def of_chunk(hidden, target_ids):
@@ -508,9 +524,11 @@ class Policy(torch.nn.Module):
             logits = logits.flatten(0, -2)
             logits = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
             total = logits.logsumexp(-1)
-            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-                log_p = logits - total[:, None]
-                entropy = -(log_p.exp() * log_p).sum(-1)
+            entropy = torch.zeros_like(total)
+            if with_entropy:
+                with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+                    log_p = logits - total[:, None]
+                    entropy = -(log_p.exp() * log_p).sum(-1)
             return logits.gather(1, target_ids[:, None]).squeeze(1) - total, entropy
         pairs = list(zip(hidden.tensor_split(n_chunks), batch["target_ids"].tensor_split(n_chunks)))
         if n_chunks == 1 or not torch.is_grad_enabled():
@@ -519,6 +537,17 @@ class Policy(torch.nn.Module):
             parts = [checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in pairs]
         logprobs, entropies = (torch.cat(part) for part in zip(*parts))
         return logprobs, entropies, values
+
+
+def use_one_kernel(model):
+    """T5's self-attention by a kernel that takes a bias with and without gradient. PyTorch's fast CPU kernel takes it only without, so the pass
+    that scores and the update would use different ones, and their log-probabilities would differ in the fifth digit."""
+    for path, module in model.named_modules():
+        if path.endswith(".SelfAttention"):
+            def forward(*inputs, own=module.forward, **options):
+                with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                    return own(*inputs, **options)
+            module.forward = forward
 
 
 def no_dropout(policy):
@@ -543,9 +572,10 @@ def freeze_layers(model, n_top):
     blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers)
     model.requires_grad_(False)
     inside = {id(p) for p in [*blocks.parameters(), *embedding.parameters()]}
-    positions = {id(p) for m in decoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     trained = [p for block in list(blocks)[-n_top:] for p in block.parameters()]
-    trained += [p for p in [*decoder.parameters(), *head.parameters()] if id(p) not in inside | positions]
+    # besides the blocks a decoder has its last norm, and what comes before the first block
+    trained += [p for name, p in decoder.named_parameters() if id(p) not in inside and not re.search("embed|wpe|project_in", name)]
+    trained += [p for p in head.parameters() if id(p) not in inside]
     for weight in trained:
         weight.requires_grad_(True)
     return min(n_top, n_layers)
@@ -575,21 +605,27 @@ def read_reward_model(args, source, what, problems):
     if part is None:
         return None
     config, about = part.config, part.rawtune
-    part.limit, part.template, part.no_yes, part.n_end, part.pairwise = getattr(config, "max_position_embeddings", None), args.reward_text, None, 0, True
+    begins = (part.tokenizer.bos_token_id, getattr(part.tokenizer, "cls_token_id", None))
+    n_begin = int(part.tokenizer("a").input_ids[0] in begins)
+    part.template, part.no_yes = args.reward_text, None
     if about.get("script") == "clf.py":
         layout = about["record_layout"]
-        part.template, part.limit, part.pairwise = layout["template"], layout["max_length"], about["task"] == "preference"
+        part.template, part.limit = layout["template"], layout["max_length"]
         part.no_yes = [about["verbaliser"]["negative_id"], about["verbaliser"]["positive_id"]]
         part.auto_class = AutoModelForSeq2SeqLM if about["family"] == "seq2seq" else AutoModelForCausalLM
-        n_begin = int(part.tokenizer("a").input_ids[0] == part.tokenizer.bos_token_id)
-        part.n_end = len(text_ids(part, part.template.rpartition("}")[2])) - n_begin
+        part.n_end = part.limit - n_begin if about["task"] == "preference" else len(text_ids(part, part.template.rpartition("}")[2])) - n_begin
     else:
         part.auto_class = AutoModelForSequenceClassification
         names = " ".join(config.architectures or [])
-        if config.num_labels != 1 or "SequenceClassification" not in names:
-            problems.append(f"{what} {part.source}: a {names or config.model_type} with {config.num_labels} outputs; expected a clf.py run or a "
-                            "sequence-classification model with one logit")
+        if config.num_labels != 1 or "SequenceClassification" not in names or config.is_encoder_decoder:
+            problems.append(f"{what} {part.source}: a {names or config.model_type} with {config.num_labels} outputs; expected a clf.py run, or a "
+                            "sequence-classification model (no encoder-decoder) with one logit")
             return None
+        positions = getattr(config, "max_position_embeddings", None) or 10**9
+        if re.search("roberta|camembert|longformer|mpnet", config.model_type):  # their positions begin behind the padding id
+            positions -= config.pad_token_id + 1
+        part.limit = min(positions, part.tokenizer.model_max_length)
+        part.n_end = part.limit - n_begin
     part.n_params = common.count_parameters(part.auto_class, config)
     return part
 
@@ -713,9 +749,10 @@ class RewardFunction:
         answer = self._answer()
         if isinstance(answer, tuple):
             common.fail(f"reward function {self.spec}: {answer[0]}", only_here=True)
-        bad = next((i for i, value in enumerate(answer) if not math.isfinite(value)), None)
-        if len(answer) != len(replies) or bad is not None:
-            common.fail(f"reward function {self.spec}: " + (f"{len(answer)} numbers for {len(replies)} replies" if bad is None else
+        same = len(answer) == len(replies)
+        bad = next((i for i, value in enumerate(answer) if not math.isfinite(value)), None) if same else None
+        if not same or bad is not None:
+            common.fail(f"reward function {self.spec}: " + (f"{len(answer)} numbers for {len(replies)} replies" if not same else
                         f"{answer[bad]} for the reply {replies[bad]!r} to {prompts[bad]!r}; expected a finite number"), only_here=True)
         return answer
 
@@ -729,18 +766,17 @@ def text_ids(part, text):
 
 def reward_ids(part, prompt, reply, record, joined):
     """Ids of what a reward model reads of one reply. joined: prompt and reply as one text, as the policy wrote it."""
-    values = {**{key: value for key, value in record.items() if isinstance(value, str)}, "prompt": prompt, "reply": reply}
-    values.setdefault("input", joined)
+    values = {**record, "prompt": prompt, "reply": reply, "input": joined}
     if part.template is not None:
         ids = text_ids(part, re.sub(r"\{(\w+)\}", lambda match: values[match[1]], part.template))
     elif getattr(part.tokenizer, "chat_template", None):
-        messages = [*record.get("messages", [{"role": "user", "content": prompt}]), {"role": "assistant", "content": reply}]
+        before = common.clean_messages(record["messages"]) if "messages" in record else [{"role": "user", "content": prompt}]
+        messages = [*before, {"role": "assistant", "content": reply}]
         ids = part.tokenizer(part.tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
     else:
         ids = text_ids(part, joined)
-    if part.limit and len(ids) > part.limit:
-        n_end = part.limit if part.pairwise else part.n_end
-        ids = ids[: part.limit - n_end] + ids[len(ids) - n_end:]
+    if part.limit and len(ids) > part.limit:  # as clf.py: what the template filled in loses its end, a preference and other texts their beginning
+        ids = ids[: part.limit - part.n_end] + ids[len(ids) - part.n_end:]
     return ids or [part.tokenizer.pad_token_id or 0]
 
 
@@ -869,13 +905,6 @@ def padded(rows, fill=0.0):
     return out
 
 
-def same_kernels(model, device):
-    """The attention kernels of an update for a pass without gradients, or their log-probabilities differ in the fifth digit: PyTorch's fast
-    CPU kernel takes T5's bias only where the bias needs no gradient."""
-    trains_bias = any("attention_bias" in name and weight.requires_grad for name, weight in model.named_parameters())
-    return sdpa_kernel(SDPBackend.MATH) if trains_bias and device.type == "cpu" else contextlib.nullcontext()
-
-
 @torch.no_grad()
 def score_tokens(engine, reference, steps, lengths, device):
     """Collective. Per reply: log-probabilities of the policy and of the reference, and values, by the forward steps of the first updates,
@@ -883,12 +912,9 @@ def score_tokens(engine, reference, steps, lengths, device):
     found = {}
     for batch, rows, n_chunks in (forward for batches in steps for forward in batches):
         batch = common.to_device(batch, device)
-        new, _, values = engine(batch, n_chunks)
-        if reference is None:
-            with common.adapters_off(engine.module.model):
-                old, *_ = engine(batch, n_chunks)
-        else:
-            old, *_ = reference(batch, n_chunks)
+        new, _, values = engine(batch, n_chunks, True, False)
+        with common.adapters_off(engine.module.model) if reference is None else contextlib.nullcontext():
+            old, *_ = (reference or engine)(batch, n_chunks, False, False)
         ends = np.cumsum([lengths[i] for i in rows])[:-1]
         columns = [np.split(x.double().cpu().numpy(), ends) for x in (new, old, torch.zeros_like(new) if values is None else values)]
         found.update(zip(rows, zip(*columns)))
@@ -1077,16 +1103,18 @@ def sampler_gap(sampled, old):
     return float(np.mean(np.abs(np.concatenate([a - b for a, b in pairs])))) if pairs else 0.0
 
 
-def check_rollout(precision, sampled, old, of_reference, step):
-    """Two identities of every rollout, the same on every rank: the sampler's log-probabilities are the policy's, and the mean KL to the
-    reference is not negative by more than chance (5 standard errors)."""
+def check_rollout(precision, sampled, old, of_reference, state, step):
+    """Two identities, the same on every rank: the sampler's log-probabilities are the policy's, and over each hundred replies or more the mean
+    KL to the reference is not negative by more than chance (5 standard errors)."""
     gap = sampler_gap(sampled, old)
     if not gap <= SAMPLER_BOUND[precision]:
         common.fail(f"step {step}: the sampler's log-probabilities differ by {gap:.3g} on average from those of the whole text (allowed in {precision}: "
                     f"{SAMPLER_BOUND[precision]:g}). One of the two sees other positions, another mask or other weights, or `common.finish_logits` does not "
                     "know what this family does to its logits")
-    of_reply = np.array([(a - b).sum() for a, b in zip(old, of_reference)])
-    mean, error = of_reply.mean(), of_reply.std() / math.sqrt(len(of_reply))
+    n, mean, squares = state["kl_stats"] = add_to_stats(state["kl_stats"], np.array([(a - b).sum() for a, b in zip(old, of_reference)]))
+    if n < 100:
+        return
+    error, state["kl_stats"] = math.sqrt(squares / (n - 1) / n), [0, 0.0, 0.0]
     if not mean >= -5 * error - (1e-6 if precision in ("fp32", "fp64") else 0.05):
         common.fail(f"step {step}: the KL to the reference is {mean:.4g} nats a reply, {-mean / max(error, 1e-12):.1f} standard errors below 0, which "
                     "sampled replies cannot give: they were not drawn from the policy whose probabilities are trained")
@@ -1175,8 +1203,8 @@ def prepare(args):
         elif common.tokenizer_fingerprint(part.tokenizer) != fingerprint:
             problems.append(f"--critic reward_model: {part.source} has another tokenizer than the policy, so it cannot read its tokens")
         n_trained += part.n_params
-        n_params += part.n_params
-    n_all = n_params + (0 if adapter_off else n_params) + sum(part.n_params for part in models)
+    n_all = n_params * (1 if adapter_off or args.no_train else 2) + sum(part.n_params for part in models)
+    n_all += rewards["reward"].n_params if args.critic == "reward_model" and rewards.get("reward") else 0
     if args.estimate and not problems:
         log.info(common.estimate_table(n_all, precision, common.device_memory(), n_trained, quantized))
         return None
@@ -1186,25 +1214,35 @@ def prepare(args):
         bad = [(d.name, split, i, key) for d in data_sets for split, records in d.records.items() for i, record in enumerate(records)
                for key in sorted(missing) if not isinstance(record.get(key), str)]
         problems += [f"{name}, {split} prompt {i + 1}: no text {key!r}, which the template {part.template!r} of {part.what} fills in" for name, split, i, key in bad]
+        if part.template is None and getattr(part.tokenizer, "chat_template", None):
+            for data, record in ((d, record) for d in data_sets for records in d.records.values() for record in records):
+                try:
+                    reward_ids(part, record.get("prompt", ""), "a reply", record, "")
+                except Exception as error:  # jinja2's and the template's own
+                    problems.append(f"{data.name}: the chat template of {part.what} refuses {str(record)[:100]} ({error}); --reward_text does without it")
+    if args.reward_text and models and all(part.no_yes for part in models):
+        problems.append("--reward_text has no effect on clf.py runs, which have a template of their own")
     if -(-args.num_rollouts // args.rollout_batch_size) < common.world_size() and not args.no_train:
         log.warning(f"--num_rollouts {args.num_rollouts} in batches of --rollout_batch_size {args.rollout_batch_size} leave some of {common.world_size()} "
                     "processes without replies to sample: lower the second")
-    limit = getattr(config, "max_position_embeddings", None) if auto_class is AutoModelForCausalLM else None
+    limit = None if config is None or "t5" in config.model_type else getattr(config, "max_position_embeddings", None)
     longest = max((len(ids) for d in data_sets for split in d.ids.values() for ids in split), default=0)
-    if limit and longest + args.max_new_tokens > limit:
-        problems.append(f"--seq_length {args.seq_length}: there are prompts of {longest} tokens, and {source} has {limit} positions for prompt and "
-                        f"reply; set --seq_length {limit} or less")
+    longest = longest if auto_class is AutoModelForSeq2SeqLM else longest + args.max_new_tokens
+    if limit and max(longest, args.max_new_tokens) > limit:
+        problems.append(f"--seq_length {args.seq_length}: prompts and replies of up to {max(longest, args.max_new_tokens)} tokens, and {source} has {limit} positions; "
+                        f"set --seq_length {limit} or less, or a smaller --max_new_tokens")
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps, "reward_sha256": {
                     name: getattr(part, "sha256", None) or (hasattr(part, "source") and common.weights_sha256(part.source)) or None
                     for name, part in rewards.items() if part} if not problems else None}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "rollout": 0, "kl_coef": args.init_kl_coef,
+             "init_kl_coef": args.init_kl_coef, "kl_stats": [0, 0.0, 0.0], "policy_sha256": None,
              "reward_stats": [0, 0.0, 0.0], "start": None, "warned": [], "kl": 0.0, "best_proxy": None, "eval_due": True}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
         args, source, identity, FREE_FLAGS, state, n_all if n_params else 0, n_trained, precision, problems, quantized)
-    for part in models:
-        if args.overwrite and run_dir.resolve() == pathlib.Path(part.source).resolve():
-            problems.append(f"--overwrite would rename {run_dir}, which {part.what} names: choose another --training_run_name")
+    for what, path in [*((part.what, part.source) for part in models), *([("--critic_init", named_model(args, args.critic_init))] if args.critic_init else [])]:
+        if args.overwrite and run_dir.resolve() in (pathlib.Path(path).resolve(), *pathlib.Path(path).resolve().parents):
+            problems.append(f"--overwrite would rename {run_dir}, in which is what {what} names: choose another --training_run_name")
     if args.no_train:
         problems += [f"{path} exists; move it away or choose another --training_run_name" for path in
                      (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.ids[split] for d in data_sets)) if path.exists()]
@@ -1221,8 +1259,8 @@ def make_critic(args, job, model, precision, ds_config):
         return None
     dtype, seed = common.DTYPES[precision], common.derive_seed(args.seed, "value head")
     if args.critic == "trunk":
-        config = model.config.get_text_config()
-        critic = ValueHead(getattr(config, "d_model", None) or config.hidden_size, dtype, seed, args.value_head_init)
+        head = model.get_output_embeddings()
+        critic = ValueHead(getattr(head, "base_layer", head).in_features, dtype, seed, args.value_head_init)
     else:
         part = job.rewards["reward"]
         own = common.load_model(part.auto_class, part.source, part.config, part.args, precision, ds_config)
@@ -1233,13 +1271,16 @@ def make_critic(args, job, model, precision, ds_config):
         if getattr(part.config, "scale_decoder_outputs", False):
             linear = linear * part.config.d_model**-0.5
         own.requires_grad_(True)
+        if args.gradient_checkpointing:
+            own.gradient_checkpointing_enable({"use_reentrant": False})
         if not part.no_yes or head.weight is not own.get_input_embeddings().weight:
             head.requires_grad_(False)  # the value head takes its place
         critic = Critic(own, ValueHead(len(linear), dtype, seed, linear=linear))
     if args.critic_init:
         folder = pathlib.Path(named_model(args, args.critic_init)) / "critic"
         with common.safetensors.safe_open(folder / "model.safetensors", "pt") as file:
-            if set(file.keys()) != {name for name, _ in critic.named_parameters()}:
+            if {name: file.get_slice(name).get_shape() for name in file.keys()} != {
+                    name: list(getattr(p, "ds_shape", p.shape)) for name, p in critic.named_parameters()}:
                 common.fail(f"--critic_init {args.critic_init}: not the weights of a critic of this kind; choose the --critic that it was trained with")
         common.copy_weights(critic, folder)
     return critic
@@ -1296,6 +1337,12 @@ def main(args):
              f"{engine.zero_optimization_stage()}, {world} process(es) on {device.type}, prompts {'raw' if prompts.is_raw else 'by the chat template'}, "
              f"replies end with {tokenizer.convert_ids_to_tokens(prompts.stop_ids)}, reference: {'adapter off' if job.adapter_off else 'copy'}")
     step, tracker, steps_per_epoch = state["step"], None, math.inf
+    if rank == 0:  # the reference is read again when a run continues: rank 0 alone hashes it, which may take minutes
+        sha256 = common.weights_sha256(job.source)
+        if resume_from and state["policy_sha256"] != sha256:
+            common.fail(f"{job.source}: these are not the weights that {run_dir} started from, so the reference would be another one (sha256 "
+                        f"{sha256}, then {state['policy_sha256']}); put the old ones back, or start anew under another --training_run_name", only_here=True)
+        state["policy_sha256"] = sha256
 
     def log_row(split, metrics):
         if rank == 0:
@@ -1311,14 +1358,15 @@ def main(args):
     order = PromptOrder(args, data_sets)
     train_ids, train_texts, train_records = ([x for d in data_sets for x in getattr(d, name)["train"]] for name in ("ids", "texts", "records"))
     per_rollout = args.ppo_epochs * -(-args.num_rollouts // (args.train_batch_size * args.gradient_accumulation_steps))
-    steps_per_epoch = per_rollout * -(-order.per_epoch // order.per_rollout)
+    steps_per_epoch = per_rollout * order.per_epoch / order.per_rollout  # an epoch is a pass over the prompts
     max_steps, eval_steps, save_steps, warmup = common.plan_steps(args, order.per_epoch, steps_per_epoch, run_dir)
     log.info(f"a rollout of {args.num_rollouts} replies to {order.per_rollout} prompts = {per_rollout} steps; evaluation, checkpoints and the end come "
              f"behind a whole one, so the last step is {-(-max_steps // per_rollout) * per_rollout}")
     about = {"task": "chat", "family": "causal", "raw_prompt": prompts.is_raw, "stop_ids": prompts.stop_ids}
     if config.is_encoder_decoder:
-        about = {"task": "seq2seq", "family": "seq2seq", "record_layout": {"source": "{prompt}", "target": "{completion}"}}
-    rawtune = {"format": 1, **about, **prompts.rawtune, "script": "rl_ppo.py", **common.origin(args, source, config, resume_from)}
+        layout = prompts.rawtune.get("record_layout", {"source": "{prompt}", "target": "{completion}"})
+        about = {"task": "seq2seq", "family": "seq2seq", "record_layout": layout}
+    rawtune = {"format": 1, **prompts.rawtune, **about, "script": "rl_ppo.py", **common.origin(args, source, config, resume_from)}
 
     # 5 resume
     if resume_from:
@@ -1364,6 +1412,9 @@ def main(args):
         if saved_step == step and state["best_step"] == step:
             save()  # best.json
 
+    if args.kl_controller == "fixed" or state["init_kl_coef"] != args.init_kl_coef:  # it was changed by --force changed_flags
+        state.update(kl_coef=args.init_kl_coef, init_kl_coef=args.init_kl_coef)
+
     # 6 loop: one rollout and its updates
     window, stop, vocabulary = [], None, config.get_text_config().vocab_size
     start_id = config.decoder_start_token_id if config.is_encoder_decoder else None
@@ -1389,7 +1440,7 @@ def main(args):
                         "--max_new_tokens, then --zero3_generation synced, then --frozen_models offloaded", only_here=True)
         buffer = types.SimpleNamespace(prompts=[train_ids[i] for i in rows], replies=[ids for ids, _ in sampled])
         buffer.lengths, buffer.prompt_lengths = (np.array([len(x) for x in part]) for part in (buffer.replies, buffer.prompts))
-        ends = np.array([np.isin(reply, prompts.stop_ids) for reply in buffer.replies], dtype=object)
+        ends = [np.isin(reply, prompts.stop_ids) for reply in buffer.replies]
         assert all(len(is_end) and not is_end[:-1].any() for is_end in ends), "a reply is empty, or goes on behind its end token"
         has_end, is_reply = np.array([bool(is_end[-1]) for is_end in ends]), padded([np.ones(n) for n in buffer.lengths]) > 0
         lap("sample")
@@ -1405,9 +1456,9 @@ def main(args):
         # log-probabilities of policy and reference, and values, by the forward steps of the first updates
         passes = [[micro_batches(args, ids, buffer, vocabulary, prompts.pad_id, start_id) for ids in minibatches(args, state["rollout"], epoch)]
                   for epoch in range(args.ppo_epochs)]
-        with reference or contextlib.nullcontext(), same_kernels(model, device):
+        with reference or contextlib.nullcontext():
             old, of_reference, old_values = score_tokens(engine, reference, [batches for batches, _ in passes[0]], buffer.lengths, device)
-        check_rollout(precision, sampled, old, of_reference, step)
+        check_rollout(precision, sampled, old, of_reference, state, step)
         lap("score")
 
         # rewards and advantages, the same on every rank
@@ -1426,7 +1477,7 @@ def main(args):
                 for i, (batch, rows_, n_chunks) in enumerate(forwards):
                     is_last = i == len(forwards) - 1
                     engine.set_gradient_accumulation_boundary(is_last)
-                    new, entropy, value = engine(common.to_device(batch, device), n_chunks, args.entropy_coef > 0)
+                    new, entropy, value = engine(common.to_device(batch, device), n_chunks, entropy_grad=args.entropy_coef > 0)
                     before, ref, old_value, advantage, target = (torch.from_numpy(np.concatenate(
                         [column[r, : buffer.lengths[r]] for r in rows_] or [np.zeros(0)])).to(device, new.dtype) for column in columns)
                     losses, ratio, is_clipped = policy_losses(new, before, advantage, args.cliprange, args.dual_clip)

@@ -147,16 +147,16 @@ def verifier(mount, family, seed):
 
 def arithmetic(mount, family, seed):
     rng = random.Random(1)
-    pairs = [(a, b) for a in range(2, 60) for b in range(2, 60)]
+    pairs = [(a, b) for a in range(1, 100) for b in range(1, 100)]
     rng.shuffle(pairs)
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
-    write_lines(mount / "data" / "sums.jsonl", rows[:2600] + [{**row, "split": "eval"} for row in rows[2600:2800]])
+    write_lines(mount / "data" / "sums.jsonl", rows[:9600] + [{**row, "split": "eval"} for row in rows[9600:]])
     start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "250" if family == "decoder" else "1600", "--train_batch_size", "64",
                                                            "--learning_rate", "0.004", "--eval_steps", "1000", "--max_new_tokens", "6"])
     run = ppo(mount, f"sums-{family}-{seed}", start, "sums", seed, [
         "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "800", "--num_rollouts", "256",
         "--train_batch_size", "64", "--ppo_epochs", "2", "--learning_rate", "0.0004", "--init_kl_coef", "0.01", "--kl_controller", "fixed",
-        "--eval_steps", "80", "--n_eval", "200", "--eval_batch_size", "200", "--logging_steps", "16"])
+        "--eval_steps", "80", "--n_eval", "201", "--eval_batch_size", "201", "--logging_steps", "16"])
     scores = curve(run, "eval/reward", "eval")
     return {"accuracy_before": scores[0][1], "accuracy": scores[-1][1], "kl": curve(run, "ppo/kl", "train")[-1][1], "curve": scores}
 

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import types
 
 import conftest
@@ -61,12 +62,14 @@ def test_a_raw_prompt_of_a_decoder_has_the_begin_token_and_of_a_t5_the_end_token
 def test_a_tokenizer_that_adds_an_end_token_adds_none_to_a_raw_prompt_that_is_to_be_continued(tmp_path):
     write_llama(tmp_path / "ends", adds_end=True)
     prompts, _ = prompts_of(tmp_path / "ends")
-    assert prompts.tokenizer("a: yes").input_ids[-1] == 2 and prompts.read({"prompt": "a: yes"})[0].tolist() == prompts.tokenizer("a: yes").input_ids[:-1]
+    assert prompts.tokenizer("a: yes").input_ids[-1] == 2
+    assert prompts.read({"prompt": "a: yes"})[0].tolist() == prompts.tokenizer("a: yes").input_ids[:-1]
 
 
 def test_a_chat_prompt_is_the_template_with_its_generation_prompt(folders):
     prompts, problems = prompts_of(folders / "babbler")
-    user, assistant, system = ({"role": role, "content": text} for role, text in (("user", " the cat\n"), ("assistant", "reads"), ("system", "a book")))
+    said = {"user": " the cat\n", "assistant": "reads", "system": "a book"}
+    user, assistant, system = ({"role": role, "content": text} for role, text in said.items())
     for record, messages in (({"prompt": " the cat\n"}, [user]), ({"messages": [system, user, assistant, user]}, [system, user, assistant, user])):
         ids, text = prompts.read(record)
         expected = prompts.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -112,6 +115,13 @@ def test_what_a_template_refuses_is_said_with_its_words(folders):
         prompts.read({"prompt": "a"})
 
 
+def test_a_template_that_fails_on_a_plain_exchange_is_a_problem_before_the_run(folders, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "babbler")
+    tokenizer.chat_template = "{{ raise_exception('tools only') }}"
+    rl_ppo.Prompts(NAMES, tmp_path, transformers.AutoConfig.from_pretrained(folders / "babbler"), tokenizer, problems := [])
+    assert len(problems) == 1 and "tools only" in problems[0] and "--raw_prompt" in problems[0]
+
+
 def test_replies_end_with_every_end_token_that_run_configuration_tokenizer_or_template_name(folders, tmp_path):
     assert prompts_of(folders / "llama")[0].stop_ids == [2] and prompts_of(folders / "t5")[0].stop_ids == [1]
     babbler, _ = prompts_of(folders / "babbler")
@@ -130,7 +140,7 @@ def test_padding_may_be_the_end_token_and_a_tokenizer_without_either_is_refused(
     same = rl_ppo.Prompts(NAMES, tmp_path, config, tokenizer, problems := [])
     assert problems == [] and (same.pad_id, same.stop_ids) == (2, [2])
     tokenizer.pad_token = None
-    assert rl_ppo.Prompts(NAMES, tmp_path, config, tokenizer, problems).pad_id == 2 and problems == []
+    assert rl_ppo.Prompts(NAMES, tmp_path, config, tokenizer, problems).pad_id == 0 and problems == []  # it counts nowhere
     tokenizer.eos_token = None
     rl_ppo.Prompts(NAMES, tmp_path, config, tokenizer, problems)
     assert len(problems) == 1 and "nothing says where a reply ends" in problems[0]
@@ -154,8 +164,8 @@ def load(tmp_path, folders):
     def load(files, *words, model="llama", data=("a",)):
         (tmp_path / "data").mkdir(exist_ok=True)
         for name, content in files.items():
-            text = content if isinstance(content, str) else json.dumps(content) if isinstance(content, dict) else "".join(json.dumps(r) + "\n" for r in content)
-            (tmp_path / "data" / name).write_text(text)
+            lines = content if isinstance(content, (str, list)) else [content]
+            (tmp_path / "data" / name).write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
         args = rl_ppo.parse_args(["--mount_dir", str(tmp_path), "--model_init_name", "x", "--data", *data, *map(str, words)])
         return rl_ppo.load_data(args, prompts_of(folders / model)[0], problems := []), problems
     return load
@@ -167,8 +177,10 @@ def numbered(n, **more):
 
 def test_records_keep_their_other_keys_and_lie_in_the_split_they_name(load):
     (data,), problems = load({"a.jsonl": [*numbered(5), *numbered(3, split="eval"), *numbered(2, split="test")]})
-    assert problems == [] and data.counts == {"train": 5, "eval": 3, "test": 2} and data.records["eval"][2] == {"prompt": "number 2", "row": 2, "split": "eval"}
-    assert data.texts["train"] == [f"number {i}" for i in range(5)] and all(len(data.ids[s]) == len(data.records[s]) == data.counts[s] for s in data.counts)
+    assert problems == [] and data.counts == {"train": 5, "eval": 3, "test": 2}
+    assert data.records["eval"][2] == {"prompt": "number 2", "row": 2, "split": "eval"}
+    assert data.texts["train"] == [f"number {i}" for i in range(5)]
+    assert all(len(data.ids[s]) == len(data.records[s]) == data.counts[s] for s in data.counts)
     (data,), problems = load({"b.json": {"train": numbered(4), "eval": numbered(2)}}, data=["b"])
     assert problems == [] and data.counts == {"train": 4, "eval": 2, "test": 0}
     (data,), problems = load({"c.jsonl": numbered(4), "c.eval.jsonl": numbered(2)}, data=["c"])
@@ -197,7 +209,8 @@ def test_an_eval_fraction_is_drawn_from_the_text_alone_and_n_eval_is_a_limit_of_
 
 def test_all_problems_of_all_files_are_reported_together_with_file_and_line(load):
     bad = '{"prompt": "fine"}\n{"prompt": ""}\n\nnot json\n[1]\n{"prompt": "a </s> b"}\n{"prompt": "x", "split": "dev"}\n{"messages": []}\n'
-    data_sets, problems = load({"a.jsonl": bad, "b.json": {"train": [{"prompt": "fine"}, {"text": "x"}], "eval": [{"prompt": "fine"}]}}, data=["a", "b", "gone"])
+    data_sets, problems = load({"a.jsonl": bad, "b.json": {"train": [{"prompt": "fine"}, {"text": "x"}], "eval": [{"prompt": "fine"}]}},
+                               data=["a", "b", "gone"])
     wanted = [("a.jsonl, line 2:", "no 'prompt'"), ("a.jsonl, line 4:", "not JSON"), ("a.jsonl, line 5:", "a list"), ("a.jsonl, line 6:", "'</s>'"),
               ("a.jsonl, line 7:", "'dev'"), ("a.jsonl, line 8:", "'messages'"), ("b.json, train[1]:", "has: text"), ("gone", "not found")]
     assert data_sets == [] and len(problems) == len(wanted)
@@ -226,7 +239,8 @@ def problems_of(*words, reward=True):
 
 def test_defaults_are_the_reference_column_of_the_earlier_system():
     """Except the learning rate: 1e-6, with an adapter 1e-4."""
-    expected = {"seq_length": 1024, "max_steps": 10000, "train_batch_size": 128, "gradient_accumulation_steps": 1, "ppo_epochs": 4, "num_rollouts": 128,
+    expected = {"seq_length": 1024, "max_steps": 10000, "train_batch_size": 128, "gradient_accumulation_steps": 1, "ppo_epochs": 4,
+                "num_rollouts": 128,
                 "init_kl_coef": 0.05, "target_kl": 6, "kl_horizon": 10000, "kl_controller": "adaptive", "gamma": 1, "lam": 0.95, "cliprange": 0.2,
                 "cliprange_value": 0.2, "vf_coef": 1, "cliprange_reward": 10, "reward_scaling": "none", "learning_rate": 1e-6, "weight_decay": 1e-6,
                 "lr_scheduler_type": "constant", "max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_layers_unfrozen": None,
@@ -240,7 +254,9 @@ def test_defaults_are_the_reference_column_of_the_earlier_system():
 
 def test_lengths_of_training_and_aliases():
     assert parsed("--num_epochs", 3).max_steps is None and parsed("--num_epochs", 3).num_epochs == 3 and parsed("--debug").max_steps == 10
-    assert parsed("--max_steps", 7).max_steps == 7 and parsed("--chunk_size", 5).rollout_batch_size == 5 and parsed("--rank_model", "m").reward_model == "m"
+    assert parsed("--max_steps", 7).max_steps == 7 and parsed("--chunk_size", 5).rollout_batch_size == 5
+    assert parsed("--rank_model", "m").reward_model == "m"
+    assert parsed("--reward_text", r"{prompt}\n{reply}").reward_text == "{prompt}\n{reply}"  # as a shell passes it
     assert parsed("--heldout_reward_fn", "r.py:g").metric_for_best == "heldout_reward" and parsed().metric_for_best is None
     assert parsed("--heldout_reward_fn", "r.py:g", "--metric_for_best", "reward").metric_for_best == "reward"
 
@@ -255,7 +271,8 @@ def test_a_policy_is_a_run_under_models_or_a_path_or_a_hub_id(tmp_path):
 
 def test_the_demo_runs_only_without_a_model_and_data_and_its_flags_are_in_order(capsys):
     args = rl_ppo.parse_args(["--max_steps", "3"])
-    assert (args.training_run_name, args.max_steps, args.data_name) == ("ppo-demo", 3, ["wishes"]) and "demo: python rl_ppo.py" in capsys.readouterr().out
+    assert (args.training_run_name, args.max_steps, args.data_name) == ("ppo-demo", 3, ["wishes"])
+    assert "demo: python rl_ppo.py" in capsys.readouterr().out
     rl_ppo.check_args(args, problems := [])
     assert problems == [] and parsed().training_run_name is None and capsys.readouterr().out == ""
 
@@ -266,15 +283,17 @@ def test_the_demo_runs_only_without_a_model_and_data_and_its_flags_are_in_order(
     (["--reward_model", "m"], "--reward_model and --reward_fn exclude each other"),
     (["--heldout_reward_model", "m", "--heldout_reward_fn", "r.py:f"], "--heldout_reward_model and --heldout_reward_fn"),
     (["--precision", "fp16"], "--precision fp16"), (["--compile"], "--compile"), (["--merge_lora", "new"], "--merge_lora"),
-    (["--dual_clip", 0.5], "--dual_clip"), (["--num_layers_unfrozen", -1], "--num_layers_unfrozen"), (["--num_layers_unfrozen", 2, "--lora_rank", 4], "--num_layers_unfrozen"),
+    (["--dual_clip", 0.5], "--dual_clip"), (["--num_layers_unfrozen", -1], "--num_layers_unfrozen"),
+    (["--kl_horizon", 20], "--kl_horizon"), (["--kl_horizon", 2000, "--kl_controller", "fixed"], "--kl_horizon"), (["--num_epochs", 0], "--num_epochs"),
     *[(["--advantage", "rloo", "--n_samples", 2, *flag], f"{flag[0]} has no effect") for flag in (
         ["--critic_init", "c"], ["--value_head_init", "zero"], ["--vf_coef", 0.5], ["--cliprange_value", 0.1], ["--lam", 0.9], ["--gamma", 0.9])],
     (["--critic", "reward_model"], "--critic reward_model needs --reward_model"), (["--critic_init", "gone"], "--critic_init gone"),
     (["--reference", "adapter_off"], "--reference adapter_off"), (["--reward_text", "{reply}"], "--reward_text"),
     (["--metric_for_best", "loss"], "--metric_for_best"), (["--metric_for_best", "heldout_reward"], "--heldout_reward_fn"),
     (["--gamma", 1.5], "--gamma"), (["--lam", -0.1], "--lam"), (["--cliprange", 0], "--cliprange"), (["--reward_timeout", 0], "--reward_timeout"),
-    (["--target_kl", 0], "--target_kl"), (["--init_kl_coef", "nan"], "--init_kl_coef"), (["--ppo_epochs", 0], "--ppo_epochs"), (["--kl_cap", -1], "--kl_cap"),
-    (["--max_new_tokens", 0], "--max_new_tokens"), (["--num_rollouts", 0], "--num_rollouts"), (["--num_epochs", 0], "--num_epochs")])
+    (["--target_kl", 0], "--target_kl"), (["--init_kl_coef", "nan"], "--init_kl_coef"), (["--ppo_epochs", 0], "--ppo_epochs"),
+    (["--kl_cap", -1], "--kl_cap"), (["--max_new_tokens", 0], "--max_new_tokens"), (["--num_rollouts", 0], "--num_rollouts"),
+    (["--num_epochs", 0], "--num_epochs")])
 def test_what_cannot_work_or_has_no_effect_is_refused_by_name(words, named):
     assert any(named in problem for problem in problems_of(*words))
 
@@ -347,11 +366,12 @@ def test_a_reward_function_sees_prompts_replies_and_records_in_a_process_of_its_
     assert reward.sha256 == common.file_sha256(tmp_path / "reward.py")
     monkeypatch.setenv("RANK", "0")
     reward, _ = function("where")
-    pid, *found = reward([""] * 4, [""] * 4, [{"cwd": __import__("os").getcwd()}] * 4)
+    pid, *found = reward([""] * 4, [""] * 4, [{"cwd": os.getcwd()}] * 4)
     assert found == [1, 0, 0] and pid == reward.process.pid
 
 
-@pytest.mark.parametrize("spec, wrong", [("gone.py:f", "there is no file 'gone.py'"), ("reward.py", "expected file.py:name"), ("reward.py:", "expected file.py:name"),
+@pytest.mark.parametrize("spec, wrong", [("gone.py:f", "there is no file 'gone.py'"), ("reward.py", "expected file.py:name"),
+                                         ("reward.py:", "expected file.py:name"),
                                          ("reward.py:not a name", "expected file.py:name"), ("reward.py:absent", "ended with exit code 1")])
 def test_a_file_or_name_that_is_missing_is_a_problem_before_the_run(tmp_path, monkeypatch, capfd, spec, wrong):
     (tmp_path / "reward.py").write_text(FUNCTIONS)
@@ -361,7 +381,8 @@ def test_a_file_or_name_that_is_missing_is_a_problem_before_the_run(tmp_path, mo
     assert spec != "reward.py:absent" or "no attribute 'absent'" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("code, said", [("import no_such_package", "No module named 'no_such_package'"), ("def f(:", "SyntaxError"), ("raise SystemExit(3)", "")])
+@pytest.mark.parametrize("code, said", [("import no_such_package", "No module named 'no_such_package'"), ("def f(:", "SyntaxError"),
+                                        ("raise SystemExit(3)", "")])
 def test_an_error_while_the_file_is_read_is_a_problem_and_its_words_are_shown(tmp_path, capfd, code, said):
     (tmp_path / "bad.py").write_text(code)
     rl_ppo.RewardFunction(f"{tmp_path}/bad.py:f", 20, problems := [])
@@ -413,7 +434,8 @@ def test_the_committed_rewards_by_example():
     assert wish("vowels", "aeiou", "AEIOU", "banana") == [1, 0, 0.5] and wish("capitals", "ABCde\n") == [0.6] and wish("marks", "?!.,;") == [1]
     answers = [{"answer": "Paris "}] * 3
     assert rewards.exact_answer([""] * 3, [" Paris\n", "paris", "Paris."], answers) == [1, 0, 0]
-    assert rewards.last_number([""] * 5, ["so 3, then 1,204.50", "1204.5 or 7", "none", "-1204.5", "= 1204.5."], [{"answer": "The sum is 1,204.5"}] * 5) == [1, 0, 0, 0, 1]
+    assert rewards.last_number([""] * 5, ["so 3, then 1,204.50", "1204.5 or 7", "none", "-1204.5", "= 1204.5."],
+                               [{"answer": "The sum is 1,204.5"}] * 5) == [1, 0, 0, 0, 1]
     assert rewards.last_number([""], ["none"], [{"answer": "none"}]) == [0]
 
 
@@ -431,8 +453,8 @@ def test_the_committed_wishes_are_what_their_script_makes(tmp_path, capsys, monk
 # ------------------------------------------------------------------------------------------------ what a reward model reads
 
 
-def part_of(tokenizer, template=None, limit=None, pairwise=True, no_yes=None, encoder_decoder=False, n_end=0):
-    return types.SimpleNamespace(tokenizer=tokenizer, template=template, limit=limit, pairwise=pairwise, no_yes=no_yes, n_end=n_end,
+def part_of(tokenizer, template=None, limit=None, no_yes=None, encoder_decoder=False, n_end=0):
+    return types.SimpleNamespace(tokenizer=tokenizer, template=template, limit=limit, no_yes=no_yes, n_end=n_end,
                                  config=types.SimpleNamespace(is_encoder_decoder=encoder_decoder))
 
 
@@ -440,7 +462,8 @@ def clf_run(folder, template, max_length=512, task="score", model="llama", adds_
     """A folder as clf.py leaves it, as `read_reward_model` reads it; and the layout by which clf.py itself reads."""
     write_llama(folder, adds_end) if model == "llama" else write_model(folder)
     (folder / "model.safetensors").write_bytes(common.safetensors.torch.save({"x": torch.zeros(1)}))
-    layout = types.SimpleNamespace(**{**clf.LAYOUT, "template": template, "max_length": max_length, "loss": "pairwise" if task == "preference" else "cross_entropy"},
+    layout = types.SimpleNamespace(**{**clf.LAYOUT, "template": template, "max_length": max_length,
+                                      "loss": "pairwise" if task == "preference" else "cross_entropy"},
                                    family="causal" if model == "llama" else "seq2seq")
     (folder / "rawtune.json").write_text(json.dumps({
         "script": "clf.py", "task": task, "family": layout.family, "record_layout": {"template": template, "max_length": max_length},
@@ -454,8 +477,8 @@ def as_clf_reads(part, layout, text):
     """Ids of a text in clf.py's own training files."""
     tokenizer = part.tokenizer
     n_begin = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    n_end = len(clf.encode(tokenizer, [layout.template.rpartition("}")[2]], layout)[0]) - n_begin if layout.loss != "pairwise" else layout.max_length - n_begin
-    return clf.cut(clf.encode(tokenizer, [text], layout)[0], layout.max_length, n_end)
+    kept = layout.max_length if layout.loss == "pairwise" else len(clf.encode(tokenizer, [layout.template.rpartition("}")[2]], layout)[0])
+    return clf.cut(clf.encode(tokenizer, [text], layout)[0], layout.max_length, kept - n_begin)
 
 
 RECORD = {"prompt": "the cat", "topic": "a book", "number": 3}
@@ -464,7 +487,7 @@ RECORD = {"prompt": "the cat", "topic": "a book", "number": 3}
 @pytest.mark.parametrize("model", ["llama", "t5"])
 def test_a_clf_run_reads_its_own_layout_by_its_own_tokenizer(tmp_path, model):
     part, layout = clf_run(tmp_path / "run", "Of {topic}: {prompt}\n\n{reply}\nGood?", model=model)
-    assert part.no_yes == [17, 90] and part.limit == 512 and not part.pairwise
+    assert part.no_yes == [17, 90] and part.limit == 512
     reply = "reads {prompt} long"
     ids = rl_ppo.reward_ids(part, "the cat", reply, RECORD, "unused")
     text = f"Of a book: the cat\n\n{reply}\nGood?"  # what the reply holds is not filled in again
@@ -507,7 +530,8 @@ def test_a_model_without_a_layout_reads_reward_text_or_the_chat_template_or_the_
         expected = chat.apply_chat_template(messages, return_dict=False)
         assert rl_ppo.reward_ids(part_of(chat), "the cat", "reads", record, "x") == expected
     long = plain("the cat reads a long book").input_ids
-    assert rl_ppo.reward_ids(part_of(plain, limit=5), "p", "r", {}, "the cat reads a long book") == [long[0], *long[-4:]]  # BERT reads its score at the first
+    # the first token stays: BERT has its score there
+    assert rl_ppo.reward_ids(part_of(plain, limit=5, n_end=4), "p", "r", {}, "the cat reads a long book") == [long[0], *long[-4:]]
     assert rl_ppo.reward_ids(part_of(plain, "{reply}"), "p", "", {}, "") != []
 
 
@@ -555,11 +579,13 @@ TEXTS = [np.random.default_rng(1).integers(5, 64, n).tolist() for n in (4, 19, 1
 
 def classifier(kind, pad_id=0):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": pad_id, "num_labels": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "pad_token_id": pad_id, "num_labels": 1}
     if kind == "llama":
         config = transformers.LlamaConfig(**sizes, eos_token_id=2, bos_token_id=1, initializer_range=0.2)
     elif kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=pad_id, num_labels=1, initializer_range=0.2,
+        config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=pad_id, num_labels=1,
+                                         initializer_range=0.2,
                                          bos_token_id=None, eos_token_id=2)
     else:
         config = transformers.BertConfig(**sizes, initializer_range=0.2, max_position_embeddings=64)
@@ -588,7 +614,7 @@ def test_the_score_of_a_text_is_the_same_alone_and_among_longer_ones_also_where_
     if pad_id == 0:  # transformers' own reading, where it is right: the last token that is not the padding's
         with torch.no_grad():
             assert torch.allclose(torch.cat([plain(torch.tensor([text])).logits[:, 0] for text in texts]), alone, atol=1e-5)
-    elif kind == "llama":  # the negative control: it reads the end token's predecessor, and the last token here
+    elif kind == "llama":  # the negative control: the last token that is no padding's id is another where a text ends with it
         assert not torch.allclose(torch.cat([plain.model(torch.tensor([text])).last_hidden_state[:, len(text) - 1 - i % 3] @ plain.score.weight[0]
                                              for i, text in enumerate(texts)]), alone, atol=1e-3)
 
@@ -600,10 +626,12 @@ def test_a_clf_run_scores_exactly_as_clf_does(family, dtype):
         torch.manual_seed(0)
         t5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
         if family == "llama":
-            config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+            config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                              initializer_range=0.2)
             return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
         if family == "bart":
-            config = transformers.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            config = transformers.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                                             decoder_attention_heads=4,
                                              encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.2)
         else:
             config = transformers.T5Config(**t5, **({"tie_word_embeddings": False, "scale_decoder_outputs": False} if family == "t5 v1.1" else {}))

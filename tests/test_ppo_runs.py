@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -47,11 +46,11 @@ def replies(run, step):
 
 
 def assert_close(a, b):
-    """Rows of another layout: equal within 1e-6 but for padding."""
+    """Rows of another layout: equal within 1e-6 but for padding, and 1e-5 nats, for a KL adds fp32 log-probabilities of -6."""
     for mine, theirs in zip(a, b, strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - {"padding_share", "split"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-5 if "kl" in name else 1e-6), name
 
 
 def critic(folder):
@@ -113,7 +112,8 @@ def test_a_run_leaves_what_the_docs_name_and_transformers_and_chat_give_its_repl
 
 def test_an_export_ends_its_replies_where_training_did(shared, run_ppo, capsys):
     """Also a T5 that began without weights, whose generation_config.json names many end tokens."""
-    assert run_ppo(ppo_flags(shared, "t5 scratch", policy="tiny", max_steps=2)) == run_ppo(ppo_flags(shared, "t5 again", policy="t5 scratch", no_train=True)) == 0
+    assert run_ppo(ppo_flags(shared, "t5 scratch", policy="tiny", max_steps=2)) == 0
+    assert run_ppo(ppo_flags(shared, "t5 again", policy="t5 scratch", no_train=True)) == 0
     a, b = re.findall(r"replies end with (\[.*?\]), reference", capsys.readouterr().out)
     assert a == b and len(a) > 100
 
@@ -149,7 +149,7 @@ def test_without_a_learning_rate_the_kl_is_exactly_zero_and_nothing_moves(shared
     assert run_ppo(ppo_flags(shared, name, **{"learning_rate": 1e-30, "weight_decay": 0, "ppo_epochs": 2, "max_steps": 12, **changes})) == 0
     run = shared / "models" / name
     assert [row["ppo/kl"] for row in rows(run)] == [row["ppo/kl_per_token"] for row in rows(run)] == [0.0] * 3
-    assert all(row["ppo/update_kl"] < 1e-9 and row["ppo/clip_fraction"] == 0 and row["ppo/sampler_gap"] < 1e-5 for row in rows(run))
+    assert all(row["ppo/update_kl"] < 1e-9 and row["ppo/clip_fraction"] == row["ppo/value_clip_fraction"] == 0 and row["ppo/sampler_gap"] < 1e-5 for row in rows(run))
     assert len({row["ppo/score"] for row in rows(run)}) == 3 and replies(run, 0) == replies(run, 12)  # other prompts, other noise
 
 
@@ -282,30 +282,40 @@ def test_an_engine_that_keeps_the_first_weights_is_found_out(shared, run_ppo, mo
 
 @pytest.mark.parametrize("n_errors, stops", [(-5.1, True), (-4.9, False), (0, False), (50, False)])
 def test_a_kl_below_zero_by_more_than_five_standard_errors_is_no_chance(capsys, n_errors, stops):
-    noise = np.random.default_rng(0).normal(size=64)
-    noise = (noise - noise.mean()) / noise.std()
-    lengths = np.random.default_rng(1).integers(1, 9, 64)
+    """Two rollouts of 64 replies: the first alone are too few to judge."""
+    noise, lengths = np.random.default_rng(0).normal(size=128), np.random.default_rng(1).integers(1, 9, 128)
+    sums = (noise - noise.mean()) / noise.std(ddof=1) + n_errors / 128**0.5  # of a reply: deviation 1, mean n_errors standard errors
     reference = [np.full(n, -3.0) for n in lengths]
-    old = [part + (x + n_errors / 8) / len(part) for part, x in zip(reference, noise)]  # of a reply: mean n_errors / 8, standard error 1 / 8
+    old, state = [part + x / len(part) for part, x in zip(reference, sums)], {"kl_stats": [0, 0.0, 0.0]}
     sampled = [(np.zeros(n, int), None) for n in lengths]
+    rl_ppo.check_rollout("fp32", sampled[:64], old[:64], reference[:64], state, 6)
     if stops:
         with pytest.raises(SystemExit) as stop:
-            rl_ppo.check_rollout("fp32", sampled, old, reference, 7)
-        assert stop.value.code == 2 and "step 7: the KL to the reference is -0.63" in capsys.readouterr().err
+            rl_ppo.check_rollout("fp32", sampled[64:], old[64:], reference[64:], state, 7)
+        assert stop.value.code == 2 and "step 7: the KL to the reference is -0.4508" in capsys.readouterr().err
     else:
-        rl_ppo.check_rollout("fp32", sampled, old, reference, 7)
-    rl_ppo.check_rollout("fp32", sampled, reference, reference, 7)
+        rl_ppo.check_rollout("fp32", sampled[64:], old[64:], reference[64:], state, 7)
+    rl_ppo.check_rollout("fp32", sampled, reference, reference, {"kl_stats": [0, 0.0, 0.0]}, 7)  # no deviation, no KL
 
 
-@pytest.mark.parametrize("precision, gap, stops", [("fp32", 0.0005, False), ("fp32", 0.002, True), ("bf16", 0.05, False), ("bf16", 0.2, True), ("fp32", np.nan, True)])
+def test_a_value_within_the_clip_range_is_not_counted_as_clipped():
+    """old + (new - old) is not new in the last bit."""
+    noise = torch.Generator().manual_seed(0)
+    old, new, returns = ((0.05 * torch.randn(1000, generator=noise)).clamp(-0.09, 0.09) for _ in range(3))
+    assert rl_ppo.value_losses(old + 1, old, old + 1, 0.2)[1].all()
+    assert not rl_ppo.value_losses(new, old, returns, 0.2)[1].any()
+
+
+@pytest.mark.parametrize("precision, gap, stops", [
+    ("fp32", 0.0005, False), ("fp32", 0.002, True), ("bf16", 0.05, False), ("bf16", 0.2, True), ("fp32", np.nan, True)])
 def test_the_samplers_gap_has_a_bound_for_each_precision(precision, gap, stops):
     old = [np.full(n, -3.0) for n in (1, 4)]
     sampled = [(np.zeros(len(part), int), (part + gap).astype(np.float32)) for part in old]
     if stops:
         with pytest.raises(SystemExit):
-            rl_ppo.check_rollout(precision, sampled, old, old, 0)
+            rl_ppo.check_rollout(precision, sampled, old, old, {"kl_stats": [0, 0.0, 0.0]}, 0)
     else:
-        rl_ppo.check_rollout(precision, sampled, old, old, 0)
+        rl_ppo.check_rollout(precision, sampled, old, old, {"kl_stats": [0, 0.0, 0.0]}, 0)
 
 
 def test_a_learning_rate_that_tears_the_policy_away_stops_before_the_step_is_applied(shared, run_ppo, capsys):
@@ -366,14 +376,17 @@ def resume_flags(mount, run, kind, **changes):
                                     **changes})
 
 
-def assert_same_ppo_run(a, b, last):
-    """Every row but times, weights, critic and moments are equal to the bit."""
+def assert_same_ppo_run(a, b, last, n_padding=0):
+    """Every row but times, weights, critic and moments are equal to the bit. n_padding: numbers in which ZeRO-3 may differ, for it pads
+    the weights of uneven ranks with what was in memory."""
     for split in ("train", "eval", "test"):
         assert told(a, split) == told(b, split)
-    assert distance(weights(a), weights(b)) == 0 and torch.equal(moments(a / f"checkpoint-{last}"), moments(b / f"checkpoint-{last}"))
+    assert equal(weights(a), weights(b))
+    a_moments, b_moments = (moments(run / f"checkpoint-{last}") for run in (a, b))
+    assert a_moments.shape == b_moments.shape and (a_moments != b_moments).sum() <= n_padding
     assert (a / "critic").exists() == (b / "critic").exists() and (not (a / "critic").exists() or equal(critic(a), critic(b)))
-    a, b = (json.loads((run / f"checkpoint-{last}" / "state.json").read_text()) for run in (a, b))
-    assert {**a, "last_eval": None} == {**b, "last_eval": None}  # a checkpoint of a stop is older than its evaluation
+    a, b = ({**json.loads((run / f"checkpoint-{last}" / "state.json").read_text()), "last_eval": None, "eval_due": None} for run in (a, b))
+    assert a == b  # but for evaluations: a checkpoint of a stop is older than its own
 
 
 @pytest.fixture
@@ -497,7 +510,7 @@ def test_all_mistakes_are_reported_at_once_before_a_model_loads(shared, run_ppo,
     assert run_ppo(ppo_flags(shared, "wrong", policy="clf-llama", reward_fn=None, reward_model="two", heldout_reward_fn="absent.py:score", top_k=5,
                              num_rollouts=15, n_samples=2, data=["absent", "long"], seq_length=40)) == 2
     error = capsys.readouterr().err
-    for part in ("a clf.py run scores texts", "with 2 outputs; expected a clf.py run or a sequence-classification model with one logit",
+    for part in ("a clf.py run scores texts", "with 2 outputs; expected a clf.py run or a sequence-classification model",
                  "reward function 'absent.py:score'", "--top_k 5", "cannot be divided by --n_samples 2", "absent", "long"):
         assert part in error, part
     assert error.count("ERROR") >= 7 and not (shared / "models" / "wrong").exists()
