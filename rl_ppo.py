@@ -393,6 +393,14 @@ class PromptOrder:
         return found
 
 
+def padded(rows, fill=0.0):
+    """[(n,)] -> (B, T) float64."""
+    out = np.full((len(rows), max(map(len, rows))), fill)
+    for row, values in enumerate(rows):
+        out[row, : len(values)] = values
+    return out
+
+
 def collate(rows, prompts, replies, pad_id, start_id=None):
     """Token ids of the rows (numbers of replies) of one forward step; no rows: one of padding, which keeps other ranks company.
 
@@ -407,20 +415,14 @@ def collate(rows, prompts, replies, pad_id, start_id=None):
     else:
         texts = [np.concatenate([[start_id], reply[:-1]]) for _, reply in pairs]
         before = [0] * len(pairs)
-
-    def padded(texts):
-        out = np.full((len(texts), max(map(len, texts))), pad_id)
-        for row, text in enumerate(texts):
-            out[row, : len(text)] = text
-        return out
-    ids = padded(texts)
+    ids = padded(texts, pad_id)
     index = [r * ids.shape[1] + n + np.arange(len(reply)) for r, (n, (_, reply)) in enumerate(zip(before, pairs))]
     arrays = {"target_index": np.concatenate(index), "target_ids": np.concatenate([reply for _, reply in pairs])}
     if start_id is None:
         arrays["input_ids"] = ids
     else:
         sources = [prompt for prompt, _ in pairs]
-        arrays.update(decoder_ids=ids, source_ids=padded(sources), source_lengths=np.array([len(s) for s in sources]))
+        arrays.update(decoder_ids=ids, source_ids=padded(sources, pad_id), source_lengths=np.array([len(s) for s in sources]))
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
@@ -700,6 +702,18 @@ class Frozen:
             return self.ask(*inputs)
 
 
+def update_flops(model, n_prompt_tokens, n_reply_tokens):
+    """Floating-point operations of an update's forward and backward pass, embeddings and a separate critic left out."""
+    but, head = "embed|wte|wpe|shared|lm_head", model.get_output_embeddings()
+    of_head = (6 if head.weight.requires_grad else 4) * model.config.get_text_config().vocab_size * getattr(head, "base_layer", head).in_features
+    in_decoder, encoder = n_reply_tokens, 0
+    if model.config.is_encoder_decoder:
+        encoder = common.flops_per_token(model.get_encoder(), but) * n_prompt_tokens
+    else:
+        in_decoder += n_prompt_tokens
+    return encoder + common.flops_per_token(model.get_decoder(), but) * in_decoder + of_head * n_reply_tokens
+
+
 # ------------------------------------------------------------------------------------------------ reward
 
 
@@ -895,14 +909,6 @@ def gather(found):
     dist.all_gather_object(parts, found)
     together = {row: value for part in parts for row, value in part.items()}
     return [together[row] for row in sorted(together)]
-
-
-def padded(rows, fill=0.0):
-    """[(n,)] -> (B, T) float64."""
-    out = np.full((len(rows), max(map(len, rows))), fill)
-    for row, values in enumerate(rows):
-        out[row, : len(values)] = values
-    return out
 
 
 @torch.no_grad()
@@ -1418,6 +1424,7 @@ def main(args):
     # 6 loop: one rollout and its updates
     window, stop, vocabulary = [], None, config.get_text_config().vocab_size
     start_id = config.decoder_start_token_id if config.is_encoder_decoder else None
+    peak_flops = (args.peak_tflops or common.measured_tflops(device, torch.bfloat16)) * 1e12 if device.type == "cuda" else None
     bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=rank > 0 or None)
     while not finished() and not stop:
         clock, phases, first_step = time.perf_counter(), collections.Counter(), step
@@ -1530,6 +1537,9 @@ def main(args):
                        "tokens_per_sec": buffer.lengths.sum() / seconds, "target_tokens": float(buffer.lengths.sum()), "padding_share": 1 - tokens / computed,
                        "peak_memory_gb": common.peak_memory_gb(device), **{f"ppo/{name}": value for name, value in means.items()},
                        **{f"time/{phase}": value for phase, value in phases.items()}})
+        if peak_flops:
+            flops = args.ppo_epochs * update_flops(model, int(buffer.prompt_lengths.sum()), int(buffer.lengths.sum()))
+            window[-1]["mfu" if args.peak_tflops else "mfu_of_matmul"] = flops / phases["update"] / peak_flops / world
         warn_of_trends(state, means, step)
         if step // args.logging_steps > first_step // args.logging_steps or finished() or stop:
             log_row("train", {name: float(np.mean([row[name] for row in window])) for name in window[0]})

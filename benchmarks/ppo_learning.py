@@ -151,7 +151,7 @@ def arithmetic(mount, family, seed):
     rng.shuffle(pairs)
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
     write_lines(mount / "data" / "sums.jsonl", rows[:9600] + [{**row, "split": "eval"} for row in rows[9600:]])
-    start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "250" if family == "decoder" else "1600", "--train_batch_size", "64",
+    start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "500" if family == "decoder" else "2400", "--train_batch_size", "64",
                                                            "--learning_rate", "0.004", "--eval_steps", "1000", "--max_new_tokens", "6"])
     run = ppo(mount, f"sums-{family}-{seed}", start, "sums", seed, [
         "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "800", "--num_rollouts", "256",

@@ -68,7 +68,7 @@ def test_memory_savers_do_not_change_the_result(clf_mount, run_clf, model, chang
     assert distance(weights(plain), weights(clf_mount / "models" / "saved")) < 1e-6 < 1e-4 < distance(weights(plain), weights(plain / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("precision, config", [("bf16", "zero1"), ("bf16-mixed", "zero0"), ("fp64", "auto")])
+@pytest.mark.parametrize("precision, config", [("bf16", "zero1"), ("bf16-mixed", "zero0"), pytest.param("fp64", "auto", marks=pytest.mark.slow)])
 def test_precisions_follow_the_fp32_run(clf_mount, run_clf, precision, config):
     for name, changes in (("fp32", {}), ("other", {"precision": precision, "ds_config": config})):
         assert run_clf(clf_flags(clf_mount, name, max_steps=20, learning_rate=0.003, logging_steps=5, **changes)) == 0

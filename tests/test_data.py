@@ -310,6 +310,7 @@ print("GREW", peaks[1] - peaks[0])
 """
 
 
+@pytest.mark.slow
 def test_json_lines_load_in_bounded_memory(tmp_path):
     codes, output = finish(start(["-c", MEMORY.format(root=str(ROOT))], cwd=tmp_path))
     assert codes == [0], output[-3000:]
