@@ -510,7 +510,7 @@ def test_all_mistakes_are_reported_at_once_before_a_model_loads(shared, run_ppo,
     assert run_ppo(ppo_flags(shared, "wrong", policy="clf-llama", reward_fn=None, reward_model="two", heldout_reward_fn="absent.py:score", top_k=5,
                              num_rollouts=15, n_samples=2, data=["absent", "long"], seq_length=40)) == 2
     error = capsys.readouterr().err
-    for part in ("a clf.py run scores texts", "with 2 outputs; expected a clf.py run or a sequence-classification model",
+    for part in ("a clf.py run scores texts", "with 2 outputs; expected a clf.py run",
                  "reward function 'absent.py:score'", "--top_k 5", "cannot be divided by --n_samples 2", "absent", "long"):
         assert part in error, part
     assert error.count("ERROR") >= 7 and not (shared / "models" / "wrong").exists()
