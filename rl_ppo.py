@@ -1012,7 +1012,7 @@ def value_losses(new, old, returns, cliprange):
     if not cliprange:
         return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
     clipped = (old + (new - old).clamp(-cliprange, cliprange) - returns) ** 2
-    return torch.maximum(plain, clipped) / 2, clipped > plain
+    return torch.maximum(plain, clipped) / 2, (clipped > plain) & ((new - old).abs() > cliprange)  # old + (new - old) rounds
 
 
 def next_kl_coef(kl_coef, kl, target, horizon, n):
@@ -1371,7 +1371,7 @@ def main(args):
     about = {"task": "chat", "family": "causal", "raw_prompt": prompts.is_raw, "stop_ids": prompts.stop_ids}
     if config.is_encoder_decoder:
         layout = prompts.rawtune.get("record_layout", {"source": "{prompt}", "target": "{completion}"})
-        about = {"task": "seq2seq", "family": "seq2seq", "record_layout": layout}
+        about = {"task": "seq2seq", "family": "seq2seq", "record_layout": layout, "stop_ids": prompts.stop_ids}
     rawtune = {"format": 1, **prompts.rawtune, **about, "script": "rl_ppo.py", **common.origin(args, source, config, resume_from)}
 
     # 5 resume
@@ -1532,7 +1532,8 @@ def main(args):
         computed, tokens, seconds, n_stop = common.all_reduce_sum([computed, tokens, sum(phases.values()) / world, bool(reason)], device)
         stop = (reason or "another process was told to stop") if n_stop else None
         means.update(score=raw_scores.mean(), score_std=raw_scores.std(), shaped_score=scores.mean(), kl_coef=kl_coef, reply_tokens=buffer.lengths.mean(), eos_rate=has_end.mean(),
-                     sampler_gap=sampler_gap(sampled, old), **{name: value / n_updates for name, value in sums.items() if name not in ("loss", "grad_norm")})
+                     sampler_gap=sampler_gap(sampled, old), **{name: value / n_updates for name, value in sums.items()
+                        if name not in ("loss", "grad_norm") and (policy.critic is not None or "value" not in name)})
         window.append({"loss": sums["loss"] / n_updates, "lr": lr, "grad_norm": sums["grad_norm"] / n_updates,
                        "tokens_per_sec": buffer.lengths.sum() / seconds, "target_tokens": float(buffer.lengths.sum()), "padding_share": 1 - tokens / computed,
                        "peak_memory_gb": common.peak_memory_gb(device), **{f"ppo/{name}": value for name, value in means.items()},

@@ -6,11 +6,12 @@ optimum     replies of one token and a programmatic reward: the best policy unde
             pi*(a) ~ reference(a) exp(reward(a) / beta), and its worth is beta log sum reference exp(reward / beta).
 verifier    supervised fine-tuning on sentences, of which half are about sports; a clf.py verifier of sports is the reward; another
             verifier, trained on other sentences with another seed, is held out.
-arithmetic  a model that adds two numbers, not well yet; the reward is 1 for the right answer. Greedy accuracy on additions that
+arithmetic  a model that adds four digits, not well yet; the reward is 1 for the right answer. Greedy accuracy on additions that
             neither training saw.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import random
@@ -147,16 +148,16 @@ def verifier(mount, family, seed):
 
 def arithmetic(mount, family, seed):
     rng = random.Random(1)
-    pairs = [(a, b) for a in range(1, 100) for b in range(1, 100)]
-    rng.shuffle(pairs)
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
-    write_lines(mount / "data" / "sums.jsonl", rows[:9600] + [{**row, "split": "eval"} for row in rows[9600:]])
-    start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "500" if family == "decoder" else "2400", "--train_batch_size", "64",
+    digits = list(itertools.product(range(1, 10), repeat=4))
+    rng.shuffle(digits)
+    rows = [{"prompt": "+".join(map(str, four)) + "=", "completion": str(sum(four)), "answer": str(sum(four))} for four in digits[:4000]]
+    write_lines(mount / "data" / "sums.jsonl", rows[:3800] + [{**row, "split": "eval"} for row in rows[3800:]])
+    start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "100" if family == "decoder" else "250", "--train_batch_size", "64",
                                                            "--learning_rate", "0.004", "--eval_steps", "1000", "--max_new_tokens", "6"])
     run = ppo(mount, f"sums-{family}-{seed}", start, "sums", seed, [
-        "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "800", "--num_rollouts", "256",
+        "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "480", "--num_rollouts", "256",
         "--train_batch_size", "64", "--ppo_epochs", "2", "--learning_rate", "0.0004", "--init_kl_coef", "0.01", "--kl_controller", "fixed",
-        "--eval_steps", "80", "--n_eval", "201", "--eval_batch_size", "201", "--logging_steps", "16"])
+        "--eval_steps", "80", "--n_eval", "200", "--eval_batch_size", "200", "--logging_steps", "16"])
     scores = curve(run, "eval/reward", "eval")
     return {"accuracy_before": scores[0][1], "accuracy": scores[-1][1], "kl": curve(run, "ppo/kl", "train")[-1][1], "curve": scores}
 
