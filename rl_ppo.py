@@ -1496,8 +1496,9 @@ def main(args):
                         total = total + kl_coef * kl_terms(new - ref, "k3").sum()
                     moved = new.detach() - before
                     largest = torch.maximum(largest, moved.abs().max() if len(moved) else largest)
-                    local += torch.stack([x.detach().sum().double() for x in (  # in the order of UPDATE_METRICS
-                        total, losses, of_value, entropy, is_clipped, is_value_clipped, kl_terms(-moved, "k3"))])
+                    # in the order of UPDATE_METRICS; k2, for one rare token that became likely is a huge k3
+                    local += torch.stack([x.detach().sum().double() for x in (
+                        total, losses, of_value, entropy, is_clipped, is_value_clipped, kl_terms(moved, "k2"))])
                     # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                     # steps, this is the sum over all reply tokens of the step / their number
                     engine.backward(total * (world / n_targets), scale_wrt_gas=False)

@@ -155,8 +155,8 @@ def arithmetic(mount, family, seed):
     start = tune(mount, family, f"sums-{family}", "sums", ["--max_steps", "100" if family == "decoder" else "250", "--train_batch_size", "64",
                                                            "--learning_rate", "0.004", "--eval_steps", "1000", "--max_new_tokens", "6"])
     run = ppo(mount, f"sums-{family}-{seed}", start, "sums", seed, [
-        "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "480", "--num_rollouts", "256",
-        "--train_batch_size", "64", "--ppo_epochs", "2", "--learning_rate", "0.0004", "--init_kl_coef", "0.01", "--kl_controller", "fixed",
+        "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:exact_answer", "--max_new_tokens", "6", "--max_steps", "800", "--num_rollouts", "256",
+        "--train_batch_size", "64", "--ppo_epochs", "2", "--learning_rate", "0.0004" if family == "decoder" else "0.0001", "--init_kl_coef", "0.01", "--kl_controller", "fixed",
         "--eval_steps", "80", "--n_eval", "200", "--eval_batch_size", "200", "--logging_steps", "16"])
     scores = curve(run, "eval/reward", "eval")
     return {"accuracy_before": scores[0][1], "accuracy": scores[-1][1], "kl": curve(run, "ppo/kl", "train")[-1][1], "curve": scores}

@@ -445,7 +445,7 @@ def test_five_steps_move_every_lora_b_and_no_weight_of_the_base(mount, script, r
     assert rows(mount / "models" / "run")[-1]["loss"] != rows(mount / "models" / "run")[0]["loss"]
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_checkpoints_hold_what_is_trained_and_resume_to_the_bit(mount, run_main, no_pictures, monkeypatch, stage):
     """R6, and what is exported is what was evaluated: scoring the run folder again gives the same loss."""
     options = {"model_init_name": "dropout", "lora_rank": 2, "lora_dropout": 0.1, "ds_config": f"zero{stage}",

@@ -267,7 +267,7 @@ def test_bart_trains_too(mount, run_main):
 
 
 @pytest.mark.parametrize("precision, config, n_steps", [pytest.param("bf16", "zero1", 200, marks=pytest.mark.slow), pytest.param("bf16", "zero3", 40, marks=pytest.mark.slow),
-                                                        ("bf16-mixed", "zero0", 40), pytest.param("bf16-mixed", "zero2", 40, marks=pytest.mark.slow), ("fp64", "auto", 40)])
+                                                        ("bf16-mixed", "zero0", 40), pytest.param("bf16-mixed", "zero2", 40, marks=pytest.mark.slow), pytest.param("fp64", "auto", 40, marks=pytest.mark.slow)])
 def test_precisions_follow_the_fp32_run(mount, run_main, precision, config, n_steps):
     """B4: the whole loss curve stays in a band around fp32's (before the examples are learnt by heart: near loss 0 small
     differences grow)."""
@@ -331,6 +331,7 @@ def test_bf16_weights_have_fp32_masters(mount, run_main, monkeypatch):
     assert seen["model"] == {torch.bfloat16} and seen["masters"] == {torch.float32} and seen["counts"][1] >= seen["counts"][0]
 
 
+@pytest.mark.slow
 def test_feed_forward_weights_that_overflow_fp16_stay_finite_in_bf16(mount, run_main):
     model = T5ForConditionalGeneration(T5Config.from_pretrained(mount / "models" / "tiny"))
     with torch.no_grad():

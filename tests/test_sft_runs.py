@@ -466,6 +466,7 @@ def stops(run, records):
     return found
 
 
+@pytest.mark.slow
 def test_eight_pairs_are_learnt_by_heart_and_every_answer_ends_with_the_end_token(sft_mount, run_sft, monkeypatch):
     """Loss below 0.01. Negative control: with the end tokens no targets, nothing stops."""
     pairs = chats(8, seed=3)
