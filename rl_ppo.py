@@ -97,7 +97,7 @@ def parse_args(argv=None):
     group.add_argument("--reward_model", "--rank_model", help="a clf.py run (logit of yes minus no) or a sequence-classification model with "
                        "one logit: a run under models/, a folder or a hub id")
     group.add_argument("--reward_fn", metavar="FILE:NAME", help="Python function (prompts, replies, records) -> list of floats")
-    group.add_argument("--reward_text", help="what --reward_model reads, where it has no layout of its own [text with {prompt} and {reply}], "
+    group.add_argument("--reward_text", help="what a reward model reads, or the {input} of a clf.py run [text with {prompt} and {reply}], "
                        "default: the decoded text, prompt and reply")
     group.add_argument("--reward_timeout", type=float, default=60.0, help="of one call of a reward function [seconds]")
     group.add_argument("--heldout_reward_model", help="tracked at evaluation, never trained on; chooses the best checkpoint")
@@ -609,7 +609,7 @@ def read_reward_model(args, source, what, problems):
     config, about = part.config, part.rawtune
     begins = (part.tokenizer.bos_token_id, getattr(part.tokenizer, "cls_token_id", None))
     n_begin = int(part.tokenizer("a").input_ids[0] in begins)
-    part.template, part.no_yes = args.reward_text, None
+    part.template, part.reward_text, part.no_yes = None, args.reward_text, None
     if about.get("script") == "clf.py":
         layout = about["record_layout"]
         part.template, part.limit = layout["template"], layout["max_length"]
@@ -780,9 +780,13 @@ def text_ids(part, text):
 
 def reward_ids(part, prompt, reply, record, joined):
     """Ids of what a reward model reads of one reply. joined: prompt and reply as one text, as the policy wrote it."""
-    values = {**record, "prompt": prompt, "reply": reply, "input": joined}
-    if part.template is not None:
-        ids = text_ids(part, re.sub(r"\{(\w+)\}", lambda match: values[match[1]], part.template))
+    values = {**record, "prompt": prompt, "reply": reply}
+
+    def fill(template):
+        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
+    values["input"] = joined if part.reward_text is None else fill(part.reward_text)
+    if part.template is not None or part.reward_text is not None:
+        ids = text_ids(part, values["input"] if part.template is None else fill(part.template))
     elif getattr(part.tokenizer, "chat_template", None):
         before = common.clean_messages(record["messages"]) if "messages" in record else [{"role": "user", "content": prompt}]
         messages = [*before, {"role": "assistant", "content": reply}]
@@ -1216,18 +1220,18 @@ def prepare(args):
         return None
     data_sets = load_data(args, prompts, problems)
     for part in models:
-        missing = set(re.findall(r"\{(\w+)\}", part.template or "")) - {"prompt", "reply", "input"}
+        missing = set(re.findall(r"\{(\w+)\}", (part.template or "") + (part.reward_text or ""))) - {"prompt", "reply", "input"}
         bad = [(d.name, split, i, key) for d in data_sets for split, records in d.records.items() for i, record in enumerate(records)
                for key in sorted(missing) if not isinstance(record.get(key), str)]
-        problems += [f"{name}, {split} prompt {i + 1}: no text {key!r}, which the template {part.template!r} of {part.what} fills in" for name, split, i, key in bad]
-        if part.template is None and getattr(part.tokenizer, "chat_template", None):
+        problems += [f"{name}, {split} prompt {i + 1}: no text {key!r}, which the template of {part.what} fills in" for name, split, i, key in bad]
+        if part.template is None and part.reward_text is None and getattr(part.tokenizer, "chat_template", None):
             for data, record in ((d, record) for d in data_sets for records in d.records.values() for record in records):
                 try:
                     reward_ids(part, record.get("prompt", ""), "a reply", record, "")
                 except Exception as error:  # jinja2's and the template's own
                     problems.append(f"{data.name}: the chat template of {part.what} refuses {str(record)[:100]} ({error}); --reward_text does without it")
-    if args.reward_text and models and all(part.no_yes for part in models):
-        problems.append("--reward_text has no effect on clf.py runs, which have a template of their own")
+    if args.reward_text and models and all(part.template and "{input}" not in part.template for part in models):
+        problems.append(f"--reward_text has no effect: {models[0].source} is a clf.py run whose template {models[0].template!r} has no {{input}}")
     if -(-args.num_rollouts // args.rollout_batch_size) < common.world_size() and not args.no_train:
         log.warning(f"--num_rollouts {args.num_rollouts} in batches of --rollout_batch_size {args.rollout_batch_size} leave some of {common.world_size()} "
                     "processes without replies to sample: lower the second")

@@ -453,8 +453,8 @@ def test_the_committed_wishes_are_what_their_script_makes(tmp_path, capsys, monk
 # ------------------------------------------------------------------------------------------------ what a reward model reads
 
 
-def part_of(tokenizer, template=None, limit=None, no_yes=None, encoder_decoder=False, n_end=0):
-    return types.SimpleNamespace(tokenizer=tokenizer, template=template, limit=limit, no_yes=no_yes, n_end=n_end,
+def part_of(tokenizer, reward_text=None, limit=None, template=None, no_yes=None, encoder_decoder=False, n_end=0):
+    return types.SimpleNamespace(tokenizer=tokenizer, template=template, reward_text=reward_text, limit=limit, no_yes=no_yes, n_end=n_end,
                                  config=types.SimpleNamespace(is_encoder_decoder=encoder_decoder))
 
 
