@@ -59,9 +59,10 @@ DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:
         "--num_layers_unfrozen 0 --init_kl_coef 0.015 --kl_controller fixed --kl_cap 40 --eval_steps 200 --logging_steps 20")
 NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 EVAL_METRICS = {"reward": "high", "heldout_reward": "high"}
-UPDATE_METRICS = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "update_kl")  # sums over reply tokens
+UPDATE_METRICS = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "update_kl",
+                  "log_ratio")  # sums over reply tokens
 FREE_FLAGS = {"rollout_batch_size", "reward_timeout", "eval_temperature", "n_eval", "zero3_generation", "frozen_models", "kl_cap",
-              "divergence_kl"}  # evaluation, guards, or another layout of the same mathematics
+              "max_log_ratio"}  # evaluation, guards, or another layout of the same mathematics
 RATIO_BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}  # largest |log ratio| before the first update of a rollout
 SAMPLER_BOUND = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}  # mean |log p while sampling - log p of the whole text|
 WORKER = """
@@ -153,8 +154,8 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("guards")
     group.add_argument("--kl_cap", type=float, help="stop when the mean KL of a reply is above this [nats], 0 = off, default: 5 x --target_kl")
-    group.add_argument("--divergence_kl", type=float, default=1.0, help="stop when one step moves the policy this far from the one that sampled "
-                       "[nats per token], 0 = off")
+    group.add_argument("--max_log_ratio", type=float, default=1.0, help="stop when the mean |log ratio| of a step's tokens, of the policy to the one "
+                       "that sampled, is above this [nats], 0 = off")
     group.add_argument("--n_eval", type=int, default=64, help="evaluation prompts of each data set [count]")
     group.add_argument("--eval_temperature", type=float, default=0.001, help="sampling temperature at evaluation; <= 0.001 = greedy [no unit]")
     common.add_shared_args(parser)
@@ -179,16 +180,16 @@ def parse_args(argv=None):
 
 
 def named_model(args, name):
-    """models/<name> where there is such a folder, else the path or hub id as it is."""
-    folder = common.mount_dir(args) / "models" / name
-    return str(folder) if not os.path.exists(name) and folder.is_dir() else name
+    """A path as it is; models/<name> or <name> under --mount_dir where there is such a folder; else a hub id."""
+    folders = [common.mount_dir(args) / "models" / name, common.mount_dir(args) / name]
+    return next((str(folder) for folder in folders if not os.path.exists(name) and folder.is_dir()), name)
 
 
 def check_args(args, problems):
     common.check_shared_args(args, problems)
     for name, low in dict(num_rollouts=1, n_samples=1, rollout_batch_size=1, max_new_tokens=1, ppo_epochs=1, seq_length=2, n_eval=1, dual_clip=0,
                           cliprange_value=0, vf_coef=0, entropy_coef=0, init_kl_coef=0, cliprange_reward=0, missing_eos_penalty=0, kl_cap=0,
-                          divergence_kl=0, eval_temperature=0).items():
+                          max_log_ratio=0, eval_temperature=0).items():
         if not low <= getattr(args, name) < math.inf:
             problems.append(f"--{name} {getattr(args, name)}: expected {low} or more")
     for name in ("temperature", "target_kl", "kl_horizon", "cliprange", "reward_timeout"):
@@ -1135,9 +1136,9 @@ def check_update(args, precision, found, n_targets, largest, is_first, step):
     if not math.isfinite(found["loss"]):
         common.fail(f"step {step + 1}: the loss is {found['loss']}. Nothing of this step was applied; checkpoints are intact. "
                     "Lower --learning_rate, set --max_grad_norm 1.0, or try --precision fp32")
-    moved = found["update_kl"] / n_targets
-    if args.divergence_kl and moved > args.divergence_kl:
-        common.fail(f"step {step + 1}: the policy is {moved:.3g} nats per token away from the one that sampled (--divergence_kl {args.divergence_kl:g}). "
+    moved = found["log_ratio"] / n_targets  # not a KL, which one rare token would dominate
+    if args.max_log_ratio and moved > args.max_log_ratio:
+        common.fail(f"step {step + 1}: the policy is {moved:.3g} nats per token away from the one that sampled (--max_log_ratio {args.max_log_ratio:g}). "
                     "Nothing of this step was applied; checkpoints are intact. Lower --learning_rate, --ppo_epochs or --cliprange")
     if is_first:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -1502,7 +1503,7 @@ def main(args):
                     largest = torch.maximum(largest, moved.abs().max() if len(moved) else largest)
                     # in the order of UPDATE_METRICS; k2, for one rare token that became likely is a huge k3
                     local += torch.stack([x.detach().sum().double() for x in (
-                        total, losses, of_value, entropy, is_clipped, is_value_clipped, kl_terms(moved, "k2"))])
+                        total, losses, of_value, entropy, is_clipped, is_value_clipped, kl_terms(moved, "k2"), moved.abs())])
                     # DeepSpeed averages gradients over processes, hence x world; told not to divide by the accumulation
                     # steps, this is the sum over all reply tokens of the step / their number
                     engine.backward(total * (world / n_targets), scale_wrt_gas=False)

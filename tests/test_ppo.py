@@ -670,16 +670,16 @@ def test_rollouts_of_any_size_that_were_drawn_from_the_policy_are_accepted(n):
 
 
 @pytest.mark.parametrize("changes, said", [({}, None), ({"loss": math.nan}, "--learning_rate"), ({"loss": -math.inf}, "the loss is -inf"),
-                                           ({"update_kl": 101}, "--divergence_kl")])
+                                           ({"log_ratio": 101}, "--max_log_ratio")])
 def test_an_update_that_is_not_finite_or_goes_too_far_is_not_applied(capsys, changes, said):
-    found = {"loss": 1.0, "update_kl": 99.0, **changes}
+    found = {"loss": 1.0, "log_ratio": 99.0, **changes}
     if said is None:
         return rl_ppo.check_update(arguments(), "fp32", found, 100, torch.zeros(()), False, 3)
     with pytest.raises(SystemExit) as stop:
         rl_ppo.check_update(arguments(), "fp32", found, 100, torch.zeros(()), False, 3)
     assert stop.value.code == 2 and said in (errors := capsys.readouterr().err) and "step 4" in errors
-    if "update_kl" in changes:
-        rl_ppo.check_update(arguments("--divergence_kl", 0), "fp32", found, 100, torch.zeros(()), False, 3)
+    if "log_ratio" in changes:
+        rl_ppo.check_update(arguments("--max_log_ratio", 0), "fp32", found, 100, torch.zeros(()), False, 3)
 
 
 def test_trends_of_length_and_ends_are_told_once(messages):

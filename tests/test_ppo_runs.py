@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_docs_name_and_transformers_and_chat_give_its_repl
     assert not list(run.glob("**/*.tmp")) and [row["step"] for row in rows(run)] == [2, 4, 6, 8] and [row["step"] for row in rows(run, "eval")] == [0, 8]
     assert {"loss", "lr", "grad_norm", "tokens_per_sec", "target_tokens", "padding_share", "peak_memory_gb", "epoch", *(f"ppo/{name}" for name in (
         "kl kl_per_token kl_coef score score_std shaped_score returns values explained_variance reply_tokens eos_rate sampler_gap policy_loss value_loss "
-        "entropy clip_fraction value_clip_fraction update_kl").split()), *TIMES} <= rows(run)[-1].keys()
+        "entropy clip_fraction value_clip_fraction update_kl log_ratio").split()), *TIMES} <= rows(run)[-1].keys()
     assert {"eval/reward", "eval/reply_tokens", "eval/eos_rate", "eval/eval_seconds"} <= rows(run, "eval")[-1].keys()
     last, = rows(run, "test")
     assert last["step"] == 8 and "test/reward" in last
@@ -321,7 +321,7 @@ def test_the_samplers_gap_has_a_bound_for_each_precision(precision, gap, stops):
 def test_a_learning_rate_that_tears_the_policy_away_stops_before_the_step_is_applied(shared, run_ppo, capsys):
     assert run_ppo(ppo_flags(shared, "torn", learning_rate=10.0, ppo_epochs=4)) == 2
     error = capsys.readouterr().err
-    assert "nats per token away from the one that sampled (--divergence_kl 1)" in error or "the loss is nan" in error or "the loss is inf" in error
+    assert "nats per token away from the one that sampled (--max_log_ratio 1)" in error or "the loss is nan" in error or "the loss is inf" in error
     assert "Nothing of this step was applied" in error and not (shared / "models" / "torn" / "COMPLETE").exists()
 
 
