@@ -154,7 +154,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("guards")
     group.add_argument("--kl_cap", type=float, help="stop when the mean KL of a reply is above this [nats], 0 = off, default: 5 x --target_kl")
-    group.add_argument("--max_log_ratio", type=float, default=1.0, help="stop when the mean |log ratio| of a step's tokens, of the policy to the one "
+    group.add_argument("--max_log_ratio", type=float, default=2.0, help="stop when the mean |log ratio| of a step's tokens, of the policy to the one "
                        "that sampled, is above this [nats], 0 = off")
     group.add_argument("--n_eval", type=int, default=64, help="evaluation prompts of each data set [count]")
     group.add_argument("--eval_temperature", type=float, default=0.001, help="sampling temperature at evaluation; <= 0.001 = greedy [no unit]")

@@ -670,9 +670,9 @@ def test_rollouts_of_any_size_that_were_drawn_from_the_policy_are_accepted(n):
 
 
 @pytest.mark.parametrize("changes, said", [({}, None), ({"loss": math.nan}, "--learning_rate"), ({"loss": -math.inf}, "the loss is -inf"),
-                                           ({"log_ratio": 101}, "--max_log_ratio")])
+                                           ({"log_ratio": 201}, "--max_log_ratio")])
 def test_an_update_that_is_not_finite_or_goes_too_far_is_not_applied(capsys, changes, said):
-    found = {"loss": 1.0, "log_ratio": 99.0, **changes}
+    found = {"loss": 1.0, "log_ratio": 199.0, **changes}
     if said is None:
         return rl_ppo.check_update(arguments(), "fp32", found, 100, torch.zeros(()), False, 3)
     with pytest.raises(SystemExit) as stop:
