@@ -92,7 +92,7 @@ def optimum(mount, family, seed):
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(base)
     run = ppo(mount, f"optimum-{family}-{seed}", base.name, ROOT / "data" / "wishes.jsonl", seed, [
         "--reward_fn", f"{ROOT / 'data' / 'rewards.py'}:wish", "--max_new_tokens", "1", "--max_steps", "800", "--num_rollouts", "256", "--train_batch_size",
-        "64", "--ppo_epochs", "2", "--learning_rate", "0.003", "--lr_scheduler_type", "linear", "--init_kl_coef", str(BETA), "--kl_controller", "fixed",
+        "64", "--ppo_epochs", "2", "--learning_rate", "0.003" if family == "decoder" else "0.002", "--lr_scheduler_type", "linear", "--init_kl_coef", str(BETA), "--kl_controller", "fixed",
         "--kl_cap", "0", "--eval_steps", "400", "--logging_steps", "40"])
     records = [json.loads(line) for line in (ROOT / "data" / "wishes.jsonl").read_text().splitlines()]
     records = [record for record in records if record.get("split", "train") == "train"]
