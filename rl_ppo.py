@@ -159,6 +159,9 @@ def parse_args(argv=None):
     group.add_argument("--n_eval", type=int, default=64, help="evaluation prompts of each data set [count]")
     group.add_argument("--eval_temperature", type=float, default=0.001, help="sampling temperature at evaluation; <= 0.001 = greedy [no unit]")
     common.add_shared_args(parser)
+    for name, more in (("--learning_rate", ", default: 1e-6, with an adapter 1e-4"), ("--max_steps", " if given, else 10000"), ("--num_epochs", ": passes over "
+                       "the prompts")):
+        parser._option_string_actions[name].help += more  # other defaults than the siblings'
     parser.set_defaults(train_batch_size=128, learning_rate=None, lr_scheduler_type="constant", weight_decay=1e-6, num_epochs=None, logging_steps=1)
     args = parser.parse_args(argv)
     if args.debug:
@@ -332,7 +335,7 @@ class DataSet:
     def __init__(self, name, amount, files, args, prompts, problems):
         self.name, self.amount, self.sha256 = name, amount, [common.file_sha256(path) for path in files.values()]
         self.ids, self.texts, self.records = ({split: [] for split in ("train", "eval", "test")} for _ in range(3))
-        hashes, n_long, room = {split: [] for split in self.ids}, 0, args.seq_length - (0 if prompts.encoder_decoder else args.max_new_tokens)
+        hashes, n_long, n_unused, room = {split: [] for split in self.ids}, 0, 0, args.seq_length - (0 if prompts.encoder_decoder else args.max_new_tokens)
         for file_split, path in files.items():
             for where, split, record in common.read_records(path, problems, file_split or "train"):
                 if split not in self.ids:
@@ -353,7 +356,11 @@ class DataSet:
                     self.texts[split].append(text)
                     self.records[split].append(record)
                     hashes[split].append(number)
+                else:
+                    n_unused += 1
         self.hashes, self.counts = {split: np.array(h, np.int64) for split, h in hashes.items()}, {split: len(i) for split, i in self.ids.items()}
+        if n_unused:
+            log.info(f"{name}: {n_unused} evaluation prompts beyond the first --n_eval {args.n_eval} are not used")
         if n_long:
             log.warning(f"{name}: {n_long} prompts are longer than {room} tokens (--seq_length, --max_new_tokens) and are left out")
 
@@ -1148,8 +1155,9 @@ def check_update(args, precision, found, n_targets, largest, is_first, step):
                         "that is not deterministic")
 
 
-def warn_of_trends(state, means, step):
-    """Once each: replies twice or half as long as in the first rollout, and ends half as often."""
+def warn_of_trends(args, state, means, step):
+    """Once each: replies twice or half as long as in the first rollout, ends half as often, and a value loss that the shared layers follow
+    more than the policy's."""
     if state["start"] is None:
         state["start"] = {"reply_tokens": float(means["reply_tokens"]), "eos_rate": float(means["eos_rate"])}
     start = state["start"]
@@ -1157,7 +1165,9 @@ def warn_of_trends(state, means, step):
             ("length", not 0.5 <= means["reply_tokens"] / start["reply_tokens"] <= 2, f"replies have {means['reply_tokens']:.3g} tokens, at the start "
              f"{start['reply_tokens']:.3g}: is length what the reward likes?"),
             ("eos_rate", start["eos_rate"] >= 0.1 and means["eos_rate"] < 0.5 * start["eos_rate"], f"{100 * means['eos_rate']:.3g} % of the replies end by themselves, at the start "
-             f"{100 * start['eos_rate']:.3g} %: --missing_eos_penalty makes it cost something")):
+             f"{100 * start['eos_rate']:.3g} %: --missing_eos_penalty makes it cost something"),
+            ("value_loss", args.critic == "trunk" and args.vf_coef * means.get("value_loss", 0) > 2, f"the value loss is {means.get('value_loss', 0):.3g}, and "
+             "the layers that the critic shares with the policy follow it: --reward_scaling norm, a smaller --vf_coef or --critic reward_model")):
         if is_off and name not in state["warned"]:
             state["warned"].append(name)
             log.warning(f"step {step}: {text}")
@@ -1547,7 +1557,7 @@ def main(args):
         if peak_flops:
             flops = args.ppo_epochs * update_flops(model, int(buffer.prompt_lengths.sum()), int(buffer.lengths.sum()))
             window[-1]["mfu" if args.peak_tflops else "mfu_of_matmul"] = flops / phases["update"] / peak_flops / world
-        warn_of_trends(state, means, step)
+        warn_of_trends(args, state, means, step)
         if step // args.logging_steps > first_step // args.logging_steps or finished() or stop:
             log_row("train", {name: float(np.mean([row[name] for row in window])) for name in window[0]})
             window = []

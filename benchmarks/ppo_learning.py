@@ -134,8 +134,8 @@ def verifier(mount, family, seed):
     start = tune(mount, family, f"news-{family}", f"news-{family}", ["--max_steps", "300", "--train_batch_size", "64", "--learning_rate", "0.004",
                                                                      "--eval_steps", "300", "--max_new_tokens", "32"])
     run = ppo(mount, f"verifier-{family}-{seed}", start, "news-prompts", seed, [
-        "--reward_model", "judge", "--heldout_reward_model", "holdout", "--reward_text", "{reply}", "--max_new_tokens", "32", "--max_steps", "160",
-        "--num_rollouts", "64", "--train_batch_size", "32", "--ppo_epochs", "2", "--learning_rate", "0.0005", "--init_kl_coef", "0.1", "--target_kl", "6",
+        "--reward_model", "judge", "--heldout_reward_model", "holdout", "--reward_text", "{reply}", "--max_new_tokens", "32", "--max_steps", "200",
+        "--num_rollouts", "64", "--train_batch_size", "32", "--ppo_epochs", "2", "--learning_rate", "0.0003", "--init_kl_coef", "0.05", "--target_kl", "6", "--reward_scaling", "norm", "--vf_coef", "0.1",
         "--eval_steps", "40", "--eval_temperature", "1", "--n_eval", "100", "--eval_batch_size", "100", "--logging_steps", "8"])
     scores = {name: curve(run, f"eval/{name}", "eval") for name in ("reward", "heldout_reward")}
     return {"heldout_before": scores["heldout_reward"][0][1], "heldout": max(score for _, score in scores["heldout_reward"]),

@@ -685,5 +685,5 @@ def test_an_update_that_is_not_finite_or_goes_too_far_is_not_applied(capsys, cha
 def test_trends_of_length_and_ends_are_told_once(messages):
     state = {"start": None, "warned": []}
     for tokens, ends in ((10, 0.8), (19, 0.5), (6, 0.41), (21, 0.8), (30, 0.39), (4, 0.1)):
-        rl_ppo.warn_of_trends(state, {"reply_tokens": tokens, "eos_rate": ends}, 5)
+        rl_ppo.warn_of_trends(arguments(), state, {"reply_tokens": tokens, "eos_rate": ends}, 5)
     assert len(messages) == 2 and "replies have 21 tokens, at the start 10" in messages[0] and "39 % of the replies end" in messages[1]
