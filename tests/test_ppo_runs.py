@@ -486,6 +486,30 @@ def test_another_reward_of_the_same_name_is_refused(shared, run_ppo, monkeypatch
     assert run_ppo(words) == 2 and "reward_sha256" in capsys.readouterr().err
 
 
+def test_a_policy_that_changed_meanwhile_is_refused_for_the_reference_would_be_another(shared, run_ppo, monkeypatch, capsys):
+    own = shared / "models" / "retrained"
+    shutil.copytree(shared / "models" / "chat", own)
+    words = ppo_flags(shared, "of retrained", policy="retrained", max_steps=4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert run_ppo(words) == common.EXIT_SAVED
+    tensors = common.safetensors.torch.load_file(own / "model.safetensors")
+    before = (own / "model.safetensors").read_bytes()
+    common.safetensors.torch.save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, own / "model.safetensors", {"format": "pt"})
+    assert run_ppo(words) == 2 and "not the weights that" in capsys.readouterr().err
+    (own / "model.safetensors").write_bytes(before)
+    assert run_ppo(words) == 0
+
+
+def test_a_kl_price_that_is_changed_by_force_counts_from_there(shared, run_ppo, monkeypatch):
+    words = ppo_flags(shared, "dearer", max_steps=4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert run_ppo(words) == common.EXIT_SAVED
+    assert run_ppo([*words, "--resume", "--force", "changed_flags", "--init_kl_coef", 5]) == 0
+    assert [row["ppo/kl_coef"] for row in rows(shared / "models" / "dearer")] == [0.05, 5]
+
+
 @pytest.mark.parametrize("run, changes, flag", [("clf-llama", {"reward_fn": None, "reward_model": "clf-llama"}, "--reward_model"),
                                                 ("clf-tiny", {"heldout_reward_model": "clf-tiny"}, "--heldout_reward_model"),
                                                 ("run", {"policy": "run"}, "the model to start from")])
