@@ -56,7 +56,7 @@ from common import log
 
 DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish --training_run_name ppo-demo --max_steps 600 "
         "--num_rollouts 128 --train_batch_size 64 --ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
-        "--num_layers_unfrozen 0 --init_kl_coef 0.015 --kl_controller fixed --kl_cap 40 --eval_steps 200 --logging_steps 20")
+        "--num_layers_unfrozen 0 --init_kl_coef 0.015 --kl_controller fixed --kl_cap 40 --eval_steps 200 --save_steps 200 --logging_steps 20")
 NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 EVAL_METRICS = {"reward": "high", "heldout_reward": "high"}
 UPDATE_METRICS = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "update_kl",
