@@ -43,15 +43,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, MODEL_FOR_CAUSAL_LM_MAPPING,
-                          MODEL_FOR_MASKED_LM_MAPPING)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common import log
 
 DEMO = ("--model_init_name tiny-t5 --data clf_debug --training_run_name clf-demo --max_steps 400 --train_batch_size 64 "
         "--learning_rate 0.003 --warmup_steps 40 --eval_steps 100 --logging_steps 50 --metric_for_best auc")
 USUAL_WORDS = ("yes", "no", "Yes", "No", "true", "false", "good", "bad", "y", "n", "1", "0")  # suggested as answers
-NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 SHARD = 8192  # texts that are scored between two writes of --no_train
 POINT_METRICS = {"loss": "low", "accuracy": "high", "f1": "high", "auc": "high", "average_precision": "high", "brier": "low", "ece": "low",
                  "rmse": "low", "pearson": "high", "spearman": "high", "optimal_accuracy": "high"}
@@ -928,8 +926,7 @@ def prepare(args):
     if config is not None:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is not None:
             auto_class, family = AutoModelForSeq2SeqLM, "seq2seq"
-        elif (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-              and config.model_type not in NOT_CAUSAL):
+        elif common.is_decoder_only(config):
             auto_class, family = AutoModelForCausalLM, "causal"
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected an encoder-decoder with a decoder_start_token_id, or a "
@@ -994,13 +991,6 @@ def check_metric(args, layout, data_sets, problems):
 
 def directions(layout):
     return PAIR_METRICS if layout.loss == "pairwise" else POINT_METRICS
-
-
-def out_of_memory(step, error, micro_batches):
-    shapes = ", ".join(str(tuple(batch["input_ids"].shape)) for batch in micro_batches)
-    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
-            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
-            "--ds_config stage, then a shorter --max_length")
 
 
 def scores_key(args, job):
@@ -1160,7 +1150,8 @@ def main(args):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            common.fail(out_of_memory(step, error, micro_batches), only_here=True)
+            shapes = [str(tuple(batch["input_ids"].shape)) for batch in micro_batches]
+            common.fail(common.out_of_memory(step, error, shapes, "a shorter --max_length"), only_here=True)
         grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
         if precision == "fp16" and not engine.was_step_applied() and n_overflows < 50:
             n_overflows += 1  # the loss scale went down: the same step again

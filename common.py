@@ -1044,6 +1044,20 @@ def open_model_folder(args, problems):
     return source, config, tokenizer
 
 
+def is_decoder_only(config):
+    """A language model whose tokens see what came before them only; some among transformers' causal models do not, unless configured."""
+    kind = type(config)
+    return (kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+            and config.model_type not in ("xlnet", "bert-generation"))
+
+
+def out_of_memory(step, error, shapes, last_resort):
+    """What to say of a training step that did not fit. shapes: of this rank's forward steps, as text."""
+    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {', '.join(shapes)}. Next: halve "
+            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
+            f"--ds_config stage, then {last_resort}")
+
+
 def has_weights(source):
     """False for a folder with a configuration but no weights: it is trained from scratch."""
     return not os.path.isdir(source) or any(

@@ -48,8 +48,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, DynamicCache, EncoderDecoderCache,
-                          MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
+from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, DynamicCache, EncoderDecoderCache)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import log
@@ -57,7 +56,6 @@ from common import log
 DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish --training_run_name ppo-demo --max_steps 600 "
         "--num_rollouts 128 --train_batch_size 64 --ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
         "--num_layers_unfrozen 0 --init_kl_coef 0.015 --kl_controller fixed --kl_cap 40 --eval_steps 200 --save_steps 200 --logging_steps 20")
-NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 EVAL_METRICS = {"reward": "high", "heldout_reward": "high"}
 UPDATE_METRICS = ("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "update_kl",
                   "log_ratio")  # sums over reply tokens
@@ -591,30 +589,25 @@ def freeze_layers(model, n_top):
     return min(n_top, n_layers)
 
 
-def read_model(args, source, what, problems):
-    """Small files of a frozen or critic model -> its flags, source, configuration, tokenizer and rawtune.json; None where it cannot be used."""
-    own = types.SimpleNamespace(**{**vars(args), "model_init_path": source, "model_init_name": None, "revision": None, "lora_rank": 0,
-                                   "train_adapter": False, "quantize": None, "freeze": None, "no_train": True, "lora_alpha": None,
-                                   "lora_targets": None, "reduction_factor": None})
-    found, n_before = [], len(problems)
+def frozen_args(args, source):
+    """The flags as `common.load_model` reads them for a model that is only asked: what trains or quantises the policy is not for it."""
+    return types.SimpleNamespace(**{**vars(args), "model_init_path": source, "model_init_name": None, "revision": None, "lora_rank": 0,
+                                    "train_adapter": False, "quantize": None, "freeze": None, "no_train": True, "lora_alpha": None,
+                                    "lora_targets": None, "reduction_factor": None})
+
+
+def read_reward_model(args, source, what, problems):
+    """Small files of a reward model -> its flags, source, configuration, tokenizer, and how it scores: auto_class, no_yes (ids of a clf.py
+    run, or None), template, limit; None where it cannot be used."""
+    own, found, n_before = frozen_args(args, named_model(args, source)), [], len(problems)
     path, config, tokenizer = common.open_model_folder(own, found)
     problems += [f"{what}: {problem}" for problem in found]
     if len(problems) > n_before or config is None:
         return None
-    about = pathlib.Path(path) / "rawtune.json"
-    part = types.SimpleNamespace(args=own, source=path, config=config, tokenizer=tokenizer, what=what,
-                                 rawtune=json.loads(about.read_text()) if about.is_file() else {})
     if not common.has_weights(path):
         problems.append(f"{what}: {path} has no weights")
-    return part
-
-
-def read_reward_model(args, source, what, problems):
-    """`read_model` and how it scores: auto_class, no_yes (ids of a clf.py run, or None), template, limit."""
-    part = read_model(args, named_model(args, source), what, problems)
-    if part is None:
-        return None
-    config, about = part.config, part.rawtune
+    part, about = types.SimpleNamespace(args=own, source=path, config=config, tokenizer=tokenizer, what=what), pathlib.Path(path) / "rawtune.json"
+    about = json.loads(about.read_text()) if about.is_file() else {}
     begins = (part.tokenizer.bos_token_id, getattr(part.tokenizer, "cls_token_id", None))
     n_begin = int(part.tokenizer("a").input_ids[0] in begins)
     part.template, part.reward_text, part.no_yes = None, args.reward_text, None
@@ -1186,8 +1179,7 @@ def prepare(args):
     if config is not None:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is not None:
             auto_class = AutoModelForSeq2SeqLM
-        elif (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-              and config.model_type not in NOT_CAUSAL):
+        elif common.is_decoder_only(config):
             auto_class = AutoModelForCausalLM
         else:
             problems.append(f"model {source!r} is a {config.model_type}: expected an encoder-decoder with a decoder_start_token_id, or a "
@@ -1254,10 +1246,9 @@ def prepare(args):
                         f"set --seq_length {limit} or less, or a smaller --max_new_tokens")
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps, "reward_sha256": {
-                    name: getattr(part, "sha256", None) or (hasattr(part, "source") and common.weights_sha256(part.source)) or None
-                    for name, part in rewards.items() if part} if not problems else None}
+                    name: part.sha256 for name, part in rewards.items() if hasattr(part, "sha256")}}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None, "rollout": 0, "kl_coef": args.init_kl_coef,
-             "init_kl_coef": args.init_kl_coef, "kl_stats": [0, 0.0, 0.0], "policy_sha256": None,
+             "init_kl_coef": args.init_kl_coef, "kl_stats": [0, 0.0, 0.0], "weights_sha256": None,
              "reward_stats": [0, 0.0, 0.0], "start": None, "warned": [], "kl": 0.0, "best_proxy": None, "eval_due": True}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
         args, source, identity, FREE_FLAGS, state, n_all if n_params else 0, n_trained, precision, problems, quantized)
@@ -1307,13 +1298,6 @@ def make_critic(args, job, model, precision, ds_config):
     return critic
 
 
-def out_of_memory(step, error, forwards):
-    shapes = ", ".join(str(tuple(batch.get("input_ids", batch.get("source_ids")).shape)) for batch, *_ in forwards)
-    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
-            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
-            "--ds_config stage, then --frozen_models offloaded, then --lora_rank")
-
-
 def main(args):
     # 1 setup, 2 data
     common.adopt_launcher()
@@ -1358,12 +1342,14 @@ def main(args):
              f"{engine.zero_optimization_stage()}, {world} process(es) on {device.type}, prompts {'raw' if prompts.is_raw else 'by the chat template'}, "
              f"replies end with {tokenizer.convert_ids_to_tokens(prompts.stop_ids)}, reference: {'adapter off' if job.adapter_off else 'copy'}")
     step, tracker, steps_per_epoch = state["step"], None, math.inf
-    if rank == 0:  # the reference is read again when a run continues: rank 0 alone hashes it, which may take minutes
-        sha256 = common.weights_sha256(job.source)
-        if resume_from and state["policy_sha256"] != sha256:
-            common.fail(f"{job.source}: these are not the weights that {run_dir} started from, so the reference would be another one (sha256 "
-                        f"{sha256}, then {state['policy_sha256']}); put the old ones back, or start anew under another --training_run_name", only_here=True)
-        state["policy_sha256"] = sha256
+    if rank == 0:  # reference and reward models are read again when a run continues: rank 0 alone hashes them, which may take minutes
+        sources = [job.source, *(part.source for part in job.rewards.values() if hasattr(part, "source"))]
+        sha256 = [common.weights_sha256(path) for path in sources]
+        for path, now, then in zip(sources, sha256, state["weights_sha256"] or []):
+            if now != then:
+                common.fail(f"{path}: these are not the weights that {run_dir} started with, so reference or reward would be another one (sha256 {now}, "
+                            f"then {then}); put the old ones back, or start anew under another --training_run_name", only_here=True)
+        state["weights_sha256"] = sha256
 
     def log_row(split, metrics):
         if rank == 0:
@@ -1526,7 +1512,8 @@ def main(args):
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                     raise
-                common.fail(out_of_memory(step, error, forwards), only_here=True)
+                shapes = [str(tuple(batch.get("input_ids", batch.get("source_ids")).shape)) for batch, *_ in forwards]
+                common.fail(common.out_of_memory(step, error, shapes, "--frozen_models offloaded, then --lora_rank"), only_here=True)
             grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
             if not math.isfinite(grad_norm):
                 common.fail(f"step {step + 1}: the gradient norm is {grad_norm}. Checkpoints are intact: continue from the last one with a lower "

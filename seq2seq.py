@@ -641,14 +641,6 @@ def prepare(args):
                                  data_sets=data_sets, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state, ds_config=ds_config)
 
 
-def out_of_memory(step, error, micro_batches):
-    shapes = ", ".join(f"{tuple(group['source_ids'].shape)} -> {tuple(group['decoder_ids'].shape)}"
-                       for groups, _ in micro_batches for group in groups)
-    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
-            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
-            "--ds_config stage, then a shorter --max_source_length")
-
-
 def main(args):
     # 1 setup, 2 data
     common.adopt_launcher()
@@ -770,7 +762,8 @@ def main(args):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            common.fail(out_of_memory(step, error, micro_batches), only_here=True)
+            shapes = [f"{tuple(group['source_ids'].shape)} -> {tuple(group['decoder_ids'].shape)}" for groups, _ in micro_batches for group in groups]
+            common.fail(common.out_of_memory(step, error, shapes, "a shorter --max_source_length"), only_here=True)
         grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
         if precision == "fp16" and not engine.was_step_applied() and n_overflows < 50:
             n_overflows += 1  # the loss scale went down: the same step again

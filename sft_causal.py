@@ -46,13 +46,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
 from common import log
 
 DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sft-demo --max_steps 1800 --train_batch_size 64 "
         "--learning_rate 0.006 --weight_decay 0.1 --warmup_steps 100 --eval_steps 900 --max_new_tokens 24 --logging_steps 50 --n_generate 300")
-NOT_CAUSAL = ("xlnet", "bert-generation")  # among transformers' causal models, but they see what follows unless configured
 MAX_DROPPED = 0.01  # share of the documents that truncation may leave without a target
 EVAL_METRICS = {"loss": "low", "perplexity": "low", "token_accuracy": "high", "exact_match": "high"}
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "zero3_generation", "n_generate", "show_examples", "write_results",
@@ -1059,8 +1058,7 @@ def prepare(args):
     source, config, tokenizer = common.open_model_folder(args, problems)
     precision, n_params, n_trained, quantized, n_tokens, new_ids, template, end = common.resolve_precision(args), 0, 0, (0, 0), 0, [], None, None
     if config is not None:
-        if (type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
-                and config.model_type not in NOT_CAUSAL):
+        if common.is_decoder_only(config):
             n_params = common.count_parameters(AutoModelForCausalLM, config)
             n_trained, quantized = common.count_trained(AutoModelForCausalLM, source, config, args, n_params, problems)
             old_ids, n_problems = set(tokenizer.get_vocab().values()), len(problems)
@@ -1142,13 +1140,6 @@ def set_stop_ids(generation, tokenizer, stop_ids):
     generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id not in stop_ids else None
     if not generation.do_sample and (generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0)):
         generation.do_sample = True  # or transformers refuses to save the configuration that it has loaded
-
-
-def out_of_memory(step, error, micro_batches):
-    shapes = ", ".join(str(tuple(batch["input_ids"].shape)) for batch, *_ in micro_batches)
-    return (f"step {step + 1}: out of memory ({str(error).splitlines()[0]}). Rows x tokens of this rank: {shapes}. Next: halve "
-            "--train_batch_size and double --gradient_accumulation_steps (same mathematics), then --gradient_checkpointing, then a higher "
-            "--ds_config stage, then a shorter --max_length, then --lora_rank with --quantize")
 
 
 def main(args):
@@ -1291,7 +1282,8 @@ def main(args):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            common.fail(out_of_memory(step, error, micro_batches), only_here=True)
+            shapes = [str(tuple(batch["input_ids"].shape)) for batch, *_ in micro_batches]
+            common.fail(common.out_of_memory(step, error, shapes, "a shorter --max_length, then --lora_rank with --quantize"), only_here=True)
         grad_norm = float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
         if precision == "fp16" and not engine.was_step_applied() and n_overflows < 50:
             n_overflows += 1  # the loss scale went down: the same step again
