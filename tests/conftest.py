@@ -1,7 +1,9 @@
 """Fixtures: tiny models and data made on the spot, scripts run in-process or as real processes. No network."""
 
+import contextlib
 import functools
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -259,10 +261,21 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(common, "plot_curves", lambda *_: None)
 
 
+def ports():
+    """Below those that the kernel hands out (servers and connections of tests beside this one have them); each process of
+    pytest-xdist has a range of its own."""
+    first = 12000 + 5000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 20000
+    return itertools.cycle(range(first + os.getpid() % 4000, first + 5000))
+
+
+PORTS = ports()
+
+
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def start(words, n_procs=1, cwd=None, env=None):
@@ -374,7 +387,8 @@ def copy_script(name, folder):
 def launch(launcher, words, cwd):
     """`deepspeed --num_gpus 2 script ...` or torchrun, from the environment of the tests."""
     binary = shutil.which(launcher[0], path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-    result = subprocess.run([binary, *launcher[1:], *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=240)
+    port = ["--master_port", str(free_port())]  # both take 29500 otherwise, and two tests may run at the same time
+    result = subprocess.run([binary, *port, *launcher[1:], *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
