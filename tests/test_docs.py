@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import os
 import re
 import runpy
 import shlex
@@ -317,8 +316,7 @@ def test_first_command_of_the_readme_reaches_its_promise(tmp_path):
     shutil.copytree(ROOT / "ds_configs", copy / "ds_configs")
     shutil.copytree(ROOT / "models" / "tiny-t5", copy / "models" / "tiny-t5")
     shutil.copytree(ROOT / "data", copy / "data", ignore=shutil.ignore_patterns(".cache"))
-    cores = str(len(os.sched_getaffinity(0)))
-    codes, output = finish(start(["seq2seq.py"], cwd=copy, env={"OMP_NUM_THREADS": cores}), timeout=600)
+    codes, output = finish(start(["seq2seq.py"], cwd=copy), timeout=600)  # one thread: two wait for each other on a busy machine
     assert codes == [0], output[-3000:]
     run = copy / "models" / "dates-demo"
     assert rows(run, "test")[-1]["test/exact_match"] >= 0.95

@@ -190,8 +190,7 @@ def test_the_demo_learns_to_grant_wishes_within_its_kl_budget(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("wishes.jsonl", "rewards.py"):
         shutil.copy(ROOT / "data" / name, tmp_path / "data")
-    cores = str(len(os.sched_getaffinity(0)))
-    codes, output = finish(start([tmp_path / "rl_ppo.py"], cwd=tmp_path, env={"OMP_NUM_THREADS": cores}), 600)  # 90 s on two idle cores
+    codes, output = finish(start([tmp_path / "rl_ppo.py"], cwd=tmp_path), 600)  # one thread: two wait for each other on a busy machine
     assert codes == [0], output[-3000:]
     run = tmp_path / "models" / "ppo-demo"
     first, *_, last = [row["eval/reward"] for row in rows(run, "eval")]

@@ -1,7 +1,6 @@
 """sft_causal.py on several ranks, at every ZeRO stage, killed, copied away, and its demo. pytest -m slow."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -155,8 +154,7 @@ def test_the_demo_answers_nine_of_ten_unseen_instructions_exactly(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "instructions.jsonl", tmp_path / "data")
-    cores = str(len(os.sched_getaffinity(0)))
-    codes, output = finish(start([tmp_path / "sft_causal.py"], cwd=tmp_path, env={"OMP_NUM_THREADS": cores}), 1200)  # 90 s on two idle cores
+    codes, output = finish(start([tmp_path / "sft_causal.py"], cwd=tmp_path), 1200)  # one thread: two wait for each other on a busy machine
     assert codes == [0], output[-3000:]
     run = tmp_path / "models" / "sft-demo"
     assert rows(run, "test")[-1]["test/exact_match"] >= 0.9 and rows(run, "eval")[0]["eval/exact_match"] < 0.05
