@@ -67,7 +67,7 @@ LOGIT_ELEMENTS = 2**27  # of one batch: 512 MB in fp32
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-def add_model_flags(parser, sub):
+def add_model_flags(sub):
     """The flags of common.py that collecting needs, as the trainers have them, and names of the earlier system."""
     shared = common.Parser(add_help=False)
     common.add_shared_args(shared)
@@ -85,7 +85,7 @@ def add_model_flags(parser, sub):
                      help="attention kernel; auto = math, whose gradients do not depend on the batch")
 
 
-def add_data_flags(sub, several=True):
+def add_data_flags(sub):
     sub.add_argument("--data_name", "--data", nargs="+", default=["data"], metavar="NAME", help="data sets under data/, or paths")
     sub.add_argument("--split", choices=["train", "eval", "test"], default="train", help="which records become rows")
     sub.add_argument("--groups", help="key of the records that names their group [name], or a JSON file of `subsets --clusters`; default: "
@@ -107,11 +107,11 @@ def parse_args(argv=None):
 
     sub = subs.add_parser("demo", help="a small study: estimates against real fine-tunes of a tiny model (also: no command at all)")
     sub.add_argument("--out", default="project-grads-demo", help="its folder [path]; a finished step is not repeated")
-    sub.add_argument("--n_true", type=int, default=12, help="subsets to fine-tune on for real [count]")
+    sub.add_argument("--n_true", type=int, default=16, help="subsets to fine-tune on for real [count]")
     sub.add_argument("--parallel", type=int, default=2, help="fine-tunes at a time [count]")
 
     sub = subs.add_parser("collect", help="outputs and projected gradients of every example into a store")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     add_data_flags(sub)
     sub.add_argument("--out", help="folder of the store [path]; an unfinished one is continued")
     sub.add_argument("--dim", "--project_dimension", type=int, default=4096, help="numbers per example [count]")
@@ -141,7 +141,7 @@ def parse_args(argv=None):
                          else "same as --params lora")
 
     sub = subs.add_parser("linerr", help="how far the first-order approximation holds: error against distance")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     sub.add_argument("--grads", required=True, help="store of the training rows: model, data and parameters are taken from it [path]")
     sub.add_argument("--target_grads", help="store whose rows are measured [path], default: --grads")
     sub.add_argument("--direction", default="dual,random", help="comma-separated: dual (mean gradient of 75 %% of the groups) | primal (P w) | "
@@ -161,7 +161,7 @@ def parse_args(argv=None):
     sub.add_argument("--out", required=True, help="text file (clusters: JSON file for --groups) [path]")
 
     sub = subs.add_parser("estimate", help="predicted loss of every group after fine-tuning on each subset")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     sub.add_argument("--grads", required=True, help="store of the training rows [path]")
     sub.add_argument("--target_grads", required=True, help="store of the evaluation rows [path]")
     sub.add_argument("--anchor_grads", nargs=2, metavar=("TRAIN", "TARGET"), help="the same two stores, collected at the model fine-tuned on everything")
@@ -183,7 +183,7 @@ def parse_args(argv=None):
     sub.add_argument("--out", required=True, help="table [path of a .csv]")
 
     sub = subs.add_parser("truth", help="really fine-tune on subsets, by sft_causal.py or seq2seq.py; their flags follow after --")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     sub.add_argument("--grads", required=True, help="store of the training rows: model and data are taken from it [path]")
     sub.add_argument("--target_grads", required=True, help="store of the evaluation rows [path]")
     sub.add_argument("--groups", help="JSON file of `subsets --clusters` [path]")
@@ -202,7 +202,7 @@ def parse_args(argv=None):
     sub.add_argument("--out", help="JSON file [path], default: <estimate>.compare.json; the picture lies beside it")
 
     sub = subs.add_parser("select", help="score training examples or groups for a target, and write the chosen as a data file")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     sub.add_argument("--grads", nargs="+", required=True, help="stores of the training rows, one per checkpoint [path]")
     sub.add_argument("--target_grads", nargs="+", required=True, help="stores of the target rows, one per checkpoint [path]")
     sub.add_argument("--lr_weights", type=float, nargs="+", help="weight of each checkpoint, its learning rate [no unit], default: equal")
@@ -218,7 +218,7 @@ def parse_args(argv=None):
     sub.add_argument("--out", required=True, help="data file for sft_causal.py and seq2seq.py [path of a .jsonl]; scores lie beside it")
 
     sub = subs.add_parser("verify", help="check gradients, sketch and derivatives on a model; exit code 1 where one fails")
-    add_model_flags(parser, sub)
+    add_model_flags(sub)
     add_data_flags(sub)
     sub.add_argument("-n", type=int, default=64, help="rows [count]")
     sub.add_argument("--params", default="auto", help="as in collect")
@@ -255,8 +255,6 @@ def check_args(args, problems):
     if args.command == "collect":
         if not args.out and args.compat != "gradex":
             problems.append("--out: the folder of the store is missing")
-        if args.compat is None and args.sketch == "gradex":
-            args.compat = None  # the matrix alone is fine
         for name in ("run", "save_name", "num_batches_gradients"):
             if getattr(args, name) and args.compat != "gradex" and not (name == "run" and args.sketch == "gradex"):
                 problems.append(f"--{name} has no effect without --compat gradex")
@@ -266,7 +264,7 @@ def check_args(args, problems):
             problems.append(f"--params {args.params}: expected auto, all, linear, lora, gradex or match:REGEX")
         if args.precond != "none" and not args.precond.startswith("adam:"):
             problems.append(f"--precond {args.precond}: expected none or adam:CHECKPOINT")
-        if args.sketch in ("exact", "kron", "gradex") and args.precond != "none" and args.sketch == "kron":
+        if args.sketch == "kron" and args.precond != "none":
             problems.append("--precond scales every coordinate, which --sketch kron never forms")
     if args.command == "estimate":
         if args.calibrate and not re.fullmatch(r".+:\d+", args.calibrate):
@@ -1263,7 +1261,7 @@ class Recorder:
         return out
 
 
-def parameter_list(tracked, adapter):
+def parameter_list(tracked):
     return [{"name": n, "shape": list(getattr(p, "ds_shape", p.shape))} for n, p in tracked.items()]
 
 
@@ -1292,7 +1290,7 @@ def collect(args):
     manifest = {
         "format": 1, "n": len(rows.tokens), "dim": sketch.dim, "sketch": args.sketch, "hash": HASH, "seed": args.seed, "run": args.run,
         "scaling": "E |row|^2 = |g|^2", "target": args.target, "compat": args.compat, "reduction": "per row over its target tokens",
-        "parameters": parameter_list(tracked, model), "model": model_digest(source, config, args), "family": family, "chat": bool(chat),
+        "parameters": parameter_list(tracked), "model": model_digest(source, config, args), "family": family, "chat": bool(chat),
         "lora": {"rank": args.lora_rank, "alpha": args.lora_alpha, "targets": args.lora_targets} if args.lora_rank else None,
         "coverage": {"tracked": sum(map(numel, tracked.values())), "all": sum(numel(p) for p in model.parameters()), "skipped": skipped[:50]},
         "data": {"name": args.data_name, "split": args.split, "digest": rows.digest, "downsample": args.downsample, "key": args.groups,
@@ -1301,7 +1299,7 @@ def collect(args):
         "groups": rows.names, "max_length": args.max_length, "max_source_length": args.max_source_length, "raw_prompt": args.raw_prompt,
         "precision": precision, "store_dtype": args.store_dtype, "precond": args.precond, "attention": args.attn, "seed_of_weights": args.seed,
         "quantize": args.quantize, "revision": args.revision, "params": args.params}
-    identity = {k: v for k, v in json.loads(json.dumps(manifest)).items()}
+    identity = json.loads(json.dumps(manifest))
     if common.rank() == 0:
         if (out / "manifest.json").is_file():
             before = json.loads((out / "manifest.json").read_text())
@@ -1453,7 +1451,7 @@ def of_store(store, args):
     device = common.setup_distributed()
     model = open_model(found, source, config, device, precision)
     tracked = tracked_parameters(model, m["params"])
-    if parameter_list(tracked, model) != m["parameters"]:
+    if parameter_list(tracked) != m["parameters"]:
         common.fail(f"{store.path}: the parameters of {digest['name']} are other ones")
     return types.SimpleNamespace(model=model, rows=rows, tracked=tracked, ids=pad_and_start(tokenizer, config), config=config, tokenizer=tokenizer,
                                  args=found, device=device, source=source)
@@ -1843,21 +1841,22 @@ def read_table(path, problems):
 
 
 def calibration(spec, names, chosen, unit, base, problems):
-    """The step size that fits the first K true runs best: least squares of the true on the predicted changes, all groups together.
+    """(step size that fits the first K true runs best, their subsets): least squares of the true on the predicted changes, all groups together.
     unit: {subset: predicted change (groups + 1,) of step size 1}; base: losses (groups + 1,) that changes count from."""
     path, _, k = spec.rpartition(":")
     columns, rows = read_table(path, problems)
     runs = [(subset, values) for run, subset, values in rows if run not in ("base", "all")]
     if columns and columns != [*names, "loss"]:
         problems.append(f"--calibrate {path}: its groups are {', '.join(columns[:6])}; those of the target rows are {', '.join(names[:6])}")
-    known = [(unit[subset], values - base) for subset, values in runs if subset in unit][: int(k)]
+    used = [(subset, values) for subset, values in runs if subset in unit][: int(k)]
+    known = [(unit[subset], values - base) for subset, values in used]
     if not problems and len(known) < int(k):
         problems.append(f"--calibrate {spec}: {len(known)} of its runs are of subsets in --subsets, {k} are asked for")
     if problems:
         common.fail(problems)
     predicted, true = (np.concatenate([pair[i][:-1] for pair in known]) for i in (0, 1))
     ok = np.isfinite(true) & np.isfinite(predicted)
-    return float((predicted[ok] * true[ok]).sum() / max((predicted[ok] ** 2).sum(), 1e-30))
+    return float((predicted[ok] * true[ok]).sum() / max((predicted[ok] ** 2).sum(), 1e-30)), {subset for subset, _ in used}
 
 
 def estimate(args):
@@ -1941,12 +1940,13 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
 
     def predicted(step_size):
         return group_means(to_losses(reference, changes(reference, step_size * directions, dim)), reference, target.names)
+    step_size, used = args.step_size, set()
     if args.step_size:
-        step_size = args.step_size
+        pass
     elif args.calibrate:
         guess = 1e-3 / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)  # small: log-odds' link is straight there
         unit = {tuple(s): v for s, v in zip(chosen, (predicted(guess) - at_reference) / guess)}
-        step_size = calibration(args.calibrate, target.names, chosen, unit, at_reference, [])
+        step_size, used = calibration(args.calibrate, target.names, chosen, unit, at_reference, [])
     elif delta is not None:  # Delta_all = step_size x of_all, as far as it lies along it
         step_size = float(fold(delta, dim) @ of_all / (of_all @ of_all))
     else:
@@ -1955,7 +1955,12 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
     seconds = time.process_time()
     values = predicted(step_size)
     rows = [("base", None, base)] + ([("all", everything, at_reference)] if anchors else [])
-    return rows + [("estimate", s, v) for s, v in zip(chosen, values)], step_size, time.process_time() - seconds
+    return rows + [(run_name(s, used), s, v) for s, v in zip(chosen, values)], step_size, time.process_time() - seconds
+
+
+def run_name(subset, used):
+    """What a row of estimates is: one that --calibrate has seen the truth of is no test of it."""
+    return "calibration" if tuple(subset) in used else "estimate"
 
 
 def lifted(args, train, target, anchors, group, groups, chosen):
@@ -1964,7 +1969,7 @@ def lifted(args, train, target, anchors, group, groups, chosen):
     here = of_store(train, args)
     names, sign = list(here.tracked), sign_of(train)
     target_rows = of_rows(target, here)
-    base = group_means(target.loss[None], target, target.names)[0]
+    base, used = group_means(target.loss[None], target, target.names)[0], set()
     start = {n: p.detach().clone() for n, p in here.tracked.items()}
     if args.compat:
         sketch, step_size = sketch_of(train, here.device), args.scale
@@ -1984,10 +1989,11 @@ def lifted(args, train, target, anchors, group, groups, chosen):
         of_all = sign * metric * (torch.tensor(weights, dtype=torch.float32, device=here.device) @ gradients) / weights.sum()
         if args.step_size:
             step_size = args.step_size
+        elif args.calibrate:
+            known, step_size, _ = linear(argparse.Namespace(**{**vars(args), "fit": "mean"}), train, target, anchors, group, groups, chosen, train.dim)
+            used = {tuple(subset) for run, subset, _ in known if run == "calibration"}
         elif anchors:  # in the metric of the step: Delta_all = step_size x of_all, as far as it lies along it
             step_size = float((delta * of_all / metric).sum() / (of_all * of_all / metric).sum())
-        elif args.calibrate:
-            step_size = linear(argparse.Namespace(**{**vars(args), "fit": "mean"}), train, target, [], group, groups, chosen, train.dim)[1]
         else:
             common.fail("--eval lift moves the weights by real steps: give --anchor_grads, --calibrate or --step_size")
         lengths = steps_for(chosen, counts, args)
@@ -2003,7 +2009,7 @@ def lifted(args, train, target, anchors, group, groups, chosen):
             step = dict(zip(names, whole.split([start[n].numel() for n in names])))
         move(here, start, step.items())
         losses = outputs_of(here.model, target_rows, which, here.args, here.ids, here.device)[:, 0]
-        rows.append(("estimate", subset, group_means(losses[None], target, target.names)[0]))
+        rows.append((run_name(subset, used), subset, group_means(losses[None], target, target.names)[0]))
     move(here, start, ((n, 0 * p.float()) for n, p in start.items()))
     return rows, step_size, time.monotonic() - started
 
@@ -2555,8 +2561,9 @@ def demo(args):
     flags = ["--grads", out / "train", "--target_grads", out / "target", "--subsets", out / "subsets.txt"]
     anchored = ["--anchor_grads", out / "anchor_train", out / "anchor_target"]
     for name, title, more in (("theta0", "estimates at the base model, one number fitted to 3 true runs", ["--calibrate", f"{out / 'truth.csv'}:3"]),
-                              ("anchor", "estimates around the anchor, no other true run", anchored),
-                              ("lift", "the same, weights moved and measured", [*anchored, "--eval", "lift", "--limit", args.n_true])):
+                              ("anchor", "estimates around the anchor, the same number fitted", [*anchored, "--calibrate", f"{out / 'truth.csv'}:3"]),
+                              ("lift", "the same, weights moved and measured", [*anchored, "--calibrate", f"{out / 'truth.csv'}:3", "--eval", "lift",
+                                                                                "--limit", args.n_true])):
         step(title, f"{name}.csv", "estimate", *flags, *more, "--out", out / f"{name}.csv")
         compare(parse_args(["compare", str(out / f"{name}.csv"), str(out / "truth.csv")]))
     step("which groups to keep for the tasks: greedy on the estimated loss", "chosen.jsonl", "select", "--grads", out / "train", "--target_grads", out / "target",
@@ -2568,12 +2575,12 @@ DEMO_BASE = ("--model_init_name tiny-llama --raw_prompt --training_run_name base
              "--warmup_steps 50 --eval_steps 90 --n_generate 0 --save_steps 0 --logging_steps 100")
 DEMO_TUNE = "--max_steps 40 --train_batch_size 32 --learning_rate 0.0001 --warmup_steps 0 --lr_scheduler_type constant --logging_steps 20"
 DEMO_READING = """
-What this shows ({seconds:.0f} s, everything under {out}): 16 training groups, four tasks with three clean groups and one with wrong answers each; a
-point of the scatter is one task's loss after fine-tuning on one subset of 8 groups, estimated (up) and true (across). "theta0" needs the gradients
-at the base model and a few true runs for the size of a step; "anchor" and "lift" need one fine-tune on everything. The {n} fine-tunes took minutes,
-the estimates of 200 subsets a second. A Spearman of 1 would rank the subsets of every task as fine-tuning does; `R2` and `relative_error` say
-whether the sizes are right too; the baselines say what knowing nothing is worth. influence.csv and .png beside chosen.jsonl show which group helps
-which task: groups with wrong answers should be the cold rows."""
+What this shows ({seconds:.0f} s, everything under {out}): 16 training groups, four tasks with three clean groups and one with wrong answers each. A
+point of a scatter is one task's loss after fine-tuning on one subset of 8 groups, estimated (up) and true (across). "theta0" needs the gradients at
+the base model and 3 true runs for the size of a step, which are not judged; "anchor" and "lift" also one fine-tune on everything. The {n} fine-tunes
+took minutes, the estimates of 200 subsets a second. Spearman 1 would rank the subsets of every task as fine-tuning does; relative_error and R2 say
+whether the sizes are right too, and the baselines what knowing nothing is worth. chosen.influence.csv and .png show which group helps which task:
+groups with wrong answers are the cold rows of their task."""
 
 # ------------------------------------------------------------------------------------------------ main
 

@@ -14,11 +14,13 @@ from conftest import ROOT, clf_flags, finish, flags, rows, start, write_llama
 import chat
 import clf
 import common
+import project_grads
 import rl_ppo
 import seq2seq
 import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "rl_ppo.py": rl_ppo, "chat.py": chat}
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "rl_ppo.py": rl_ppo, "project_grads.py": project_grads,
+           "chat.py": chat}
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
@@ -47,6 +49,9 @@ def known_flags(monkeypatch, parse):
 
     def look(parser, argv=None, namespace=None):
         found.update(parser._option_string_actions)
+        for action in parser._actions:
+            for sub in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+                found.update(sub._option_string_actions)
         raise SystemExit
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         for kind in (common.Parser, argparse.ArgumentParser):
@@ -67,6 +72,7 @@ def flags_of(page, monkeypatch):
 
 @pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
                                               ("sft_causal.py", 8, {"README.md", "sft_causal.md"}), ("rl_ppo.py", 8, {"README.md", "rl_ppo.md"}),
+                                              ("project_grads.py", 16, {"README.md", "project_grads.md"}),
                                               ("chat.py", 9, {"README.md", "chat.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
