@@ -255,7 +255,8 @@ class Parser(argparse.ArgumentParser):
                 argv[i] = "@" + str(HERE / word[1:])
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            commands = [sub for action in self._actions if isinstance(action, argparse._SubParsersAction) for sub in action.choices.values()]
+            flags = sorted({flag for parser in (self, *commands) for flag in parser._option_string_actions if flag.startswith("--")})
             lines = []
             for word in unknown:
                 word_flag = word.split("=")[0]

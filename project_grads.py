@@ -1171,6 +1171,9 @@ def prepare(args):
         problems.append(f"{source}: a {config.model_type} is neither a decoder-only model nor an encoder-decoder")
     if tokenizer is not None:
         rows = load_rows(args, source, tokenizer, family, problems)
+    else:  # still say what is wrong with the data's names
+        for name in args.data_name:
+            common.find_data(args, name, problems)
     if problems:
         common.fail(problems)
     args.batch_tokens = args.batch_tokens or (8192 if torch.cuda.is_available() else 1024)
