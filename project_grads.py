@@ -67,12 +67,12 @@ LOGIT_ELEMENTS = 2**27  # of one batch: 512 MB in fp32
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-def add_model_flags(sub):
-    """The flags of common.py that collecting needs, as the trainers have them, and names of the earlier system."""
+def add_model_flags(sub, *more):
+    """The flags of common.py that name a model, as the trainers have them, and names of the earlier system. more: further ones of common.py."""
     shared = common.Parser(add_help=False)
     common.add_shared_args(shared)
     wanted = ("model_init_name", "model_init_path", "revision", "trust_remote_code", "mount_dir", "cache_dir", "precision", "quantize",
-              "lora_rank", "lora_alpha", "lora_targets", "ds_config")
+              *more)
     for action in shared._actions:
         if action.dest in wanted:
             sub._add_action(action)
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     sub.add_argument("--parallel", type=int, default=2, help="fine-tunes at a time [count]")
 
     sub = subs.add_parser("collect", help="outputs and projected gradients of every example into a store")
-    add_model_flags(sub)
+    add_model_flags(sub, "lora_rank", "lora_alpha", "lora_targets", "ds_config")
     add_data_flags(sub)
     sub.add_argument("--out", help="folder of the store [path]; an unfinished one is continued")
     sub.add_argument("--dim", "--project_dimension", type=int, default=4096, help="numbers per example [count]")
@@ -218,7 +218,7 @@ def parse_args(argv=None):
     sub.add_argument("--out", required=True, help="data file for sft_causal.py and seq2seq.py [path of a .jsonl]; scores lie beside it")
 
     sub = subs.add_parser("verify", help="check gradients, sketch and derivatives on a model; exit code 1 where one fails")
-    add_model_flags(sub)
+    add_model_flags(sub, "lora_rank", "lora_alpha", "lora_targets")
     add_data_flags(sub)
     sub.add_argument("-n", type=int, default=64, help="rows [count]")
     sub.add_argument("--params", default="auto", help="as in collect")
@@ -252,7 +252,11 @@ def check_args(args, problems):
         problems.append(f"--precision {args.precision}: expected auto, fp32 or bf16")
     elif getattr(args, "precision", "auto") != "auto" and common.PRECISIONS[args.precision] not in ("fp32", "bf16", "fp64"):
         problems.append(f"--precision {args.precision}: gradients are collected in fp32 or bf16")
+    if args.command != "collect" and common.world_size() > 1:
+        problems.append(f"{args.command} runs in one process; collect takes several" + (", and truth's --launcher" if args.command == "truth" else ""))
     if args.command == "collect":
+        if args.base_model and args.ds_config not in ("auto", "zero0"):
+            problems.append(f"--base_model with --ds_config {args.ds_config}: a difference needs whole weights; leave one out")
         if not args.out and args.compat != "gradex":
             problems.append("--out: the folder of the store is missing")
         for name in ("run", "save_name", "num_batches_gradients"):
@@ -1034,7 +1038,7 @@ class Writer:
         self.offsets = {name: (array.offset, array.nbytes // max(1, n)) for name, array in maps.items()}
         self.done = np.array(maps["done"])
         self.files = {name: os.open(folder / f"{name}.npy", os.O_RDWR) for name in shapes}
-        self.flushed = time.monotonic()
+        self.flushed, self.n_lost = time.monotonic(), 0
 
     def write(self, name, i, value):
         offset, size = self.offsets[name]
@@ -1050,8 +1054,11 @@ class Writer:
                 scale = np.float32(max(np.abs(row).max(), 1e-30) / 127)
                 self.write("scale", i, scale)
                 row = np.round(row / scale)
-            elif self.dtype is np.float16 and np.abs(row).max() > 65504:
-                raise OverflowError(f"row {i}: a number of its gradient ({np.abs(row).max():.3g}) does not fit into fp16; use --store_dtype fp32")
+            elif self.dtype is np.float16:
+                if np.abs(row).max() > 65504:
+                    raise OverflowError(f"row {i}: a number of its gradient ({np.abs(row).max():.3g}) does not fit into fp16; use --store_dtype fp32")
+                size = float(np.linalg.norm(row))
+                self.n_lost += abs(float(np.linalg.norm(row.astype(np.float16).astype(np.float32))) - size) > 0.01 * size
             self.write("proj", i, row.astype(self.dtype))
             self.write("norm", i, np.float32(norms[b]))
             self.write("outputs", i, np.array([float(loss[b]), float(odds[b]), n_targets[i]]))
@@ -1286,6 +1293,8 @@ def collect(args):
         scales = {n: s.to(device) for n, s in adam_scales(args.precond[5:], tracked_parameters(model, args.params), problems).items()}
     if problems:
         common.fail(problems)
+    if args.lora_rank and common.read_adapter(source, []) is None:
+        log.warning("a fresh LoRA adapter has B = 0, so the gradient of A is zero: fine-tune a little first, and collect at that run")
     gradients = gradients_of(model, args, scales)
     tracked, sketch, ids = gradients.tracked, gradients.sketch, pad_and_start(tokenizer, config)
     skipped = [n for n, _ in model.named_parameters() if n not in tracked]
@@ -1315,15 +1324,14 @@ def collect(args):
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "manifest.json").is_file():
             common.write_json(out / "manifest.json", manifest)
-    if dist.is_initialized():
-        dist.barrier()
-    if not (out / common.COMPLETE).exists():
+    if not common.broadcast((out / common.COMPLETE).exists(), device):
         with attention_kernel(args):
-            fill_store(args, out, gradients, rows, ids, config, device, manifest)
-            if args.base_model and common.rank() == 0:
-                save_difference(args, out, gradients, config, precision)
-        if common.rank() == 0:
-            finish_store(out, manifest, rows)
+            fill_store(args, out, gradients, rows, ids, config, device)
+            dist.barrier()  # every process has written its rows
+            if common.rank() == 0:
+                if args.base_model:
+                    save_difference(args, out, gradients, precision)
+                finish_store(out, rows)
         dist.barrier()
     else:
         log.info(f"{out} is finished already")
@@ -1334,7 +1342,7 @@ def collect(args):
     return out
 
 
-def fill_store(args, out, gradients, rows, ids, config, device, manifest):
+def fill_store(args, out, gradients, rows, ids, config, device):
     """Collective. All rows that are not done: batches alike in length, dealt over the processes."""
     writer = Writer(out, len(rows.tokens), gradients.sketch.dim, args.store_dtype)
     todo = np.flatnonzero(~writer.done)
@@ -1369,18 +1377,21 @@ def fill_store(args, out, gradients, rows, ids, config, device, manifest):
     except OverflowError as error:
         common.fail(str(error), only_here=True)
     writer.flush()
+    if writer.n_lost:
+        log.warning(f"{writer.n_lost} rows are so small that fp16 changes their norm by over 1 %; where these matter, use --store_dtype fp32")
 
 
-def finish_store(out, manifest, rows):
+def finish_store(out, rows):
     """Rank 0: outputs.npz, the counts that only a finished store has, COMPLETE."""
-    outputs, norms = np.load(out / "outputs.npy"), np.load(out / "norm.npy")
+    outputs, norms, done = (np.load(out / f"{name}.npy") for name in ("outputs", "norm", "done"))
+    assert done.all(), f"{out}: {int((~done).sum())} rows were not written"
     np.savez(out / "outputs.npz", loss=outputs[:, 0], logodds=outputs[:, 1], n_tokens=outputs[:, 2].astype(np.int64), group=rows.group)
     record = json.loads((out / "manifest.json").read_text())
     common.write_json(out / "manifest.json", {**record, "zero_rows": int((norms == 0).sum()), "rows_without_target": int((rows.n_targets == 0).sum())})
     (out / common.COMPLETE).touch()
 
 
-def save_difference(args, out, gradients, config, precision):
+def save_difference(args, out, gradients, precision):
     """delta.npy: the sketch of (weights - weights of --base_model), both in the model's dtype; delta.json: its exact norm."""
     problems, other = [], copy.copy(args)
     other.model_init_path, other.lora_rank = args.base_model, args.lora_rank if common.read_adapter(args.base_model, []) is None else 0
@@ -2076,8 +2087,6 @@ def truth(args):
             problems.append(f"{hit} behind --: truth sets it itself")
     if not any(re.match(r"--(max_steps|num_epochs)", word) for word in args.train_flags):
         problems.append("behind --: give the trainer's flags, --max_steps or --num_epochs at least")
-    if common.world_size() > 1:
-        problems.append("truth starts the trainer itself: run it as one process, with --launcher 'deepspeed --num_gpus N'")
     script = common.HERE / ("seq2seq.py" if train.manifest["family"] == "seq2seq" else "sft_causal.py")
     if not script.is_file():
         problems.append(f"{script}: not found; truth needs the trainer beside this script")
@@ -2107,6 +2116,8 @@ def truth(args):
         name = name_of(subset, repeat)
         if (work / f"{name}.npy").exists() and not (name == "all" and not (work / "models" / name / common.COMPLETE).exists()):
             return run, None, ""
+        if (work / "models" / name / common.COMPLETE).exists():  # trained, but not yet measured when it was stopped
+            return run, work / "models" / name, ""
         write_records(work / "data" / f"{name}.jsonl", [r for r, g in zip(records, group) if g in set(subset)], evaluation)
         m = train.manifest
         lengths = ["--max_source_length", m["max_source_length"], "--max_target_length", m["max_length"]] if m["family"] == "seq2seq" else [
@@ -2216,6 +2227,8 @@ def compare(args):
     (columns, estimates), (true_columns, truths) = read_table(args.estimate, problems), read_table(args.truth, problems)
     if not problems and columns != true_columns:
         problems.append(f"{args.estimate} and {args.truth}: other target groups")
+    if not problems and not any(run == "base" for run, _, _ in truths):
+        problems.append(f"{args.truth}: no row of the losses before fine-tuning (run: base)")
     if problems:
         common.fail(problems)
     of = {subset: values for run, subset, values in estimates if run == "estimate"}
