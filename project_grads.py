@@ -1038,7 +1038,7 @@ class Writer:
         self.offsets = {name: (array.offset, array.nbytes // max(1, n)) for name, array in maps.items()}
         self.done = np.array(maps["done"])
         self.files = {name: os.open(folder / f"{name}.npy", os.O_RDWR) for name in shapes}
-        self.flushed, self.n_lost = time.monotonic(), 0
+        self.flushed, self.n_lost = -math.inf, 0
 
     def write(self, name, i, value):
         offset, size = self.offsets[name]
