@@ -729,14 +729,14 @@ class Gradients:
         self.model, self.tracked, self.target, self.chunk, self.scales, self.compat = model, tracked, target, chunk, scales or {}, compat
         self.device, self.B = next(model.parameters()).device, 0
         name_of, owners = {id(p): n for n, p in tracked.items()}, collections.Counter()
-        problems, self.linear, self.handles = [], {}, []
+        problems, self.linear, self.handles, self.replaced = [], {}, [], []
         embeddings = getattr(model.get_input_embeddings(), "base_layer", model.get_input_embeddings())
         biases = {m.relative_attention_bias: m for m in model.modules() if hasattr(m, "compute_bias") and hasattr(m, "relative_attention_bias")}
         for path, module in model.named_modules():
             own = {leaf: name_of[id(p)] for leaf, p in module._parameters.items() if p is not None and id(p) in name_of}
             owners.update(own.values())
             is_norm = "norm" in type(module).__name__.lower() and all(self.tracked[n].dim() == 1 or hasattr(self.tracked[n], "ds_id") for n in own.values())
-            if isinstance(module, torch.nn.Embedding) and (own or module is embeddings):
+            if isinstance(module, torch.nn.Embedding) and (own or module.weight is embeddings.weight):  # T5 has the same weight in two modules
                 if module in biases:
                     self.watch_bias(biases[module], own["weight"])
                 elif type(module).forward is torch.nn.Embedding.forward or not own:
@@ -764,9 +764,14 @@ class Gradients:
         """Take all hooks off the model."""
         for handle in self.handles:
             handle.remove()
-        for module in self.model.modules():
-            for name in ("compute_bias", "forward"):
-                module.__dict__.pop(name, None)
+        for module, name, before in reversed(self.replaced):
+            module.__dict__.pop(name)
+            module.__dict__.update({name: before} if before else {})
+
+    def replace(self, module, name, function):
+        """An instance's method, until close()."""
+        self.replaced.append((module, name, module.__dict__.get(name)))
+        module.__dict__[name] = function
 
     def check_batch(self, path, tensor):
         if tensor.shape[0] != self.B or tensor.dim() < 2:
@@ -817,7 +822,7 @@ class Gradients:
                 normal = plain(x, module.normalized_shape, eps=module.eps)
                 normal = normal if module.weight is None else normal * module.weight
                 return normal if getattr(module, "bias", None) is None else normal + module.bias
-            module.__dict__["forward"] = forward
+            self.replace(module, "forward", forward)
         self.handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
     def watch_bias(self, attention, name):
@@ -833,7 +838,7 @@ class Gradients:
             leaf = bias.detach().expand(self.B, -1, -1, -1).clone().requires_grad_()
             self.leaves.append((name, buckets[-1], leaf))
             return leaf
-        attention.__dict__["compute_bias"] = compute_bias
+        self.replace(attention, "compute_bias", compute_bias)
 
     # -- what the backward pass brings
 

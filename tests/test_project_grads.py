@@ -106,7 +106,7 @@ def alone(model, rows, i, target="loss"):
     if target != "logodds":
         return found.loss * ((wanted >= 0).sum() if target == "loss_sum" else 1)
     p = torch.softmax(logits.double(), -1).gather(-1, wanted.clamp(min=0)[:, None])[:, 0][wanted >= 0]
-    return torch.log(p / (1 - p)).mean()
+    return torch.log(p / (1 - p)).clamp(-grads.MAX_LOGODDS, grads.MAX_LOGODDS).mean()
 
 
 def assert_rows_are_autograds(found, model, tracked, rows, which, target="loss", rel=1e-5):
