@@ -1614,7 +1614,7 @@ def linerr(args):
     for r in table:
         print(f"{r['direction']:<9} {r['scale']:>8.3g} {r['squared']:>10.3g} {r['no_gradient']:>10.3g} {r['root']:>8.3g} {r['median']:>8.3g} "
               f"{r['relative']:>8.3g} {r['r2']:>8.4f} {r['error_slope']:>6.2f}")
-    common.write_json(args.out or train.path / "linerr.json", {"target": args.target, "rows": len(which), "norm": norm, "table": table})
+    common.write_json(args.out or train.path / "linerr.json", without_nan({"target": args.target, "rows": len(which), "norm": norm, "table": table}))
     return table
 
 
@@ -2264,7 +2264,7 @@ def compare(args):
     table["baseline: the mean of the true runs"] = {k: {"value": v} for k, v in agreement(np.tile(true.mean(0), (n, 1)), true, base).items()}
     result = {"subsets": n, "groups": [c for c, ok in zip(columns[:-1], groups) if ok], "true_runs": sum(len(repeats[s]) for s in shared), **table}
     out = pathlib.Path(args.out or f"{args.estimate}.compare.json")
-    common.write_json(out, result)
+    common.write_json(out, without_nan(result))
     names = ("pearson", "spearman", "spearman_of_mean", "pooled_pearson", "relative_error", "r2")
     print(f"{n} subsets, {result['true_runs']} true runs, {true.shape[1]} target groups; brackets: 95 % by resampling subsets")
     print(" " * 48 + "".join(f"{name:>24}" for name in names))
@@ -2273,6 +2273,15 @@ def compare(args):
         print(f"{title:<48}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
     scatter(out.with_suffix(".png"), estimate - base, true - base, result["groups"], table["estimate"])
     return result
+
+
+def without_nan(found):
+    """The same, with None for what is not defined: strict JSON has no NaN."""
+    if isinstance(found, dict):
+        return {k: without_nan(v) for k, v in found.items()}
+    if isinstance(found, list):
+        return [without_nan(v) for v in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def figure_of(size):

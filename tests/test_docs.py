@@ -72,7 +72,7 @@ def flags_of(page, monkeypatch):
 
 @pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
                                               ("sft_causal.py", 8, {"README.md", "sft_causal.md"}), ("rl_ppo.py", 8, {"README.md", "rl_ppo.md"}),
-                                              ("project_grads.py", 16, {"README.md", "project_grads.md"}),
+                                              ("project_grads.py", 18, {"README.md", "project_grads.md"}),
                                               ("chat.py", 9, {"README.md", "chat.md"})])
 def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
     found = list(script_commands(script))
