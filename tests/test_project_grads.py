@@ -68,8 +68,8 @@ def run(place, command, *words):
         return stop.code
 
 
-def collect(place, out, kind="llama", *words, split="train"):
-    assert run(place, "collect", "--model_init_name", kind, "--data_name", "mix", "--groups", "skill", "--split", split, "--store_dtype", "fp32",
+def collect(place, out, kind="llama", *words, split="train", data="mix"):
+    assert run(place, "collect", "--model_init_name", kind, "--data_name", data, "--groups", "skill", "--split", split, "--store_dtype", "fp32",
                "--out", place / out, *words) == 0
     return grads.Store(place / out, [])
 
@@ -381,6 +381,59 @@ def test_stores_of_other_things_are_refused(place, stores, capsys):
     assert run(place, "collect", "--model_init_name", "gpt2", "--data_name", "mix", "--out", place / "G") == 2  # another model into a finished store
 
 
+@pytest.fixture(scope="module")
+def moved(place):
+    """Exact stores (training rows, evaluation rows) at the weights of models/llama moved a little: models/moved."""
+    folder = place / "models" / "moved"
+    shutil.copytree(place / "models" / "llama", folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    base = place / "models" / "llama"
+    return tuple(collect(place, f"moved-{split}", "moved", "--sketch", "exact", "--base_model", base, split=split) for split in ("train", "eval"))
+
+
+def test_stores_of_other_weights_or_data_are_refused_by_digest(place, stores, moved, capsys):
+    train, target = collect(place, "HG", "llama", "--sketch", "exact"), collect(place, "HE", "llama", "--sketch", "exact", split="eval")
+    lines = (place / "data" / "mix.jsonl").read_text().splitlines(keepends=True)
+    (place / "data" / "mixed.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    swapped = collect(place, "HS", "moved", "--sketch", "exact", data="mixed")
+    (place / "both.txt").write_text("0 1\n")
+
+    def refused(*words):
+        capsys.readouterr()
+        code = run(place, "estimate", *words, "--subsets", place / "both.txt", "--out", place / "refused.csv")
+        return code == 2 and capsys.readouterr().err
+    assert "another model" in refused("--grads", train.path, "--target_grads", moved[1].path)
+    assert "another data" in refused("--grads", train.path, "--target_grads", target.path, "--anchor_grads", swapped.path, moved[1].path)
+    assert "same weights" in refused("--grads", train.path, "--target_grads", target.path, "--anchor_grads", train.path, target.path)
+
+
+def test_an_estimate_around_an_anchor_by_hand(place, moved):
+    train, target = collect(place, "AG", "llama", "--sketch", "exact"), collect(place, "AE", "llama", "--sketch", "exact", split="eval")
+    chosen = [[0, 1], [1, 2], [0, 1, 2]]
+    (place / "three.txt").write_text("".join(" ".join(map(str, s)) + "\n" for s in chosen))
+    flags = ["--grads", train.path, "--target_grads", target.path, "--anchor_grads", moved[0].path, moved[1].path, "--subsets", place / "three.txt"]
+    assert run(place, "estimate", *flags, "--step_size", 0.01, "--out", place / "a.csv") == 0
+
+    def mean(subset):
+        which = np.isin(train.group, subset)
+        return sum(train.n_tokens[which] @ store.read()[which] for store in (train, moved[0])) / train.n_tokens[which].sum() / 2
+    rows = grads.read_table(place / "a.csv", [])[1]
+    assert [run for run, _, _ in rows] == ["base", "all", "estimate", "estimate", "estimate"]
+    for _, subset, values in rows[2:]:
+        wanted = moved[1].loss - 0.01 * moved[1].read() @ (mean(subset) - mean([0, 1, 2]))
+        np.testing.assert_allclose(values, [*[wanted[target.group == g].mean() for g in range(3)], wanted.mean()], rtol=1e-5)
+    np.testing.assert_allclose(rows[4][2], rows[1][2], rtol=1e-6)  # everything: the anchor itself
+    assert run(place, "estimate", *flags, "--out", place / "b.csv") == 0  # the step size that the way to the anchor has
+    weights = [dict(transformers.AutoModelForCausalLM.from_pretrained(place / "models" / n).named_parameters()) for n in ("moved", "llama")]
+    way, of_all = grads.flat(weights[0], weights[0]) - grads.flat(weights[1], weights[0]), -torch.tensor(mean([0, 1, 2])).float()
+    assert json.loads((place / "b.csv.json").read_text())["step_size"] == pytest.approx(float(way @ of_all / (of_all @ of_all)), rel=1e-3)
+
+
 def test_rows_are_encoded_as_the_trainers_do(place, monkeypatch):
     import seq2seq
     import sft_causal
@@ -424,6 +477,18 @@ def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_pla
     np.testing.assert_allclose(lift[1:] - lift[0], linear[1:] - linear[0], rtol=0.05, atol=2e-6)
 
 
+def test_predicted_outputs_become_losses():
+    store = types.SimpleNamespace(loss=np.array([0.5, 2.0]), logodds=np.array([0.3, -1.5]), n_tokens=np.array([4, 1]), manifest={"target": "loss"})
+    change = np.array([[0.2, -0.1]])
+    assert grads.to_losses(store, change) == pytest.approx(np.array([[0.7, 1.9]]))
+    store.manifest["target"] = "loss_sum"
+    assert grads.to_losses(store, change) == pytest.approx(np.array([[0.55, 1.9]]))
+    store.manifest["target"] = "logodds"  # a token of log-odds o has the loss log(1 + exp(-o)); the row's own loss is kept at no change
+    assert grads.to_losses(store, 0 * change) == pytest.approx(store.loss[None])
+    wanted = store.loss + np.log1p(np.exp(-store.logodds - change)) - np.log1p(np.exp(-store.logodds))
+    assert grads.to_losses(store, change) == pytest.approx(wanted)
+
+
 def test_logistic_regression_is_scikit_learns():
     from sklearn.linear_model import LogisticRegression
     rng = np.random.default_rng(0)
@@ -452,6 +517,7 @@ def test_ranks_correlations_and_what_knowing_nothing_is_worth():
     perfect, base = grads.agreement(true, true, np.zeros(2)), grads.agreement(np.zeros((4, 2)), true + 1, np.zeros(2))
     assert perfect["pearson"] == pytest.approx(1) and perfect["spearman"] == pytest.approx(1) and perfect["r2"] == 1
     assert math.isnan(base["pearson"]) and base["r2"] == 0 and base["relative_error"] == 1
+    assert grads.agreement(true + 2, true + 1, true.mean(0) + 1)["r2"] == pytest.approx(1 - 8 / 19)  # of the changes from the base, not of the losses
     a, b = np.array([1.0, 2, 4, 3]), np.array([1.0, 3, 2, 9])
     assert grads.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
 
