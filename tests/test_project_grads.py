@@ -509,6 +509,14 @@ def test_linearisation_by_hand_and_the_weights_come_back(place, stores):
     table = json.loads((place / "lin.json").read_text())["table"]
     assert len(table) == 9 and all(r["derivative"] == "jvp" and r["squared"] < r["no_gradient"] and r["r2"] > 0.8 for r in table)
     assert [r["error_slope"] for r in table if r["direction"] == "dual"][-1] == pytest.approx(2, abs=0.3)
+    model, rows, args, ids, config = opened(place, "llama")
+    here = types.SimpleNamespace(model=model, rows=rows, tracked=grads.tracked_parameters(model, "all"), ids=ids, config=config, args=args,
+                                 device=torch.device("cpu"))
+    start, step = {n: p.detach().clone() for n, p in here.tracked.items()}, {n: torch.randn_like(p) for n, p in here.tracked.items()}
+    quotient = grads.difference_quotient(here, "loss", step, np.array(SOME), start)
+    assert all(torch.equal(p, start[n]) for n, p in here.tracked.items())
+    with grads.attention_kernel(args):
+        np.testing.assert_allclose(quotient, grads.directional(here, "loss", step, np.array(SOME)), rtol=0.02)
 
 
 def test_ranks_correlations_and_what_knowing_nothing_is_worth():
