@@ -1920,6 +1920,10 @@ def estimate(args):
     log.info(f"{out}: {len(chosen)} subsets x {len(target.names)} target groups, step size {step_size:.4g}, {time.monotonic() - started:.1f} s")
 
 
+ANCHOR_STEP = ("step size from the way to the anchor: after AdamW often several times too large, so that the order of the subsets means more than the size "
+               "of the changes; --calibrate fits it to a few true runs")
+
+
 def sign_of(store):
     """A training step lowers the loss: against its gradient, along the log-odds'."""
     return 1 if store.manifest["target"] == "logodds" else -1
@@ -1968,6 +1972,7 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
         step_size, used = calibration(args.calibrate, target.names, chosen, unit, at_reference, [])
     elif delta is not None:  # Delta_all = step_size x of_all, as far as it lies along it
         step_size = float(fold(delta, dim) @ of_all / (of_all @ of_all))
+        log.warning(ANCHOR_STEP)
     else:
         step_size = 1.0 if args.fit != "mean" else 1e-3 * float(np.abs(reference.loss).mean()) / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)
         log.warning("no --calibrate, --step_size or anchor with --base_model: the order of the subsets means something, the size of the changes does not")
@@ -2013,6 +2018,7 @@ def lifted(args, train, target, anchors, group, groups, chosen):
             used = {tuple(subset) for run, subset, _ in known if run == "calibration"}
         elif anchors:  # in the metric of the step: Delta_all = step_size x of_all, as far as it lies along it
             step_size = float((delta * of_all / metric).sum() / (of_all * of_all / metric).sum())
+            log.warning(ANCHOR_STEP)
         else:
             common.fail("--eval lift moves the weights by real steps: give --anchor_grads, --calibrate or --step_size")
         lengths = steps_for(chosen, counts, args)
