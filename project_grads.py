@@ -590,7 +590,7 @@ class Sketch:
         size = self.sizes[name]
         if name not in self.tables and size <= self.room:
             self.room -= size
-            parts = [self.buckets(name, torch.arange(a, min(a + 2**22, size), device=self.device)).int() for a in range(0, size, 2**22)]
+            parts = [self.buckets(name, torch.arange(a, min(a + 2**18, size), device=self.device)).int() for a in range(0, size, 2**18)]
             self.tables[name] = torch.cat(parts)
         if name in self.tables:
             return self.tables[name][start:stop].long()
