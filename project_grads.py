@@ -967,7 +967,7 @@ def outputs_of(model, rows, which, args, ids, device, bar=None):
 # ------------------------------------------------------------------------------------------------ store
 
 COMPARED = {"sketch": "sketch", "dim": "size of the sketch", "seed": "seed of the sketch", "run": "run of the matrix", "hash": "hash",
-            "parameters": "parameters", "precond": "preconditioner"}  # of two stores whose rows are multiplied
+            "parameters": "parameters", "precond_digest": "preconditioner"}  # of two stores whose rows are multiplied
 
 
 class Store:
@@ -1127,6 +1127,14 @@ def adam_scales(checkpoint, tracked, problems):
         return {}
     beta2 = 0.999
     return {n: ((v.float().flatten() / (1 - beta2**steps)).sqrt() + 1e-8).rsqrt() for n, v in moments.items()}
+
+
+def digest_of(scales):
+    """SHA-256 of a preconditioner's numbers, "none" without one."""
+    found = hashlib.sha256()
+    for name in sorted(scales or {}):
+        found.update(name.encode() + scales[name].float().cpu().numpy().tobytes())
+    return found.hexdigest() if scales else "none"
 
 
 def open_model(args, source, config, device, precision):
@@ -1298,6 +1306,7 @@ def collect(args):
         scales = {n: s.to(device) for n, s in adam_scales(args.precond[5:], tracked_parameters(model, args.params), problems).items()}
     if problems:
         common.fail(problems)
+    precond = f"adam:{pathlib.Path(args.precond[5:]).resolve()}" if scales else "none"
     if args.lora_rank and common.read_adapter(source, []) is None:
         log.warning("a fresh LoRA adapter has B = 0, so the gradient of A is zero: fine-tune a little first, and collect at that run")
     gradients = gradients_of(model, args, scales)
@@ -1314,7 +1323,7 @@ def collect(args):
                  "paths": [str(common.find_data(args, name, [])[None].resolve()) for name in args.data_name]},
         "numbers": rows.numbers.tolist() if len(rows.numbers) != rows.numbers[-1] + 1 else None,
         "groups": rows.names, "max_length": args.max_length, "max_source_length": args.max_source_length, "raw_prompt": args.raw_prompt,
-        "precision": precision, "store_dtype": args.store_dtype, "precond": args.precond, "attention": args.attn, "seed_of_weights": args.seed,
+        "precision": precision, "store_dtype": args.store_dtype, "precond": precond, "precond_digest": digest_of(scales), "attention": args.attn, "seed_of_weights": args.seed,
         "quantize": args.quantize, "revision": args.revision, "params": args.params}
     identity = json.loads(json.dumps(manifest))
     if common.rank() == 0:
@@ -1487,6 +1496,8 @@ def scales_of(store, tracked, device):
     if store.manifest["precond"] == "none":
         return {}
     scales = adam_scales(store.manifest["precond"][5:], tracked, problems := [])
+    if not problems and digest_of(scales) != store.manifest["precond_digest"]:
+        problems.append(f"{store.path}: its preconditioner {store.manifest['precond']} has changed since; collect again")
     if problems:
         common.fail(problems)
     return {n: s.to(device) for n, s in scales.items()}
@@ -2025,16 +2036,27 @@ def lifted(args, train, target, anchors, group, groups, chosen):
     rows, which = [("base", None, base)], np.arange(target.n)
     if anchors:
         rows.append(("all", everything, group_means(anchors[1].loss[None], anchors[1], target.names)[0]))
-    for i, subset in enumerate(tqdm(chosen, desc="estimating", delay=5, disable=common.rank() > 0 or None)):
+
+    def losses_of(i, step_size):
+        """(groups + 1,) after the weights have moved by the estimated step of subset i."""
         if args.compat:
-            step = gradex_step(args, train, np.flatnonzero(np.isin(group, subset) & (train.n_tokens > 0)), sketch, norm * (args.scale if args.abs_scale <= 0 else 1))
+            used_rows = np.flatnonzero(np.isin(group, chosen[i]) & (train.n_tokens > 0))
+            step = gradex_step(args, train, used_rows, sketch, norm * (args.scale if args.abs_scale <= 0 else 1))
         else:
-            share = torch.tensor(weights * membership([subset], len(groups))[0], dtype=torch.float32, device=here.device)
+            share = torch.tensor(weights * membership([chosen[i]], len(groups))[0], dtype=torch.float32, device=here.device)
             whole = step_size * (lengths[i] * sign * metric * (share @ gradients) / share.sum() - (of_all if anchors else 0))
             step = dict(zip(names, whole.split([start[n].numel() for n in names])))
         move(here, start, step.items())
         losses = outputs_of(here.model, target_rows, which, here.args, here.ids, here.device)[:, 0]
-        rows.append((run_name(subset, used), subset, group_means(losses[None], target, target.names)[0]))
+        return group_means(losses[None], target, target.names)[0]
+    if used:  # a step that is right to first order can be too long for the real loss
+        true = {subset: values for run, subset, values in read_table(args.calibrate.rpartition(":")[0], [])[1][::-1] if run not in ("base", "all")}
+        ours = [i for i, subset in enumerate(chosen) if tuple(subset) in used]
+        errors = {size: sum(float(np.nansum((losses_of(i, size) - true[tuple(chosen[i])])[:-1] ** 2)) for i in ours)
+                  for size in tqdm([step_size / 2**k for k in range(6)], desc="fitting the step size", delay=5)}
+        step_size = min(errors, key=errors.get)
+    for i, subset in enumerate(tqdm(chosen, desc="estimating", delay=5)):
+        rows.append((run_name(subset, used), subset, losses_of(i, step_size)))
     move(here, start, ((n, 0 * p.float()) for n, p in start.items()))
     return rows, step_size, time.monotonic() - started
 

@@ -493,6 +493,14 @@ def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_pla
     assert [run for run, _, _ in grads.read_table(place / "c.csv", [])[1]] == ["base", "calibration", "calibration", "estimate"]
     assert run(place, "estimate", *flags, "--eval", "lift", "--step_size", 1e-3, "--out", place / "l.csv") == 0
     assert run(place, "estimate", *flags, "--step_size", 1e-3, "--out", place / "m.csv") == 0
+    weak = grads.read_table(place / "l.csv", [])[1]
+    grads.write_table(place / "weak.csv", target.names, [("base", None, rows[0][2]), *(("0", list(s), v) for _, s, v in weak[1:])])
+    far = [(run, list(s), rows[0][2] + 1000 * (np.array(v) - rows[0][2])) for run, s, v in weak[1:]]  # what first order says of a step of 1: no real one
+    grads.write_table(place / "far.csv", target.names, [("base", None, rows[0][2]), *(("0", s, v) for _, s, v in far)])
+    for name, rel in (("weak", 1e-2), ("far", None)):
+        assert run(place, "estimate", *flags, "--eval", "lift", "--calibrate", f"{place / name}.csv:2", "--out", place / f"{name}-lift.csv") == 0
+    step = {name: json.loads((place / f"{name}-lift.csv.json").read_text())["step_size"] for name in ("weak", "far")}
+    assert step["weak"] == pytest.approx(1e-3, rel=0.01) and step["far"] < 0.6  # halved until the real losses fit best
     lift, linear = (np.array([v for _, _, v in grads.read_table(place / f"{n}.csv", [])[1]]) for n in "lm")
     np.testing.assert_allclose(lift[1:] - lift[0], linear[1:] - linear[0], rtol=0.01)
 
