@@ -209,7 +209,7 @@ def make_store(folder, n, dim, n_groups, rng):
     same = {"name": "random", "digest": "0"}
     common.write_json(folder / "manifest.json", {
         "n": n, "dim": dim, "groups": [f"g{i}" for i in range(n_groups)], "target": "loss", "sketch": "sjlt", "seed": 0, "run": 0, "hash": "splitmix64-1",
-        "parameters": [], "precond": "none", "model": same, "data": same})
+        "parameters": [], "precond": "none", "precond_digest": "none", "model": same, "data": same})
     grads.finish_store(folder, rows)
 
 
