@@ -1974,6 +1974,7 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
 
     def predicted(step_size):
         return group_means(to_losses(reference, changes(reference, step_size * directions, dim)), reference, target.names)
+    smallest = 1e-3 * float(np.abs(reference.loss).mean()) / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)
     step_size, used = args.step_size, set()
     if args.step_size:
         pass
@@ -1981,11 +1982,15 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
         guess = 1e-3 / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)  # small: log-odds' link is straight there
         unit = {tuple(s): v for s, v in zip(chosen, (predicted(guess) - at_reference) / guess)}
         step_size, used = calibration(args.calibrate, target.names, chosen, unit, at_reference, [])
+        if step_size <= 0:
+            log.warning(f"the true runs move against the first order (fitted step size {step_size:.4g}): training goes too far from these weights for it. "
+                        "The order of the subsets is kept, with a tiny step; the sizes mean nothing. Use an anchor, or shorter runs")
+            step_size = smallest
     elif delta is not None:  # Delta_all = step_size x of_all, as far as it lies along it
         step_size = float(fold(delta, dim) @ of_all / (of_all @ of_all))
         log.warning(ANCHOR_STEP)
     else:
-        step_size = 1.0 if args.fit != "mean" else 1e-3 * float(np.abs(reference.loss).mean()) / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)
+        step_size = 1.0 if args.fit != "mean" else smallest
         log.warning("no --calibrate, --step_size or anchor with --base_model: the order of the subsets means something, the size of the changes does not")
     seconds = time.process_time()
     values = predicted(step_size)

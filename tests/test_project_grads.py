@@ -476,7 +476,7 @@ def test_rows_are_encoded_as_the_trainers_do(place, monkeypatch):
     assert source == seq2seq.encode_source(t5(record["prompt"]).input_ids, 1024, 1) and target == seq2seq.encode_target(t5(record["completion"]).input_ids, 2048, 1, False)
 
 
-def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_planted_step(place, stores):
+def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_planted_step(place, capsys):
     train, target = collect(place, "XG", "llama", "--sketch", "exact"), collect(place, "XE", "llama", "--sketch", "exact", split="eval")
     (place / "two.txt").write_text("0 1\n1 2\n0 2\n")
     flags = ["--grads", place / "XG", "--target_grads", place / "XE", "--subsets", place / "two.txt"]
@@ -493,6 +493,10 @@ def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_pla
     assert [run for run, _, _ in grads.read_table(place / "c.csv", [])[1]] == ["base", "calibration", "calibration", "estimate"]
     assert run(place, "estimate", *flags, "--eval", "lift", "--step_size", 1e-3, "--out", place / "l.csv") == 0
     assert run(place, "estimate", *flags, "--step_size", 1e-3, "--out", place / "m.csv") == 0
+    against = [("0", list(s), 2 * np.array(rows[0][2]) - np.array(v)) for _, s, v in rows[1:]]  # every subset moves the other way
+    grads.write_table(place / "against.csv", target.names, [("base", None, rows[0][2]), *against])
+    assert run(place, "estimate", *flags, "--calibrate", f"{place / 'against.csv'}:2", "--out", place / "g.csv") == 0
+    assert json.loads((place / "g.csv.json").read_text())["step_size"] > 0 and "against the first order" in capsys.readouterr().err
     weak = grads.read_table(place / "l.csv", [])[1]
     grads.write_table(place / "weak.csv", target.names, [("base", None, rows[0][2]), *(("0", list(s), v) for _, s, v in weak[1:])])
     far = [(run, list(s), rows[0][2] + 1000 * (np.array(v) - rows[0][2])) for run, s, v in weak[1:]]  # what first order says of a step of 1: no real one
