@@ -1606,7 +1606,7 @@ def linerr(args):
             size = math.sqrt(sum(float(s.double().square().sum()) for s in step.values()))
             try:
                 slope, how = directional(measured, args.target, step, which), "jvp"
-            except (RuntimeError, NotImplementedError) as error:
+            except NotImplementedError as error:
                 log.warning(f"no forward-mode derivative of this model ({str(error).splitlines()[0][:80]}): a central difference is used")
                 slope, how = difference_quotient(measured, args.target, step, which, start), "difference"
             errors = []
@@ -1958,7 +1958,7 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
             of_all = (of_all + mean_rows([everything], far, far_weights)[0]) / 2
         directions, of_all = sign * fold(directions, dim) * length, sign * fold(of_all, dim)
     else:
-        directions, of_all, found = np.empty((len(chosen), dim)), None, {}
+        directions, of_all = np.empty((len(chosen), dim)), None
         mean_square = float((train.norm.astype(float) ** 2).mean())
         for i, subset in enumerate(tqdm(chosen, desc=f"fitting ({args.fit})", delay=5)):
             which = np.flatnonzero(np.isin(group, subset) & (train.n_tokens > 0))
@@ -1974,23 +1974,27 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
 
     def predicted(step_size):
         return group_means(to_losses(reference, changes(reference, step_size * directions, dim)), reference, target.names)
-    smallest = 1e-3 * float(np.abs(reference.loss).mean()) / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)
+
+    def step_that_changes(size):
+        """The step size at which outputs change by `size` on average."""
+        return size / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)
+    a_little = 1e-3 * float(np.abs(reference.loss).mean())
     step_size, used = args.step_size, set()
     if args.step_size:
         pass
     elif args.calibrate:
-        guess = 1e-3 / max(float(np.abs(changes(reference, directions, dim)).mean()), 1e-30)  # small: log-odds' link is straight there
+        guess = step_that_changes(1e-3)  # small: log-odds' link is straight there
         unit = {tuple(s): v for s, v in zip(chosen, (predicted(guess) - at_reference) / guess)}
         step_size, used = calibration(args.calibrate, target.names, chosen, unit, at_reference, [])
         if step_size <= 0:
             log.warning(f"the true runs move against the first order (fitted step size {step_size:.4g}): training goes too far from these weights for it. "
                         "The order of the subsets is kept, with a tiny step; the sizes mean nothing. Use an anchor, or shorter runs")
-            step_size = smallest
+            step_size = step_that_changes(a_little)
     elif delta is not None:  # Delta_all = step_size x of_all, as far as it lies along it
         step_size = float(fold(delta, dim) @ of_all / (of_all @ of_all))
         log.warning(ANCHOR_STEP)
     else:
-        step_size = 1.0 if args.fit != "mean" else smallest
+        step_size = 1.0 if args.fit != "mean" else step_that_changes(a_little)
         log.warning("no --calibrate, --step_size or anchor with --base_model: the order of the subsets means something, the size of the changes does not")
     seconds = time.process_time()
     values = predicted(step_size)

@@ -55,7 +55,7 @@ def test_a_killed_collection_goes_on_to_the_same_rows(place, n_procs):  # noqa: 
     assert (calm.loss == killed.loss).mean() > 0.5 and np.abs(calm.loss - killed.loss).max() < 1e-5
 
 
-def test_true_runs_go_on_where_they_stopped_and_an_anchor_is_its_own_estimate(place, monkeypatch, capsys):  # noqa: F811
+def test_true_runs_go_on_where_they_stopped_and_an_anchor_is_its_own_estimate(place):  # noqa: F811
     for out, split in (("G", "train"), ("E", "eval")):
         collect(place, out, "llama", "--raw_prompt", split=split)
     (place / "pairs.txt").write_text("0 1\n1 2\n0 1 2\n")
