@@ -195,9 +195,13 @@ def ppo_flags(mount, run="run", **changes):
 
 @pytest.fixture(autouse=True)
 def global_state():
-    """Signal handlers and environment are as before after every test; a run changes both."""
+    """Signal handlers, environment and torch's linear are as before after every test; a run changes them (ZeRO-3 puts DeepSpeed's own in its
+    place, which has no forward-mode derivative)."""
     handlers, before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}, dict(os.environ)
+    import torch.nn.functional as functional
+    linear = functional.linear
     yield
+    functional.linear = linear
     for number, handler in handlers.items():
         signal.signal(number, handler)
     os.environ.clear()
