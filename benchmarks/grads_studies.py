@@ -8,7 +8,8 @@ noisy     20 groups of 25 additions, 8 of them with wrong answers (shuffled amon
           or already well (1500), is fine-tuned on 7 groups. Do the estimates rank the subsets, and does the mean estimate of the subsets with a
           group tell clean from noisy?
 symbolic  12 tasks on rows of digits (copy, reverse, sort, running sum ...), 48 rows each; a tiny model that knows all a little (100 steps), or
-          nine perfectly (600), is fine-tuned on 6. Which task's loss moves how? Also: how many of the exact top 5 % of cosines does selection find in sketches of 4096 and 8192?
+          nine perfectly (600), is fine-tuned on 6. Which task's loss moves how? Also: how many of the exact top 5 % of cosines
+          does selection find in sketches of 512, 4096 and 8192?
 smollm2   SmolLM2-135M-Instruct with LoRA, six public tasks, fine-tuned on three. An adapter is warmed up on rows of its own first, so that B is not
           zero: that is the base (theta0). Few steps (6) leave it ignorant of the form of the answers, more (36) do not: two studies.
 
@@ -21,6 +22,7 @@ import csv
 import json
 import pathlib
 import random
+import sys
 import tempfile
 import time
 
@@ -28,6 +30,9 @@ import harness
 import numpy as np
 import torch
 import transformers
+
+sys.path.insert(0, str(harness.ROOT))
+import project_grads  # noqa: E402
 
 N_TRAIN, N_EVAL, N_WARM, LONGEST = 24, 12, 8, 240  # smollm2: rows of a group; characters of a row
 CONSTANT = "--warmup_steps 0 --lr_scheduler_type constant --logging_steps 20"
@@ -193,57 +198,47 @@ class Study:
         checkpoint = next(iter(sorted(self.base.glob("checkpoint-*"))), None)
         self.collect("anchor", self.anchor, "--base_model", self.base)
         self.collect("adam", self.base, "--precond", f"adam:{checkpoint}")
-        if far_adam:
-            self.collect("anchoradam", self.anchor, "--base_model", self.base, "--precond", f"adam:{checkpoint}")
         calibrate = ["--calibrate", f"{self.truth}:{N_CALIBRATE}"]
         anchored = ["--anchor_grads", mount / "anchor_train", mount / "anchor_target"]
         adam = ["--grads", mount / "adam_train", "--target_grads", mount / "adam_target"]
-        anchored_adam = [*adam, "--anchor_grads", mount / "anchoradam_train", mount / "anchoradam_target"]
         limit = ["--limit", self.n_true]
         ways = {"theta0, 3 true runs for the step size": ("theta0", [*self.stores, *calibrate]),
                 "theta0, AdamW's metric, 3 true runs": ("adam", [*adam, *calibrate]),
                 "anchor": ("anchor", [*self.stores, *anchored]),
                 "anchor, 3 true runs for the step size": ("anchor3", [*self.stores, *anchored, *calibrate]),
                 "anchor, weights moved": ("lift", [*self.stores, *anchored, "--eval", "lift", *limit]),
-                "anchor, AdamW's metric": ("anchoradam", [*anchored_adam]),
-                "anchor, AdamW's metric, 3 true runs": ("anchoradam3", [*anchored_adam, *calibrate]),
-                "anchor, AdamW's metric, weights moved, 3 true runs": ("liftadam3", [*anchored_adam, *calibrate, "--eval", "lift", *limit]),
                 "anchor, weights moved, 3 true runs": ("lift3", [*self.stores, *anchored, *calibrate, "--eval", "lift", *limit])}
-        if not far_adam:
-            ways = {title: way for title, way in ways.items() if "adam" not in way[0] or way[0] == "adam"}
+        if far_adam:
+            self.collect("anchoradam", self.anchor, "--base_model", self.base, "--precond", f"adam:{checkpoint}")
+            anchored_adam = [*adam, "--anchor_grads", mount / "anchoradam_train", mount / "anchoradam_target"]
+            ways |= {"anchor, AdamW's metric": ("anchoradam", anchored_adam),
+                     "anchor, AdamW's metric, 3 true runs": ("anchoradam3", [*anchored_adam, *calibrate]),
+                     "anchor, AdamW's metric, weights moved, 3 true runs": ("liftadam3", [*anchored_adam, *calibrate, "--eval", "lift", *limit])}
         if gradex:
             for dim in (100, 400):
                 self.collect(f"gradex{dim}", self.base, "--compat", "gradex", "--dim", dim)
                 stores = ["--grads", mount / f"gradex{dim}_train", "--target_grads", mount / f"gradex{dim}_target"]
                 ways[f"GradEx, d = {dim}, scale 0.02"] = (f"gradex{dim}", [*stores, "--compat", "gradex", "--scale", 0.02, *limit])
-        found = {}
+        found, others = {}, {}
         for title, (name, words) in ways.items():
             self.grads(f"estimate {name}", f"{name}.done", "estimate", *words, "--subsets", mount / "subsets.txt", "--out", mount / f"{name}.csv")
             self.grads(f"compare {name}", f"{name}.compared", "compare", mount / f"{name}.csv", self.truth)
             table = json.loads((mount / f"{name}.csv.compare.json").read_text())
             found[title] = {**table.pop("estimate"), "step_size": json.loads((mount / f"{name}.csv.json").read_text()).get("step_size")}
-            if name == "anchor":  # judges all runs, also those that calibrate others
-                ceiling = {key: value for key, value in table.items() if key.startswith("ceiling")}
-            if name == "lift3":  # judged without the calibration runs, as theta0
-                others = {key: value for key, value in table.items() if isinstance(value, dict)}
-                judged = {key: table[key] for key in ("subsets", "true_runs")}
-        found |= others | ceiling
+            others[name] = table
+        # the baselines without the runs that calibrate, as the estimates; the ceiling from all that were repeated
+        found |= {key: row for key, row in others["theta0"].items() if key.startswith("baseline")}
+        found |= {key: row for key, row in others["anchor"].items() if key.startswith("ceiling")}
+        judged = {key: others["theta0"][key] for key in ("subsets", "true_runs")}
         print(json.dumps({title: {k: row[k]["value"] for k in ("spearman", "pearson", "relative_error", "r2")} for title, row in found.items()}, indent=1), flush=True)
         return {**judged, "compare": found}
 
     def figures(self, **more):
-        names, runs = read_losses(self.truth)
+        names, runs = project_grads.read_table(self.truth, [])
         manifest = json.loads((self.mount / "theta0_train" / "manifest.json").read_text())
         distance = json.loads((self.mount / "anchor_train" / "delta.json").read_text())["norm"]
         return {"tracked_parameters": manifest["coverage"]["tracked"], "sketch": manifest["dim"], "seconds": self.seconds, "anchor_distance": distance,
-                "groups": names[:-1], "truth": [{"run": r, "subset": s, "losses": v} for r, s, v in runs], **more}
-
-
-def read_losses(path):
-    """(names, [(run, subset, losses)]) of a table of estimate or truth."""
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    return [name.removeprefix("loss_") for name in header[2:]], [(row[0], row[1], [round(float(x), 4) for x in row[2:]]) for row in rows]
+                "groups": names[:-1], "truth": [{"run": r, "subset": " ".join(map(str, s)), "losses": v.round(4).tolist()} for r, s, v in runs], **more}
 
 
 def noisy(args, mount, warm_steps):
