@@ -1,6 +1,5 @@
 """chat.py's terminal: commands, the history of a conversation, input of several lines; (slow) a real one in a pseudo-terminal."""
 
-import fcntl
 import json
 import os
 import pty
@@ -8,7 +7,6 @@ import queue
 import re
 import subprocess
 import sys
-import termios
 import threading
 import time
 
@@ -491,8 +489,10 @@ class Pty:
 
     def __init__(self, words, cwd):
         self.master, slave = pty.openpty()
-        self.process = subprocess.Popen([sys.executable, ROOT / "chat.py", *map(str, words)], stdin=slave, stdout=slave, stderr=slave, cwd=cwd,
-                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        # Not by preexec_fn: that forks, which a worker with tens of GB of DeepSpeed's unused buffers is refused.
+        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        self.process = subprocess.Popen([sys.executable, "-c", own, ROOT / "chat.py", *map(str, words)], stdin=slave, stdout=slave, stderr=slave,
+                                        cwd=cwd, start_new_session=True,
                                         env={**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1", "INPUTRC": "/dev/null"})
         os.close(slave)
         self.output, self.seen = b"", 0
