@@ -318,8 +318,9 @@ def add_shared_args(parser):
 
     group = parser.add_argument_group("optimiser")
     group.add_argument("--learning_rate", type=float, default=5e-5, help="peak, reached after warm-up [no unit]")
-    group.add_argument("--lr_scheduler_type", choices=["linear", "cosine", "constant", "constant_with_warmup"],
-                       default="linear", help="shape after warm-up; constant has no warm-up")
+    group.add_argument("--lr_scheduler_type", default="linear",
+                       choices=["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"],
+                       help="shape after warm-up; constant has no warm-up; inverse_sqrt: peak x sqrt(warm-up / step)")
     group.add_argument("--warmup_steps", type=int,
                        help="linear warm-up [optimizer steps], default: min(2000, max_steps / 10), 0 = off")
     group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices only [no unit], 0 = off")
@@ -406,8 +407,6 @@ def check_shared_args(args, problems):
         problems.append("no model: give --model_init_name (a folder under models/) or --model_init_path (a folder or hub id)")
     if args.training_run_name and (args.training_run_name.startswith("/") or ".." in args.training_run_name.split("/")):
         problems.append(f"--training_run_name {args.training_run_name}: expected a name under models/, not a path elsewhere")
-    if args.early_stopping_patience and not args.metric_for_best:
-        problems.append("--early_stopping_patience needs --metric_for_best")
     if args.resume and args.overwrite:
         problems.append("--resume and --overwrite exclude each other")
     _check_adapter_args(args, problems)
@@ -561,7 +560,10 @@ def plan_run(args, source, identity, free_flags, state, n_params, n_trained, pre
     """
     model_name = (args.model_init_path or args.model_init_name or "model").strip("/").replace("/", "_")
     data_name = "+".join(parse_data_spec(spec, [])[0] for spec in args.data_name).replace("/", "_")
-    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}"
+    sweep = f"_{os.environ.get('WANDB_RUN_ID')}" if os.environ.get("WANDB_SWEEP_ID") else ""  # an agent's runs would all have one name
+    run_name = args.training_run_name or f"{model_name}_{data_name}_{'eval' if args.no_train else args.seed}{sweep}"
+    if args.early_stopping_patience and not args.metric_for_best:
+        problems.append("--early_stopping_patience needs --metric_for_best")
     run_dir, resume_from, ds_name, ds_config = mount_dir(args) / "models" / run_name, None, args.ds_config, None
     if not args.no_train:
         resume_from = start_of_run(args, run_dir, identity, free_flags, problems)
@@ -661,8 +663,9 @@ def open_tracker(args, run_dir):
     """Rank 0: the wandb run or tensorboard writer of --report_to, or None."""
     if args.report_to == "wandb":
         import wandb
+        own_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the agent of a sweep has given one already
         return wandb.init(project=args.wandb_project, entity=args.wandb_entity, name=run_dir.name, dir=run_dir, config=vars(args),
-                          id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16], resume="allow")
+                          id=os.environ.get("WANDB_RUN_ID", own_id), resume="allow")
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(run_dir)
@@ -847,13 +850,13 @@ class Ragged:
 class RaggedWriter:
     """Write rows of token ids, one after the other, in bounded memory."""
 
-    def __init__(self, prefix):
-        self.ids, self.offsets, self.end = open(f"{prefix}.ids", "wb"), open(f"{prefix}.offsets", "wb"), 0
+    def __init__(self, prefix, dtype=np.int32):
+        self.ids, self.offsets, self.end, self.dtype = open(f"{prefix}.ids", "wb"), open(f"{prefix}.offsets", "wb"), 0, dtype
         self.offsets.write(np.int64(0).tobytes())
 
     def append(self, row):
         self.end += len(row)
-        self.ids.write(np.asarray(row, dtype=np.int32).tobytes())
+        self.ids.write(np.asarray(row, dtype=self.dtype).tobytes())
         self.offsets.write(np.int64(self.end).tobytes())
 
     def close(self):
@@ -1904,12 +1907,15 @@ def plan_steps(args, n_examples, steps_per_epoch, run_dir):
 def lr_at(step, peak, schedule, warmup, max_steps):
     """Learning rate of the update from `step` to `step + 1`, in closed form; exactly 0 at max_steps (linear, cosine).
 
-    lr_at(0, 1.0, "linear", 4, 10) = 0.25; the peak is reached by the 4th update.
+    lr_at(0, 1.0, "linear", 4, 10) = 0.25; the peak is reached by the 4th update. inverse_sqrt (Raffel et al. 2020) knows no
+    max_steps: lr_at(15, 1.0, "inverse_sqrt", 4, 10) = sqrt(4 / 16); without warm-up it counts as one step long.
     """
     if schedule == "constant":
         return peak
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / (step + 1))
     done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
     return peak * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant_with_warmup": 1.0}[schedule]
 

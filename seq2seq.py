@@ -1,4 +1,4 @@
-"""seq2seq.py: fine-tune an encoder-decoder (T5, Flan-T5, mT5, ByT5, BART) on prompt -> completion data, with DeepSpeed.
+"""seq2seq.py: train an encoder-decoder (T5, Flan-T5, mT5, ByT5, BART) on prompt -> completion data, or T5 on plain text, with DeepSpeed.
 
     {"train": [{"prompt": "4 March 1997", "completion": "1997-03-04"}, ...], "eval": [...]}      data/<name>.json
 
@@ -6,6 +6,7 @@
     python seq2seq.py --model_init_path google/flan-t5-base --data mydata    # one GPU
     deepspeed --num_gpus 4 seq2seq.py --model_init_name flan-t5-xxl --data mydata --train_batch_size 8 \
         --gradient_accumulation_steps 2                                      # ZeRO stage chosen by the memory table
+    python seq2seq.py @presets/t5-pretrain --model_init_name tiny-t5 --data corpus.txt  # pretraining by span corruption
 
 Writes models/<training_run_name>/: metrics.jsonl, predictions (temperature=0.00_n=1_step=2000.json), checkpoint-<step>/
 for resuming, and the trained model itself as a plain Hugging Face folder. docs/seq2seq.md explains every number.
@@ -18,13 +19,18 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
+import gzip
 import json
 import math
+import mmap
+import os
+import pathlib
 import re
 import string
 import sys
 import time
 import types
+import zlib
 
 import common  # first: it prepares the import of DeepSpeed
 
@@ -46,7 +52,12 @@ from common import log
 DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 800 --train_batch_size 128 "
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 400 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
 PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
-EVAL_METRICS = {"loss": "low", "exact_match": "high", "token_f1": "high"}
+TASK_METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
+EVAL_METRICS = {"loss": "low", **dict.fromkeys(("token_accuracy", "exact_match", "token_f1", *TASK_METRICS), "high")}
+TEXT_ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+PIECE = 2**20  # longer documents are cut [bytes]
+# [noise density, mean span length], or None: the end of the text from a random place on (prefix language model)
+DENOISERS = {"prefix_lm": [None], "ul2": [(0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0), None]}
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "num_beams", "zero3_generation"}  # evaluation only
 RECORD_LAYOUT = {"source": "{prompt}", "target": "{completion}"}
 
@@ -59,15 +70,37 @@ def parse_args(argv=None):
         if common.rank() == 0 and not {"-h", "--help"} & set(argv):
             print("demo: python seq2seq.py", " ".join([DEMO, *argv]), flush=True)
         argv = DEMO.split() + argv
+    args = arguments().parse_args(argv)
+    if args.debug:
+        args.max_steps = 10
+    return args
+
+
+def arguments():
     parser = common.Parser(prog="seq2seq.py", description=__doc__.split("\n\n")[0])
-    group = parser.add_argument_group("task")
+    parser.add_argument("--objective", choices=["completion", "span_corruption", *DENOISERS], default="completion",
+                        help="completion: prompt -> completion; the others pretrain on plain text: T5's span corruption, its end from its "
+                        "beginning, UL2's mixture of both")
+    group = parser.add_argument_group("pretraining on plain text")
+    group.add_argument("--input_length", "--input_seq_length", type=int,
+                       help="of the encoder; as much text is taken as fills it [tokens], default 512")
+    group.add_argument("--target_length", "--target_seq_length", type=int,
+                       help="most that the decoder may get [tokens], default: what --input_length gives")
+    group.add_argument("--noise_density", "--mlm_probability", type=float, help="share of the text that is masked [0-1], default 0.15")
+    group.add_argument("--mean_noise_span_length", type=float, help="of a masked span [tokens], default 3")
+    group.add_argument("--span_labels", choices=["t5", "compact"], help="compact: spans may begin and end anywhere, no end token behind the "
+                       "labels; default t5")
+    group.add_argument("--documents", choices=["auto", "line", "blank"], help="documents of a .txt: one per line, or with blank lines between; "
+                       "default auto: blank if the first MB has any")
+    group = parser.add_argument_group("prompts and completions")
     group.add_argument("--max_source_length", type=int, default=1024, help="longer prompts lose their end [tokens]")
     group.add_argument("--max_target_length", type=int, default=512, help="longer completions lose their end [tokens]")
     group.add_argument("--truncated_eos", action="store_true", help="end truncated completions with the end token all the same")
     group.add_argument("--allow_lossy", action="store_true",
                        help="train although the tokenizer cannot express over 1 %% of the completions")
     group.add_argument("--label_smoothing", type=float, default=0.0, help="share of the target spread over the vocabulary [0-1]")
-    group.add_argument("--max_new_tokens", type=int, default=512, help="generation limit at evaluation [tokens]")
+    group.add_argument("--max_new_tokens", type=int,
+                       help="generation limit at evaluation [tokens], default 512, or one more than the longest label where the data names labels")
     group.add_argument("--temperature", type=float, default=0.001, help="sampling temperature; <= 0.001 = greedy [no unit]")
     group.add_argument("--n_samples", type=int, default=1, help="generations per prompt [count]")
     group.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass [0-1], 1 = off")
@@ -75,20 +108,38 @@ def parse_args(argv=None):
     group.add_argument("--zero3_generation", choices=["auto", "gathered", "synced"], default="auto",
                        help="under ZeRO-3 generate with a whole copy of the weights (gathered) or layer by layer (synced); "
                        "auto = gathered if it fits")
+    group = parser.add_argument_group("optimiser, of this script")
+    group.add_argument("--optimizer", choices=["adamw", "adamw_rms", "adafactor"], default="adamw",
+                       help="adafactor, and adamw_rms (AdamW's step x the root mean square of each matrix), want ZeRO stage 0")
+    group.add_argument("--no_scale_parameter", action="store_true", help="Adafactor's step not x the root mean square of each matrix")
+    group.add_argument("--z_loss", type=float, default=0.0, help="adds this x log(Z)^2 to every token's loss [no unit], 1e-4 in T5X, 0 = off")
     common.add_shared_args(parser)
-    args = parser.parse_args(argv)
-    if args.debug:
-        args.max_steps = 10
-    return args
+    return parser
 
 
 def check_args(args, problems):
     common.check_shared_args(args, problems)
-    for name in ("max_source_length", "max_target_length"):
-        if getattr(args, name) < 2:
-            problems.append(f"--{name} {getattr(args, name)}: expected 2 or more tokens")
+    parser = arguments()
+    for group in parser._action_groups:
+        if group.title == ("pretraining on plain text" if args.objective == "completion" else "prompts and completions"):
+            problems += [f"--{action.dest} has no effect with --objective {args.objective}" for action in group._group_actions
+                         if getattr(args, action.dest) != action.default]
+    if args.objective in DENOISERS:
+        problems += [f"--{name} belongs to --objective span_corruption, {args.objective} has its own noise"
+                     for name in ("noise_density", "mean_noise_span_length", "span_labels") if getattr(args, name) is not None]
+    if not 0 < default(args.noise_density, 0.15) < 1:
+        problems.append(f"--noise_density {args.noise_density}: expected a share between 0 and 1")
+    if not 1 <= default(args.mean_noise_span_length, 3) < math.inf:
+        problems.append(f"--mean_noise_span_length {args.mean_noise_span_length}: expected 1 or more tokens")
+    if args.no_scale_parameter and args.optimizer != "adafactor":
+        problems.append("--no_scale_parameter has no effect without --optimizer adafactor")
+    if not 0 <= args.z_loss < math.inf:
+        problems.append(f"--z_loss {args.z_loss}: expected 0 (off) or more")
+    for name in ("max_source_length", "max_target_length", "input_length", "target_length"):
+        if default(getattr(args, name), 4) < (4 if name == "input_length" else 2):
+            problems.append(f"--{name} {getattr(args, name)}: expected {4 if name == 'input_length' else 2} or more tokens")
     for name in ("max_new_tokens", "n_samples", "num_beams"):
-        if getattr(args, name) < 1:
+        if default(getattr(args, name), 1) < 1:
             problems.append(f"--{name} {getattr(args, name)}: expected 1 or more")
     if not 0 <= args.label_smoothing < 1:
         problems.append(f"--label_smoothing {args.label_smoothing}: expected a share below 1")
@@ -103,10 +154,28 @@ def check_args(args, problems):
         problems.append(f"--num_beams {args.num_beams} at --temperature {args.temperature}: beams are not sampled; leave out one")
     if args.temperature <= 0.001 and args.top_p < 1:
         problems.append("--top_p has no effect in greedy decoding: raise --temperature")
-    names = [name for name in EVAL_METRICS] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
-                                               for name in EVAL_METRICS if len(args.data_name) > 1]
-    if args.metric_for_best and args.metric_for_best not in names:
-        problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(names)}")
+    if args.metric_for_best and args.metric_for_best.split("/")[-1] not in EVAL_METRICS:
+        problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(EVAL_METRICS)}, behind <data set>/ where there are several")
+
+
+def default(value, otherwise):
+    return otherwise if value is None else value
+
+
+def check_metric(args, data_sets, problems):
+    """--metric_for_best exists; where it is unset, a single data set that names its task decides it."""
+    if len(data_sets) == 1 and data_sets[0].task and not args.metric_for_best and not args.no_train:
+        args.metric_for_best = data_sets[0].task["metric_for_best"]
+        log.info(f"--metric_for_best {args.metric_for_best}, as {data_sets[0].name} says")
+    plain = ["loss", "token_accuracy"] + (["exact_match", "token_f1"] if args.objective == "completion" else [])
+    found = dict.fromkeys(plain, data_sets) if len(data_sets) > 1 else {}
+    for data in data_sets:
+        first = f"{data.name}/" if len(data_sets) > 1 else ""
+        for prefix in (first, *(f"{first}{part}/" for part in data.parts)):
+            found.update({prefix + name: data.records["eval"] for name in plain + (data.task["metrics"] if data.task else [])})
+    if args.metric_for_best and len(data_sets) == len(args.data_name) and not found.get(args.metric_for_best):
+        problems.append(f"--metric_for_best {args.metric_for_best}: " + (
+            f"{args.metric_for_best.split('/')[0]} has no evaluation records" if args.metric_for_best in found else f"expected one of {', '.join(found)}"))
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -159,7 +228,7 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
                for side in ("source", "target")}
     hashes = {split: open(folder / f"{split}.hashes", "wb") for split in ("train", "eval", "test")}
     kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in ("eval", "test")}
-    counts = collections.Counter({"train": 0, "eval": 0, "test": 0})
+    counts, task = collections.Counter({"train": 0, "eval": 0, "test": 0}), None
     lossy, eos, ends = [], tokenizer.eos_token_id, {tokenizer.eos_token_id, tokenizer.bos_token_id}
 
     def flush(block):
@@ -172,6 +241,7 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
             counts[split] += 1
             counts["long prompts"] += len(source) > args.max_source_length
             counts["long completions"] += len(target) > args.max_target_length
+            counts["longest completion"] = max(counts["longest completion"], len(target))
             if text.strip() != completion.strip() or tokenizer.unk_token_id in target:
                 counts["lossy"] += 1
                 if len(lossy) < 3:
@@ -186,10 +256,16 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
     for file_split, path in files.items():
         block = []
         for where, split, record in common.read_records(path, problems, file_split or "train"):
+            if split == "task":
+                task = record
+                problems += [f"{where}: {wrong}" for wrong in check_task(task)]
+                continue
             if split not in ("train", "eval", "test"):
                 problems.append(f"{where}: split {split!r}, expected train, eval or test")
                 continue
             prompt, completion, wrong = to_pair(record)
+            if task and not wrong and to_class(task, completion) is None:
+                wrong = f"completion {completion!r}, expected {'one of ' + ', '.join(task['labels']) if task['labels'] else 'a number'}"
             if wrong:
                 problems.append(f"{where}: {wrong}")
                 continue
@@ -204,7 +280,7 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
     bar.close()
     for file in [*writers.values(), *hashes.values(), *kept.values()]:
         file.close()
-    return dict(counts), lossy
+    return {**counts, "lossy_examples": lossy, "task": task}
 
 
 class DataSet:
@@ -218,6 +294,9 @@ class DataSet:
         self.hashes = {split: np.fromfile(folder / f"{split}.hashes", np.int64) for split in ("train", "eval", "test")}
         self.records = {split: [json.loads(line) for line in open(folder / f"{split}.jsonl", encoding="utf-8")]
                         for split in ("eval", "test")}
+        self.task = self.counts["task"]  # labels and metrics, from data/prepare_glue.py, or None
+        parts = [record["orig_d"].get("part") for split in ("eval", "test") for record in self.records[split]] if self.task else []
+        self.parts = sorted(set(filter(None, parts)))  # such as MNLI's two validation sets
 
 
 def load_data(args, tokenizer, problems):
@@ -228,16 +307,15 @@ def load_data(args, tokenizer, problems):
         files = common.find_data(args, name, problems)
         if not files or tokenizer is None:
             for split, path in files.items():  # no tokenizer: still report what is wrong with the records
-                problems += [f"{where}: {to_pair(r)[2]}" for where, _, r in common.read_records(path, problems) if to_pair(r)[2]]
+                problems += [f"{where}: {to_pair(r)[2]}" for where, split, r in common.read_records(path, problems) if split != "task" and to_pair(r)[2]]
             continue
         before = len(problems)
         settings = [args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
-        root, key = common.token_cache(args, "seq2seq 1", files, tokenizer, settings)
+        root, key = common.token_cache(args, "seq2seq 2", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
-                    counts, lossy = tokenize_data_set(files, folder, tokenizer, args, problems)
-                    common.write_json(folder / "counts.json", {**counts, "lossy_examples": lossy})
+                    common.write_json(folder / "counts.json", tokenize_data_set(files, folder, tokenizer, args, problems))
         except OSError as error:
             problems.append(f"the token cache cannot be written ({error}); --cache_dir names another folder")
             continue
@@ -248,6 +326,217 @@ def load_data(args, tokenizer, problems):
         check_counts(args, data, next(iter(files.values())), problems)
     common.check_evaluation_parts(args, data_sets, "prompts", problems)
     return data_sets
+
+
+def find_corpus(args, name, problems):
+    """-> (path or None, [(split or None, text file)]); no files: a folder of tokens that data/prepare_text.py made."""
+    path = (pathlib.Path(name) if os.path.exists(name) and (os.sep in name or name.endswith(TEXT_ENDINGS))
+            else common.find_input(args, "data", name, ["", *TEXT_ENDINGS], problems))
+    if path is None or (path / "corpus.json").is_file():
+        return path, []
+    stem, ending = re.fullmatch(r"(.*?)((?:\.txt|\.jsonl)(?:\.gz)?|)", path.name).groups()
+    files = (sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_ENDINGS)) if path.is_dir() else
+             [path, *(p for p in (path.with_name(f"{stem}.{split}{ending}") for split in ("eval", "test")) if p.is_file())])
+    splits = [re.search(r"\.(train|eval|test)\.", p.name) or re.fullmatch(r"(train|eval|test)", p.parent.name) for p in files]
+    if not files or files == [path] and not ending:
+        problems.append(f"{path}: no text; expected files that end in {', '.join(TEXT_ENDINGS)}, or what data/prepare_text.py makes")
+    return path, [(split and split[1], p) for split, p in zip(splits, files)]
+
+
+def text_lines(path, start, longest):
+    """(position, whether a line begins there, line) of a text file from its byte `start` on. Lines are bytes, in pieces where they are
+    over `longest` bytes (0: never), cut at a blank or else between two characters."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        if start:  # a line that begins before is not ours
+            file.seek(start - 1)
+            while (skipped := file.readline(PIECE)) and not skipped.endswith(b"\n"):
+                pass
+        place, is_new, rest = file.tell(), True, b""
+        while piece := rest + file.readline(longest or -1):
+            cut = len(piece)
+            if longest and cut >= longest and not piece.endswith(b"\n"):
+                cut = piece.rfind(b" ") + 1 or cut - 4
+                while cut < len(piece) and piece[cut] & 0xC0 == 0x80:
+                    cut -= 1
+            yield place, is_new, piece[:cut]
+            place, is_new, rest = place + cut, piece[:cut].endswith(b"\n"), piece[cut:]
+
+
+def has_blank_lines(path):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        return bool(re.search(rb"\S[^\n]*\n[ \t\r]*\n\s*\S", file.read(2**20)))
+
+
+def read_documents(path, split, documents, problems, start=0, end=math.inf):
+    """Yield (split or None, text) of the documents of a text file; of a part of it, from byte `start` to `end`, those that begin
+    there (between blank lines: that follow a blank line there). Parts that adjoin give every document once."""
+    is_json, held, n_bytes = ".jsonl" in path.name, [], 0
+    try:
+        by_blank = not is_json and (documents == "blank" or documents == "auto" and has_blank_lines(path))
+        is_ours = not start or not by_blank  # this document, or else the next one
+        for n, (place, is_new, line) in enumerate(text_lines(path, start, 0 if is_json else PIECE), 1):
+            text = line.decode("utf-8" if place else "utf-8-sig").rstrip("\r\n")
+            is_empty = not text.strip()
+            if is_empty and by_blank or is_new and not by_blank:
+                is_ours = place < end
+            if held and (is_empty or n_bytes > PIECE):
+                yield split, "\n".join(held)
+                held, n_bytes = [], 0
+            if not is_ours and place >= end:
+                return
+            if is_empty or not is_ours:
+                continue
+            if by_blank:
+                held.append(text)
+                n_bytes += len(line)
+            elif not is_json:
+                yield split, text
+            else:
+                try:
+                    record = json.loads(text)
+                    if not record["text"].strip() or re.search("[\ud800-\udfff]", record["text"]):
+                        raise ValueError("'text' is empty or holds half a character")
+                    yield record.get("split", split), record["text"]
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    problems.append(f"{path}, line {n}{f' after byte {start}' if start else ''}: {error!r}; expected one object per line with 'text'")
+        if held:
+            yield split, "\n".join(held)
+    except UnicodeDecodeError as error:
+        problems.append(f"{path}, line {n}{f' after byte {start}' if start else ''}: not UTF-8 ({error}); save it as UTF-8")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"{path}: cannot be read ({error})")
+
+
+def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
+    """(split or None, text) -> <folder>/<split>.ids and .offsets, the ids of all documents one after the other with nothing between; returns counts.
+
+    No end tokens: T5 is pretrained without (t5's reduce_concat_tokens). Special tokens spelled out in a text are left out.
+    """
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    writers = {split: common.RaggedWriter(folder / split, dtype) for split in ("train", "eval", "test")}
+    special, counts, block, size = common.special_tokens(tokenizer), collections.Counter({"special": 0}), [], 0
+
+    def flush():
+        rows = tokenizer([text for _, text in block], add_special_tokens=False, return_attention_mask=False).input_ids
+        for (split, _), ids in zip(block, rows):
+            writers[split].append(ids)
+            counts.update({f"{split} documents": 1, f"{split} tokens": len(ids)})
+        block.clear()
+
+    for split, text in documents:
+        counts["bytes"] += len(text.encode())
+        text, n_special = special.subn(" ", text)
+        counts["special"] += n_special
+        split = split or ("eval" if common.derive_seed("document", text) % 10**6 < eval_fraction * 10**6 else "train")
+        if split not in writers:
+            problems.append(f"split {split!r} of the document {text[:60]!r}, expected train, eval or test")
+            continue
+        block.append((split, text))
+        size += len(text)
+        if size > PIECE:
+            flush()
+            size = 0
+    if block:
+        flush()
+    for writer in writers.values():
+        writer.close()
+    return {"dtype": np.dtype(dtype).name, **{f"{split} {what}": counts[f"{split} {what}"] for split in writers for what in ("documents", "tokens")},
+            "bytes": counts["bytes"], "special": counts["special"]}
+
+
+class Corpus:
+    """One tokenised corpus: the ids of a split as one stream on disk, cut into examples of `length` tokens, the last one going on at the start."""
+
+    def __init__(self, name, amount, folder, length, problems):
+        self.name, self.amount, self.task, self.parts, self.about = name, amount, None, [], json.loads((folder / "corpus.json").read_text())
+        self.sha256, self.length = common.file_sha256(folder / "corpus.json"), length
+        self.ids, self.maps = {}, []
+        for split in ("train", "eval", "test"):
+            n, path = self.about[f"{split} tokens"], folder / f"{split}.ids"
+            size = n * np.dtype(self.about["dtype"]).itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                problems.append(f"{path}: expected {size} bytes; delete {folder} and prepare it again")
+            elif n:
+                with open(path, "rb") as file:
+                    self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self.ids[split] = np.frombuffer(self.maps[-1], self.about["dtype"])
+        n = {split: len(ids) for split, ids in self.ids.items()}
+        self.counts = {"train": -(-n.get("train", 0) // length), "eval": n.get("eval", 0) // length, "test": n.get("test", 0) // length}
+        self.records = {split: range(self.counts[split]) for split in ("eval", "test")}
+        self.hashes = {split: np.empty(0, np.int64) for split in ("train", "eval", "test")}
+        problems += [f"{name}: {n[split]} tokens of text for {split}, fewer than the {length} of one example: more text, a smaller --input_length, or "
+                     "a larger --eval_fraction" for split in n if n[split] < length]
+
+    def read(self, split, starts):
+        """(n,) places in the stream -> (n, length) token ids."""
+        found = np.take(self.ids[split], starts[:, None] + np.arange(self.length), mode="wrap").astype(np.int64)
+        for mapped in self.maps:
+            mapped.madvise(mmap.MADV_DONTNEED)  # or all of the corpus that was read would count as memory of this process
+        return found
+
+
+def load_corpora(args, tokenizer, length, problems):
+    """All corpora of --data: prepared ones as they are, plain text tokenised once into the cache, before any process group exists."""
+    corpora = []
+    for spec in args.data_name:
+        name, amount = common.parse_data_spec(spec, problems)
+        folder, files = find_corpus(args, name, problems)
+        if folder is None or tokenizer is None:
+            continue
+        before, documents = len(problems), args.documents or "auto"
+        if not files:
+            about = json.loads((folder / "corpus.json").read_text())
+            if about["tokenizer"] != common.tokenizer_fingerprint(tokenizer):
+                problems.append(f"{folder} was prepared with another tokenizer ({about['tokenizer_name']}) than this model's: prepare it again")
+            if args.eval_fraction or args.documents:
+                problems.append(f"--eval_fraction and --documents have no effect on {folder}, which data/prepare_text.py made: give them to that")
+        else:
+            root, key = common.token_cache(args, "text 1", {f"{split} {i}": p for i, (split, p) in enumerate(files)}, tokenizer,
+                                           [args.eval_fraction, documents])
+            folder = root / key
+            try:
+                with common.cache_folder(root, key, problems) as (aside, is_new):
+                    if is_new:
+                        bar = tqdm(files, desc="tokenising", unit=" files", delay=5, disable=common.rank() > 0 or None)
+                        found = (d for split, path in bar for d in read_documents(path, split, documents, problems))
+                        common.write_json(aside / "corpus.json", tokenize_documents(found, aside, tokenizer, args.eval_fraction, problems))
+            except OSError as error:
+                problems.append(f"the token cache cannot be written ({error}); --cache_dir names another folder")
+        if len(problems) > before:
+            continue
+        data = Corpus(name, amount, folder, length, problems)
+        if data.about["special"]:
+            log.warning(f"{name}: {data.about['special']} special tokens that are spelled out in the text (such as </s>) were left out")
+        common.check_training_part(args, data, name, problems)
+        corpora.append(data)
+    common.check_evaluation_parts(args, corpora, "documents", problems)
+    return corpora
+
+
+def load_text(args, config, tokenizer, problems):
+    """(denoisers, sentinel ids, corpora) of a pretraining objective; says what an example looks like."""
+    span = (default(args.noise_density, 0.15), default(args.mean_noise_span_length, 3.0))
+    denoisers, labels = DENOISERS.get(args.objective, [span]), args.span_labels or "t5"
+    if not (0 < span[0] < 1 and 1 <= span[1] < math.inf) or tokenizer is None or config is None:
+        return denoisers, [], load_corpora(args, tokenizer, 1, problems) if tokenizer else []
+    length = min(text_length(default(args.input_length, 512), denoiser, labels) for denoiser in denoisers)
+    sentinels = []
+    while (token := tokenizer.convert_tokens_to_ids(f"<extra_id_{len(sentinels)}>")) not in (None, tokenizer.unk_token_id):
+        sentinels.append(token)
+    n_spans = max(span_counts(length, *d)[1] + (labels == "compact") for d in denoisers if d) if any(denoisers) else 0
+    n_target = max(example_lengths(length, denoiser, labels)[1] for denoiser in denoisers)
+    if n_spans > len(sentinels):
+        problems.append(f"--input_length {default(args.input_length, 512)}: {n_spans} spans in {length} tokens of text, but the tokenizer of "
+                        f"{type(tokenizer).__name__} has {len(sentinels)} sentinels (<extra_id_0>, ...): a smaller --input_length, longer spans, or a T5")
+    if any(sentinel >= config.vocab_size for sentinel in sentinels):
+        problems.append(f"the model has {config.vocab_size} rows of embeddings, fewer than the tokenizer has tokens")
+    if args.target_length and n_target > args.target_length:
+        problems.append(f"--target_length {args.target_length}: the targets have up to {n_target} tokens, and none may be lost; leave it out, or a smaller "
+                        "--input_length or --noise_density")
+    lengths = [example_lengths(length, denoiser, labels) for denoiser in denoisers]
+    log.info(f"--objective {args.objective}: {length} tokens of text in each example; source -> target "
+             + ", ".join(f"{s} -> {t}" if d else f"{s + 1} tokens in all" for d, (s, t) in zip(denoisers, lengths)))
+    return denoisers, sentinels, load_corpora(args, tokenizer, length, problems)
 
 
 def check_counts(args, data, path, problems):
@@ -305,6 +594,8 @@ def plan(ids, lengths, width, packed, group_tokens):
 
     Every group costs launches worth about group_tokens tokens. No ids: one empty group. Returns a list of lists of rows.
     """
+    if len(ids) and (lengths[ids] == lengths[ids[0]]).all():  # nothing to gain
+        return [[[int(i)] for i in ids]]
     best_cost, best_groups = math.inf, [[]]
     for n in (1, 2, 3, 4, 6, 9, 12, 16, 25):
         if n > max(1, len(ids) // 2) or not len(ids):
@@ -325,7 +616,8 @@ def collate(rows, sources, targets, start_id, pad_id):
     from 1 (0 = source padding; target padding belongs to segment 1, so that it attends to something).
     target_index: (N,) positions in the flattened (R x T) hidden states; target_ids: (N,); target_example: (N,).
     The shift happens here and only here: decoder position t reads target t - 1 and predicts target t.
-    No rows (this rank has no example): one token in, and no target.
+    No rows (this rank has no example): one token in, and no target. No segments are given where every row is one example and
+    nothing is padded.
     """
     has_targets = bool(rows)
     if not rows:
@@ -349,6 +641,8 @@ def collate(rows, sources, targets, start_id, pad_id):
     index, ids, example = (np.concatenate(parts)[: None if has_targets else 0] for parts in (index, ids, example))
     arrays = {"source_ids": source_ids, "source_segment": source_segment, "decoder_ids": decoder_ids,
               "decoder_segment": decoder_segment, "target_index": index, "target_ids": ids, "target_example": example}
+    if len(rows) == source_segment.sum() // S == len(index) // T and (source_segment == 1).all():
+        del arrays["source_segment"], arrays["decoder_segment"]
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
@@ -375,9 +669,10 @@ class TrainingData:
             self.epoch, self.batches = epoch, common.epoch_batches(ids, self.lengths, self.batch, self.args.seed, epoch)
         return self.batches[i]
 
-    def example(self, i, side):
-        part = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.parts[part][side][i - self.starts[part]]
+    def examples(self, ids):
+        """({id: source ids}, {id: target ids})"""
+        parts = [(int(i), int(np.searchsorted(self.starts, i, side="right")) - 1) for i in ids]
+        return tuple({i: self.parts[part][side][i - self.starts[part]] for i, part in parts} for side in (0, 1))
 
     def micro_batches(self, step):
         """[(groups, number of logits chunks)] of this rank, one per forward step, and the target tokens of the whole step."""
@@ -389,11 +684,174 @@ class TrainingData:
             # under ZeRO-3 every rank must call the head equally often, so the number of chunks is common
             n_chunks = max(1, -(-max(int(self.lengths[p, 1].sum()) for p in together) // common.chunk_tokens(self.config.vocab_size)))
             mine = together[common.rank()]
-            sources, targets = ({int(i): self.example(i, side) for i in mine} for side in (0, 1))
+            sources, targets = self.examples(mine)
             groups = plan(mine, self.lengths, self.width, self.packed, self.group_tokens)
             batches.append(([collate(rows, sources, targets, self.config.decoder_start_token_id, self.config.pad_token_id)
                              for rows in groups], n_chunks))
         return batches, int(self.lengths[ids, 1].sum())
+
+
+# ------------------------------------------------------------------------------------------------ noise, for pretraining
+
+
+def hashed(key, *counters):
+    """uint64 random numbers, a pure function of a number and of integer arrays that broadcast (SplitMix64, Steele et al. 2014)."""
+    x = np.uint64(key)
+    with np.errstate(over="ignore"):
+        for counter in counters:
+            x = (x ^ np.asarray(counter).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return x
+
+
+def permuted(places, n, key):
+    """Where a random order of 0 ... n - 1 has its `places`, an int64 array: a pure function, nothing of size n is in memory.
+
+    A Feistel network over the next power of 4; what falls outside goes through again (Black & Rogaway 2002).
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    found, todo = np.array(places, np.int64), np.ones(len(places), bool)
+    while todo.any():
+        left, right = found[todo] >> half, found[todo] & (1 << half) - 1
+        for turn in range(4):
+            left, right = right, left ^ (hashed(key, turn, right) >> np.uint64(64 - half)).astype(np.int64)
+        found[todo] = left << half | right
+        todo = found >= n
+    return found
+
+
+def span_counts(length, density, mean):
+    """(noise tokens, spans) of a text of `length` tokens, as T5 counts them. span_counts(512, 0.15, 3) = (77, 26)."""
+    n_noise = min(max(round(length * density), 1), length - 1)
+    return n_noise, min(max(round(n_noise / mean), 1), length - n_noise)
+
+
+def example_lengths(length, denoiser, labels="t5"):
+    """(source, target) tokens, at most, of a text of `length` tokens, end tokens and sentinels counted in."""
+    if denoiser is None:
+        return length, length
+    n_noise, n_spans = span_counts(length, *denoiser)
+    n_spans += labels == "compact"  # one may be cut in two
+    return length - n_noise + n_spans + 1, n_noise + n_spans + (labels == "t5")
+
+
+def text_length(input_length, denoiser, labels="t5"):
+    """Tokens of text that fill `input_length` tokens of the encoder, as t5's random_spans_helper finds them: (512, (0.15, 3)) -> 568.
+    The copies of that function elsewhere begin one higher, and may return one too many."""
+    length = input_length - 1
+    while example_lengths(length + 1, denoiser, labels)[0] <= input_length and length < 100 * input_length:
+        length += 1
+    source, target = example_lengths(length, denoiser, labels)
+    return length - (denoiser is not None and denoiser[0] == 0.5 and target > source)  # of t5, too: not more targets than inputs
+
+
+def span_masks(length, density, mean, shuffle, offsets=None):
+    """(n, length) bool, True = noise: spans of text and of noise in turn, text first and noise last (t5's random_spans_noise_mask).
+
+    shuffle(flags): a (k,) bool array -> (n, k) in n random orders, asked for the noise, then for the text; offsets (n,): the masks
+    are rolled by so much.
+    """
+    n_noise, n_spans = span_counts(length, density, mean)
+    is_first = [np.pad(shuffle(np.arange(n_items - 1) < n_spans - 1), ((0, 0), (1, 0)), constant_values=True) for n_items in (n_noise, length - n_noise)]
+    text_starts = np.nonzero(is_first[1])[1].reshape(-1, n_spans)
+    text_before = np.concatenate([text_starts[:, 1:], np.full((len(text_starts), 1), length - n_noise)], 1)  # the noise of each span
+    masks = np.zeros((len(text_starts), length), bool)
+    np.put_along_axis(masks, np.arange(n_noise) + np.take_along_axis(text_before, is_first[0].cumsum(1) - 1, 1), True, 1)
+    return masks if offsets is None else np.take_along_axis(masks, (np.arange(length) - offsets[:, None]) % length, 1)
+
+
+def first_of_runs(masks):
+    return masks & ~np.pad(masks[:, :-1], ((0, 0), (1, 0)))
+
+
+def with_sentinels(tokens, masks, sentinels):
+    """Each run of True becomes one sentinel: tokens, masks (n, L) -> n arrays. [10 11 12 13 14 15], 110010 -> [999 12 13 998 15]."""
+    first = first_of_runs(masks)
+    tokens, kept = np.where(first, sentinels[first.cumsum(1) - 1], tokens), first | ~masks
+    return [row[keep] for row, keep in zip(tokens, kept)]
+
+
+def behind_sentinels(tokens, masks, sentinels):
+    """Each run of True behind a sentinel, the rest left out: [10 11 12 13 14 15], 110010 -> [999 10 11 998 14]."""
+    first = first_of_runs(masks)
+    both = np.stack([sentinels[first.cumsum(1) - 1], tokens], 2).reshape(len(tokens), 2 * tokens.shape[1])
+    return [row[keep] for row, keep in zip(both, np.stack([first, masks], 2).reshape(both.shape))]
+
+
+class Spans(TrainingData):
+    """Examples made from text. Those of step k, their order and their noise are a pure function of (seed, epoch, place in the epoch)."""
+
+    def __init__(self, args, corpora, split, model_config, sentinels, eos, packed, group_tokens, denoisers):
+        self.args, self.corpora, self.split, self.config, self.sentinels, self.eos = args, corpora, split, model_config, np.array(sentinels), eos
+        self.packed, self.group_tokens, self.denoisers, self.length = packed, group_tokens, denoisers, corpora[0].length
+        self.width, self.batch = getattr(model_config, "d_model", 512), args.train_batch_size * args.gradient_accumulation_steps
+        sizes = [corpus.counts[split] for corpus in corpora]
+        amounts = [corpus.amount if split == "train" else None for corpus in corpora]
+        takes = [n if a is None else a if isinstance(a, int) else max(1, round(a * n)) for n, a in zip(sizes, amounts)]
+        self.sizes, self.starts = sizes, np.cumsum([0, *takes])
+        self.per_epoch = int(self.starts[-1])
+        self.steps_per_epoch = -(-self.per_epoch // self.batch)
+
+    def step_ids(self, step):
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.choose(epoch, np.arange(i * self.batch, min((i + 1) * self.batch, self.per_epoch)))
+
+    def choose(self, epoch, places):
+        """Make `lengths` and `examples` those of these places of the epoch; -> their numbers, 0 ... n - 1."""
+        self.epoch, self.places = epoch, places
+        kinds, cuts = self.kinds(places)
+        self.lengths = np.array([example_lengths(self.length, denoiser) for denoiser in self.denoisers])[kinds]
+        is_prefix = np.array([denoiser is None for denoiser in self.denoisers])[kinds]
+        self.lengths[is_prefix] = np.stack([cuts + 1, self.length - cuts + 1], 1)[is_prefix]
+        if self.args.span_labels == "compact":
+            masks = self.noise(places)
+            n_noise, n_runs = masks.sum(1), first_of_runs(masks).sum(1)
+            self.lengths = np.stack([self.length - n_noise + n_runs + 1, n_noise + n_runs], 1)
+        return np.arange(len(places))
+
+    def kinds(self, places):
+        """Which denoiser each place has, and where a prefix would end there."""
+        key = common.derive_seed(self.args.seed, "noise", self.epoch)
+        return ((hashed(key, places, 0) % np.uint64(len(self.denoisers))).astype(np.int64),
+                1 + (hashed(key, places, 1) % np.uint64(self.length - 1)).astype(np.int64))
+
+    def noise(self, places):
+        """(n, length) bool, True = noise."""
+        key, (kinds, cuts) = common.derive_seed(self.args.seed, "noise", self.epoch), self.kinds(places)
+        masks = np.arange(self.length) >= cuts[:, None]
+        for kind, denoiser in enumerate(self.denoisers):
+            mine = places[kinds == kind]
+            if denoiser is not None and len(mine):
+                turns = iter((2, 3))
+                offsets = (hashed(key, mine, 4) % np.uint64(self.length)).astype(np.int64) if self.args.span_labels == "compact" else None
+                masks[kinds == kind] = span_masks(
+                    self.length, *denoiser, lambda flags: flags[hashed(key, mine[:, None], next(turns), np.arange(len(flags))).argsort(1)], offsets)
+        return masks
+
+    def text(self, places):
+        """(n, length) token ids. Each epoch goes through the examples of the text in an order of its own, and cuts the text elsewhere."""
+        shuffled = self.split == "train"
+        if shuffled:
+            places = permuted(places, self.per_epoch, common.derive_seed(self.args.seed, "text", self.epoch))
+        which, tokens = np.searchsorted(self.starts, places, side="right") - 1, np.empty((len(places), self.length), np.int64)
+        for k in np.unique(which):
+            examples, begin = places[which == k] - self.starts[k], 0
+            if shuffled:
+                examples = permuted(examples, self.sizes[k], common.derive_seed(self.args.seed, "part", self.epoch, int(k)))
+                begin = common.derive_seed(self.args.seed, "begin", self.epoch, int(k)) % self.length
+            tokens[which == k] = self.corpora[k].read(self.split, begin + examples * self.length)
+        return tokens
+
+    def examples(self, ids):
+        places = self.places[ids]
+        tokens, masks, kinds = self.text(places), self.noise(places), self.kinds(places)[0]
+        sources, targets = with_sentinels(tokens, masks, self.sentinels), behind_sentinels(tokens, masks, self.sentinels)
+        for i in (i for i, kind in enumerate(kinds) if self.denoisers[kind] is None):
+            sources[i], targets[i] = tokens[i][~masks[i]], tokens[i][masks[i]]
+        end = [] if self.args.span_labels == "compact" else [self.eos]
+        return {int(i): np.append(s, self.eos) for i, s in zip(ids, sources)}, {int(i): np.append(t, end).astype(np.int64) for i, t in zip(ids, targets)}
 
 
 # ------------------------------------------------------------------------------------------------ model and loss
@@ -402,44 +860,50 @@ class TrainingData:
 class CrossEntropy(torch.autograd.Function):
     """-log p of each target: logits (N, V) fp32 or fp64, target_ids (N,) -> (N,). Overwrites the logits, in the forward
     pass by exp(logits - max) and in the backward pass by the gradient, softmax - target: F.cross_entropy holds four
-    buffers of that size, which costs a third of the head's time on CPU. Smoothing e: targets (1 - e) onehot + e / V."""
+    buffers of that size, which costs a third of the head's time on CPU. Smoothing e: targets (1 - e) onehot + e / V. z-loss:
+    + z log(Z)^2 with Z = sum(exp(logits)), which keeps the logits from drifting (T5X; Chowdhery et al. 2022)."""
 
     @staticmethod
-    def forward(ctx, logits, target_ids, smoothing):
+    def forward(ctx, logits, target_ids, smoothing, z_loss):
         wanted = (1 - smoothing) * logits.gather(1, target_ids[:, None]).squeeze(1) + (smoothing * logits.mean(1) if smoothing else 0.0)
         top = logits.amax(1, keepdim=True)
         sums = logits.sub_(top).exp_().sum(1)
-        ctx.save_for_backward(logits, sums, target_ids)
-        ctx.smoothing = smoothing
-        return sums.log() + top.squeeze(1) - wanted
+        log_z = sums.log() + top.squeeze(1)
+        ctx.save_for_backward(logits, sums, target_ids, log_z)
+        ctx.smoothing, ctx.z_loss = smoothing, z_loss
+        return log_z - wanted + (z_loss * log_z**2 if z_loss else 0.0)
 
     @staticmethod
     def backward(ctx, grad):
-        exps, sums, target_ids = ctx.saved_tensors
-        exps.mul_((grad / sums)[:, None])
+        exps, sums, target_ids, log_z = ctx.saved_tensors
+        exps.mul_((grad / sums * (1 + 2 * ctx.z_loss * log_z))[:, None])
         if ctx.smoothing:
             exps.sub_((grad * ctx.smoothing / exps.shape[1])[:, None])
-        return exps.scatter_add_(1, target_ids[:, None], (ctx.smoothing - 1) * grad[:, None]), None, None
+        return exps.scatter_add_(1, target_ids[:, None], (ctx.smoothing - 1) * grad[:, None]), None, None, None
 
 
-def token_losses(head, hidden, target_ids, n_chunks, smoothing):
-    """Cross entropy of each target token: hidden (N, D), target_ids (N,) -> (N,). Through `head`, never more than
-    one chunk of logits (N / n_chunks, V) at a time; several chunks are recomputed in the backward pass."""
+def token_losses(head, hidden, target_ids, n_chunks, smoothing, z_loss):
+    """Cross entropy of each target token: hidden (N, D), target_ids (N,) -> (N,); where no gradient is wanted (2, N), with whether it is
+    the likeliest token. Through `head`, never more than one chunk of logits (N / n_chunks, V) at a time; several chunks are
+    recomputed in the backward pass."""
     def chunk_losses(hidden, target_ids):
         logits = head(hidden)
-        return CrossEntropy.apply(logits if logits.dtype == torch.float64 else logits.float(), target_ids, smoothing)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        is_right = None if torch.is_grad_enabled() else logits.argmax(1) == target_ids  # before: the logits are overwritten
+        losses = CrossEntropy.apply(logits, target_ids, smoothing, z_loss)
+        return losses if is_right is None else torch.stack([losses, is_right.to(losses.dtype)])
     pairs = zip(hidden.tensor_split(n_chunks), target_ids.tensor_split(n_chunks))
     if n_chunks == 1 or not torch.is_grad_enabled():
-        return torch.cat([chunk_losses(h, t) for h, t in pairs])
+        return torch.cat([chunk_losses(h, t) for h, t in pairs], -1)
     return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in pairs])
 
 
 class TargetLosses(torch.nn.Module):
-    """What the engine wraps: forward(groups) -> (N,) fp32 loss of every target token, group after group."""
+    """What the engine wraps: forward(groups) -> (N,) fp32 loss of every target token, group after group (see `token_losses`)."""
 
-    def __init__(self, model, packed, label_smoothing):
+    def __init__(self, model, packed, label_smoothing, z_loss=0.0):
         super().__init__()
-        self.model, self.packed, self.label_smoothing = model, packed, label_smoothing
+        self.model, self.packed, self.label_smoothing, self.z_loss = model, packed, label_smoothing, z_loss
 
     def forward(self, groups, n_chunks=1):
         if self.packed:
@@ -451,34 +915,79 @@ class TargetLosses(torch.nn.Module):
             head = self.model.lm_head
         else:
             states, head = [self.plain_logits(group) for group in groups], torch.nn.Identity()
-        smoothing = self.label_smoothing if self.training else 0.0
+        extras = (self.label_smoothing, self.z_loss) if self.training else (0.0, 0.0)
         return token_losses(head, torch.cat(states), torch.cat([group["target_ids"] for group in groups]),
-                            n_chunks if self.packed else 1, smoothing)  # whole logits exist already: nothing to save
+                            n_chunks if self.packed else 1, *extras)  # whole logits exist already: nothing to save
 
     def plain_logits(self, group):
         """(N, V) logits of any encoder-decoder, one example per row; positions are the model's own business."""
-        return self.model(input_ids=group["source_ids"], attention_mask=group["source_segment"] > 0, decoder_input_ids=group["decoder_ids"],
+        mask = group["source_segment"] > 0 if "source_segment" in group else None
+        return self.model(input_ids=group["source_ids"], attention_mask=mask, decoder_input_ids=group["decoder_ids"],
                           use_cache=False).logits.flatten(0, 1)[group["target_index"]]
 
     def packed_states(self, group, source, decoder_input):
         """(N, D) decoder states of a T5 with several examples per row; source (R, S, D) and decoder_input (R, T, D) are the
         embedded tokens. Masks (R, 1, queries, keys) bool, True = may attend: only within an example. T5's positions are
-        relative, so they need no restart."""
-        model, source_segment, decoder_segment = self.model, group["source_segment"], group["decoder_segment"]
-        T = decoder_segment.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
-        masks = [(source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1),
-                 ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1),
-                 (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)]
-        if model.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
-            masks = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9) for mask in masks]
+        relative, so they need no restart. Without segments there is nothing to mask but the future."""
+        model, masks = self.model, [None, None, None]
+        if "source_segment" in group:
+            source_segment, decoder_segment = group["source_segment"], group["decoder_segment"]
+            T = decoder_segment.shape[1]
+            causal = torch.ones(T, T, dtype=torch.bool, device=decoder_segment.device).tril()
+            masks = [(source_segment[:, :, None] == source_segment[:, None]).unsqueeze(1),
+                     ((decoder_segment[:, :, None] == decoder_segment[:, None]) & causal).unsqueeze(1),
+                     (decoder_segment[:, :, None] == source_segment[:, None]).unsqueeze(1)]
+            if model.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+                masks = [torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -1e9) for mask in masks]
         encoder_mask, decoder_mask, cross_mask = masks
         encoded = model.encoder(inputs_embeds=source, attention_mask=encoder_mask).last_hidden_state  # (R, S, D)
         hidden = model.decoder(inputs_embeds=decoder_input, attention_mask=decoder_mask, encoder_hidden_states=encoded,
-                               encoder_attention_mask=cross_mask).last_hidden_state  # (R, T, D)
+                               encoder_attention_mask=cross_mask, use_cache=False).last_hidden_state  # (R, T, D)
         hidden = hidden.flatten(0, 1)[group["target_index"]]  # (N, D): no logits where there is no target
         # T5 v1.0 scales; v1.1, mT5 and ByT5 do not
         return hidden * model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else hidden
+
+
+class RMSScaledAdamW(torch.optim.Optimizer):
+    """AdamW whose step on each matrix is multiplied by the root mean square of the matrix, at least 1e-3, as Adafactor's is (nanoT5:
+    Nawrot 2023, https://arxiv.org/abs/2309.02373). Decay is decoupled: lr x weight_decay."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in (p for p in params if not self.state[p]):
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            states, grads, (beta1, beta2) = [self.state[p] for p in params], [p.grad for p in params], group["betas"]
+            means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+            torch._foreach_add_([s["step"] for s in states], 1)
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            n = float(states[0]["step"])
+            steps = torch._foreach_sqrt(squares)
+            torch._foreach_div_(steps, math.sqrt(1 - beta2**n))
+            torch._foreach_add_(steps, group["eps"])
+            steps = torch._foreach_div(means, steps)
+            scales = torch.stack(torch._foreach_norm(params)) / torch.tensor([math.sqrt(p.numel()) for p in params], device=params[0].device)
+            torch._foreach_mul_(steps, list((scales.clamp_min(1e-3) * (-group["lr"] / (1 - beta1**n))).unbind()))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps)
+
+
+def make_optimizer(args, model):
+    groups = common.param_groups(model, args.weight_decay)
+    if args.optimizer == "adafactor":  # the learning rate is ours, not one that Adafactor makes up from the step
+        from transformers import Adafactor  # 4 s
+        return Adafactor(groups, lr=args.learning_rate, scale_parameter=not args.no_scale_parameter, relative_step=False, warmup_init=False)
+    if args.optimizer == "adamw_rms":
+        return RMSScaledAdamW(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
 def train_flops(model, n_source, n_target):
@@ -507,6 +1016,60 @@ def token_f1(prediction, gold):
     return 2 * common_words / (len(predicted) + len(wanted))
 
 
+def check_task(task):
+    """What is wrong with the entry that names a data set's labels and metrics, as data/prepare_glue.py writes it; a list of texts."""
+    labels, metrics = task.get("labels"), task.get("metrics")
+    if not (labels is None or isinstance(labels, list) and len(set(labels)) > 1) or not isinstance(metrics, list) or not isinstance(
+            task.get("metric_for_best"), str):
+        return ["the task entry wants 'labels' (two or more, or null for numbers), 'metrics' (a list) and 'metric_for_best'"]
+    known = ("pearson", "spearman") if labels is None else ("accuracy", "f1", "matthews") if len(labels) == 2 else ("accuracy", "macro_f1")
+    return [f"metric {name!r} of the task entry, expected {', '.join(known)}" for name in metrics if name not in known]
+
+
+def to_class(task, text):
+    """The number of a whole label, or the number that the text is where the task has no labels; None: neither."""
+    text = text.strip()
+    if task["labels"]:
+        return task["labels"].index(text) if text in task["labels"] else None
+    try:
+        return float(text) if math.isfinite(float(text)) else None
+    except ValueError:
+        return None
+
+
+def f1_score(predicted, gold, positive):
+    total = np.sum(predicted == positive) + np.sum(gold == positive)
+    return 2 * np.sum((predicted == positive) & (gold == positive)) / total if total else 0.0
+
+
+def correlation(a, b):
+    """Pearson's; 0 where one of both is constant. Of two labels, 0 and 1, it is Matthews'."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+def average_ranks(values):
+    """Ties share their mean. [3, 1, 3] -> [2.5, 1, 2.5]."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def task_metrics(task, texts, records):
+    """The task's metrics over whole generated texts, and how many were no label (no number). Those count as wrong: as the other
+    one of two labels (t5's f1_score_with_invalid), as none of several; in place of a number, as the end of the scale that is
+    farther off."""
+    found = [to_class(task, text) for text in texts]
+    gold = np.array([to_class(task, record["completion"]) if task["labels"] else record["orig_d"].get("score", to_class(task, record["completion"]))
+                     for record in records])
+    low, high = task.get("range") or (gold.min(), gold.max())
+    wrong = np.where(gold - low > high - gold, low, high) if not task["labels"] else 1 - gold if len(task["labels"]) == 2 else np.full(len(gold), -1)
+    predicted = np.array([w if f is None else f for f, w in zip(found, wrong)])
+    values = {"accuracy": lambda: np.mean(predicted == gold), "f1": lambda: f1_score(predicted, gold, 1),
+              "macro_f1": lambda: np.mean([f1_score(predicted, gold, k) for k in range(len(task["labels"]))]),
+              "matthews": lambda: correlation(predicted, gold), "pearson": lambda: correlation(predicted, gold),
+              "spearman": lambda: correlation(average_ranks(predicted), average_ranks(gold))}
+    return {**{name: float(values[name]()) for name in task["metrics"]}, "invalid": sum(f is None for f in found)}
+
+
 @torch.no_grad()
 def generate(args, engine, tokenizer, rows, step, device):
     """Collective. rows: [(row number, source ids)] -> {row: [n_samples texts]} of this rank's share."""
@@ -527,8 +1090,9 @@ def generate(args, engine, tokenizer, rows, step, device):
             keys = torch.tensor(keys or [0] * args.n_samples, device=device)
             options["logits_processor"] = [common.RowKeyedSampler(keys, args.temperature, args.top_p)]
         padded = collate([[i] for i in range(len(sources))], sources, [[0]] * len(sources), 0, model.config.pad_token_id)
+        is_source = padded["source_segment"] > 0 if "source_segment" in padded else torch.ones_like(padded["source_ids"], dtype=torch.bool)
         with torch.autocast(device.type, torch.bfloat16, enabled=engine.torch_autocast_enabled()):
-            out = model.generate(input_ids=padded["source_ids"].to(device), attention_mask=(padded["source_segment"] > 0).to(device),
+            out = model.generate(input_ids=padded["source_ids"].to(device), attention_mask=is_source.to(device),
                                  synced_gpus=synced, **options)
         decoded = tokenizer.batch_decode(out, skip_special_tokens=True)
         for n, i in enumerate(batch):
@@ -537,33 +1101,39 @@ def generate(args, engine, tokenizer, rows, step, device):
 
 
 @torch.no_grad()
-def row_losses(args, engine, examples, config, device):
-    """Collective. examples: [(source, target)] -> {row: (summed loss, target tokens)} of this rank's share."""
-    lengths = np.array([[len(s), len(t)] for s, t in examples]).reshape(-1, 2)
-    mine, n_rounds = common.my_batches(len(examples), lengths.sum(1), args.eval_batch_size)
-    sources, targets, found = [s for s, _ in examples], [t for _, t in examples], {}
-    rounds = n_rounds if engine.zero_optimization_partition_weights() else len(mine)
+def row_losses(args, engine, lengths, fetch, config, device):
+    """Collective. lengths: (rows, 2) source and target tokens; fetch(ids) -> ({id: source}, {id: target}). -> {row: (summed loss, right
+    tokens, target tokens)} of this rank's share."""
+    mine, n_rounds = common.my_batches(len(lengths), lengths.sum(1), args.eval_batch_size)
+    rounds, found = n_rounds if engine.zero_optimization_partition_weights() else len(mine), {}
     n_chunks = -(-args.eval_batch_size * int(lengths[:, 1].max(initial=1)) // common.chunk_tokens(config.vocab_size))  # on every rank the same
     for round_ in tqdm(range(rounds), desc="loss", delay=5, disable=common.rank() > 0 or None, leave=False):
-        rows = [[i] for i in mine[round_]] if round_ < len(mine) else []
-        batch = collate(rows, sources, targets, config.decoder_start_token_id, config.pad_token_id)
-        losses = engine([common.to_device(batch, device)], n_chunks).double().cpu()
-        for i in (i for row in rows for i in row):
-            of_row = losses[batch["target_example"] == i]
-            found[i] = (float(of_row.sum()), len(of_row))
+        ids = mine[round_] if round_ < len(mine) else []
+        batch = collate([[i] for i in ids], *fetch(ids), config.decoder_start_token_id, config.pad_token_id)
+        losses, is_right = engine([common.to_device(batch, device)], n_chunks).double().cpu()
+        for i in ids:
+            here = batch["target_example"] == i
+            found[i] = (float(losses[here].sum()), int(is_right[here].sum()), int(here.sum()))
     return found
 
 
-def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
-    """Collective. Token-mean loss, exact match and token F1 over `split`; writes the predictions file; returns the
-    metrics on every rank. Every row is counted once; exact match and F1 are those of the first generation."""
-    rows = [(d.name, record, d.source[split][i], d.target[split][i]) for d in data_sets for i, record in enumerate(d.records[split])]
+def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device, spans=None):
+    """Collective. Token-mean loss and accuracy over `split`, with `spans` of noise that is always the same; of completions also exact
+    match, token F1 and the task's metrics, all of the first generation, and the predictions file. Every row counts once. Returns
+    the metrics on every rank."""
+    rows = [(data, record, None, None) if spans else (data, record, data.source[split][i], data.target[split][i])
+            for data in data_sets for i, record in enumerate(data.records[split])]
     rows = rows[:100] if args.debug else rows
+    if spans:
+        spans.choose("evaluation", np.arange(len(rows)))
+    lengths = spans.lengths if spans else np.array([[len(s), len(t)] for _, _, s, t in rows])
     engine.eval()
-    started = time.perf_counter()
+    started, local_texts = time.perf_counter(), {}
     try:
-        local_losses = row_losses(args, engine, [(s, t) for _, _, s, t in rows], engine.module.model.config, device)
-        local_texts = generate(args, engine, tokenizer, [(i, s) for i, (_, _, s, _) in enumerate(rows)], step, device)
+        local_losses = row_losses(args, engine, lengths, spans.examples if spans else lambda ids: (
+            {i: rows[i][2] for i in ids}, {i: rows[i][3] for i in ids}), engine.module.model.config, device)
+        if not spans:
+            local_texts = generate(args, engine, tokenizer, [(i, s) for i, (_, _, s, _) in enumerate(rows)], step, device)
     except torch.OutOfMemoryError as error:
         common.fail(f"step {step}, evaluation: out of memory ({str(error).splitlines()[0]}). Next: a smaller --eval_batch_size, then a "
                     "smaller --max_new_tokens, then --zero3_generation synced", only_here=True)
@@ -574,27 +1144,45 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device):
     for part_losses, part_texts in gathered:
         losses.update(part_losses)
         texts.update(part_texts)
-    assert len(losses) == len(texts) == len(rows), (len(losses), len(texts), len(rows))
-    scores = [{"loss": losses[i], "exact_match": float(texts[i][0].strip() == record["completion"].strip()),
-               "token_f1": token_f1(texts[i][0], record["completion"])} for i, (_, record, _, _) in enumerate(rows)]
-    groups = {"": scores}
-    if len(data_sets) > 1:
-        for data in data_sets:
-            groups[f"{data.name}/"] = [score for score, row in zip(scores, rows) if row[0] == data.name]
+    assert len(losses) == len(rows) and (spans or len(texts) == len(rows)), (len(losses), len(texts), len(rows))
+    groups = {"": range(len(rows))}
+    for data in data_sets:
+        first, of_data = f"{data.name}/" if len(data_sets) > 1 else "", [i for i, row in enumerate(rows) if row[0] is data]
+        groups[first] = of_data
+        groups.update({f"{first}{part}/": [i for i in of_data if rows[i][1]["orig_d"].get("part") == part] for part in data.parts})
     metrics = {}
     for prefix, group in groups.items():
-        if group:
-            metrics[f"{prefix}loss"] = math.fsum(s["loss"][0] for s in group) / sum(s["loss"][1] for s in group)
-            for name in ("exact_match", "token_f1"):
-                metrics[f"{prefix}{name}"] = math.fsum(s[name] for s in group) / len(group)
+        if not group:
+            continue
+        n_tokens = sum(losses[i][2] for i in group)
+        metrics[f"{prefix}loss"] = math.fsum(losses[i][0] for i in group) / n_tokens
+        metrics[f"{prefix}token_accuracy"] = sum(losses[i][1] for i in group) / n_tokens
+        if not spans:
+            pairs = [(texts[i][0], rows[i][1]) for i in group]
+            metrics[f"{prefix}exact_match"] = sum(text.strip() == record["completion"].strip() for text, record in pairs) / len(group)
+            metrics[f"{prefix}token_f1"] = math.fsum(token_f1(text, record["completion"]) for text, record in pairs) / len(group)
+            task = rows[group[0]][0].task
+            if task and (prefix or len(data_sets) == 1):
+                metrics.update({prefix + name: value for name, value in task_metrics(task, *zip(*pairs)).items()})
     metrics.update(eval_seconds=round(time.perf_counter() - started, 2), peak_memory_gb=common.peak_memory_gb(device))
-    if common.rank() == 0:
+    if common.rank() == 0 and not spans:
         name = predictions_name(args, split, step)
         common.write_json(run_dir / name, [
             {"prompt": record["prompt"], "generations": [{"lm_postprocess": text} for text in texts[i]],
-             "demonstration": record["completion"], "orig_d": record["orig_d"], "dataset": name_of_set}
-            for i, (name_of_set, record, _, _) in enumerate(rows)])
+             "demonstration": record["completion"], "orig_d": record["orig_d"], "dataset": data.name}
+            for i, (data, record, _, _) in enumerate(rows)])
     return metrics
+
+
+def task_table(data_sets, metrics):
+    """Lines of text: the metrics of every data set that names its task, from the metrics of an evaluation."""
+    lines = []
+    for data in data_sets:
+        for prefix in ["", *(f"{part}/" for part in data.parts)] if data.task else []:
+            prefix = (f"{data.name}/" if len(data_sets) > 1 else "") + prefix
+            values = {name: metrics[prefix + name] for name in [*data.task["metrics"], "invalid"] if prefix + name in metrics}
+            lines.append(f"{prefix.strip('/') or data.name:<24} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return lines
 
 
 def predictions_name(args, split, step):
@@ -610,6 +1198,8 @@ def prepare(args):
     problems = []
     check_args(args, problems)
     source, config, tokenizer = common.open_model_folder(args, problems)
+    if args.optimizer != "adamw" and args.precision == "auto" and common.resolve_precision(args) == "bf16":
+        args.precision = "bf16-mixed"  # bf16 weights want ZeRO, these optimisers want none
     precision, n_params, n_trained, quantized = common.resolve_precision(args), 0, 0, (0, 0)
     if config is not None:
         n_params = common.count_parameters(AutoModelForSeq2SeqLM, config) if config.is_encoder_decoder else 0
@@ -623,22 +1213,29 @@ def prepare(args):
             n_trained, quantized = common.count_trained(AutoModelForSeq2SeqLM, source, config, args, n_params, problems)
     if common.estimate_or_merge(AutoModelForSeq2SeqLM, source, config, tokenizer, args, precision, n_params, n_trained, quantized, problems):
         return None
-    data_sets = load_data(args, tokenizer, problems)
-    problems += [f"--metric_for_best {args.metric_for_best}: {d.name} has no evaluation records" for d in data_sets
-                 if (args.metric_for_best or "").startswith(f"{d.name}/") and not d.records["eval"]]
+    if args.objective == "completion":
+        denoisers, sentinels, data_sets = None, None, load_data(args, tokenizer, problems)
+        if args.max_new_tokens is None:  # a longer answer is wrong anyway
+            args.max_new_tokens = max(d.counts["longest completion"] + 1 if d.task else 512 for d in data_sets) if data_sets else 512
+    else:
+        denoisers, sentinels, data_sets = load_text(args, config, tokenizer, problems)
+    check_metric(args, data_sets, problems)
     identity = {"data_sha256": [d.sha256 for d in data_sets], "resolved_precision": precision,
                 "effective_batch": args.train_batch_size * args.gradient_accumulation_steps}
     state = {"step": 0, "best": None, "best_step": None, "evals_since_best": 0, "last_eval": None}
     run_dir, resume_from, state, ds_name, ds_config = common.plan_run(
         args, source, identity, FREE_FLAGS, state, n_params, n_trained, precision, problems, quantized)
-    if args.no_train:
+    if args.optimizer != "adamw" and ds_config and not args.no_train and (ds_config["zero_optimization"]["stage"] or precision == "bf16"):
+        problems.append(f"--optimizer {args.optimizer} looks at whole matrices, which ZeRO stages 1 to 3 flatten into one vector: --ds_config zero0 "
+                        "with --precision bf16-mixed or fp32")
+    if args.no_train and args.objective == "completion":
         for path in (run_dir / predictions_name(args, split, 0) for split in ("eval", "test") if any(d.records[split] for d in data_sets)):
             if path.exists():
                 problems.append(f"{path} exists; move it away or choose another --training_run_name")
     if problems:
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
-                                 data_sets=data_sets, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state, ds_config=ds_config)
+                                 data_sets=data_sets, denoisers=denoisers, sentinels=sentinels, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state, ds_config=ds_config)
 
 
 def main(args):
@@ -667,10 +1264,10 @@ def main(args):
     # 4 engine
     optimizer = None
     if not args.no_train:
-        optimizer = torch.optim.AdamW(common.param_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+        optimizer = make_optimizer(args, model)
     elif ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
         ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
-    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing), optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing, args.z_loss), optimizer=optimizer, config=ds_config)
     log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
              f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
     step, tracker, steps_per_epoch = state["step"], None, math.inf
@@ -680,18 +1277,26 @@ def main(args):
             row = metrics if split == "train" else {f"{split}/{name}": value for name, value in metrics.items()}
             common.log_metrics(run_dir, {"step": step, "epoch": round(step / steps_per_epoch, 3), "split": split, **row}, tracker)
 
+    # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
+    group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 200
+
+    def spans(split):
+        if job.denoisers:
+            return Spans(args, data_sets, split, config, job.sentinels, tokenizer.eos_token_id, packed, group_tokens, job.denoisers)
+
     if args.no_train:
         for split in ("eval", "test"):
             if any(d.records[split] for d in data_sets):
-                log_row(split, evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device))
+                metrics = evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device, spans(split))
+                log_row(split, metrics)
+                for line in task_table(data_sets, metrics):
+                    log.info(f"{split}: {line}")
         return 0
     stopper = common.Stopper(args.max_hours)  # not before: a signal ends an evaluation at once
-    # what one more group of rows costs in launches [tokens]; ZeRO-3 wants the same number of passes on every rank: one
-    group_tokens = 1e12 if engine.zero_optimization_partition_weights() else 2048 if device.type == "cuda" else 200
-    train_data = TrainingData(args, data_sets, config, packed, group_tokens)
+    train_data = spans("train") or TrainingData(args, data_sets, config, packed, group_tokens)
     steps_per_epoch = train_data.steps_per_epoch
     max_steps, eval_steps, save_steps, warmup = common.plan_steps(args, train_data.per_epoch, steps_per_epoch, run_dir)
-    rawtune = {"format": 1, "script": "seq2seq.py", "task": "completion", "family": "seq2seq", "record_layout": RECORD_LAYOUT,
+    rawtune = {"format": 1, "script": "seq2seq.py", "task": args.objective, "family": "seq2seq", "record_layout": RECORD_LAYOUT,
                **common.origin(args, source, config, resume_from)}
 
     # 5 resume
@@ -701,10 +1306,11 @@ def main(args):
     if rank == 0:
         common.rewind_metrics(run_dir, step, state["last_eval"])
         tracker = common.open_tracker(args, run_dir)
-    saved_step = step if resume_from else None
+    saved_step, last_metrics = step if resume_from else None, {}
 
     def run_evaluation():
-        metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device)
+        nonlocal last_metrics
+        metrics = last_metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device, spans("eval"))
         log_row("eval", metrics)
         common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
 
@@ -776,7 +1382,8 @@ def main(args):
         n_overflows, step = 0, step + 1
         bar.update()
         for group in (group for groups, _ in micro_batches for group in groups if len(group["target_ids"])):
-            window.update(computed=group["source_ids"].numel() + group["decoder_ids"].numel(), sources=int((group["source_segment"] > 0).sum()))
+            n_sources = int((group["source_segment"] > 0).sum()) if "source_segment" in group else group["source_ids"].numel()
+            window.update(computed=group["source_ids"].numel() + group["decoder_ids"].numel(), sources=n_sources)
         window.update(loss=step_loss, targets=n_targets, seconds=time.perf_counter() - started)
         stop = (reason or "another process was told to stop") if n_stop else None
         if step % args.logging_steps == 0 or step == max_steps or stop:
@@ -807,10 +1414,13 @@ def main(args):
     if any(d.records["test"] for d in data_sets):
         if state["best_step"] not in (None, step):
             common.copy_weights(model, chosen)
-        log_row("test", evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device))
+        last_metrics = evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device, spans("test"))
+        log_row("test", last_metrics)
     if rank == 0:
         common.plot_curves(run_dir)
         common.export_root(run_dir, chosen)
+        for line in task_table(data_sets, last_metrics):
+            log.info(line)
         log.info(f"done: {run_dir} holds the model of {chosen.name}, metrics.jsonl and the predictions")
     dist.barrier()
     return 0

@@ -86,7 +86,7 @@ def test_demo_flags_are_used_and_shown_only_where_no_model_and_no_data_are_named
 def test_all_problems_are_reported_at_once(refused, mount):
     wrong = {"train_batch_size": 0, "learning_rate": "nan", "warmup_steps": -1, "max_source_length": 1, "top_p": 0,
              "label_smoothing": 1,
-             "n_samples": 3, "num_epochs": 0, "max_grad_norm": "inf", "metric_for_best": "accuracy",
+             "n_samples": 3, "num_epochs": 0, "max_grad_norm": "inf", "metric_for_best": "bleu",
              "eval_fraction": 1, "save_total_limit": 0,
              "max_new_tokens": 0, "training_run_name": "../x", "seed": -1, "resume": True, "overwrite": True}
     error = refused(flags(mount, **wrong, model_init_name="tinny"))

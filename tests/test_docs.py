@@ -101,9 +101,9 @@ def test_the_earlier_systems_command_and_its_wrapper_stand_in_the_pages_as_they_
     assert template == ["Classify whether the article is sports releated. Output yes or no.\\n\\narticle: {input}\\noutput:"]
 
 
-@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir()))
+@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir() if p.is_file()))
 def test_preset_parses_and_a_later_flag_wins(preset):
-    script = {"flan-t5": seq2seq, "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
+    script = {"flan-t5": seq2seq, "t5-pretrain": seq2seq, "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
     words = [f"@presets/{preset}", "--model_init_path", "some/model", "--data", "mydata", "--seed", "7",
              *(["--reward_fn", "x.py:y"] if script is rl_ppo else [])]
     assert script.parse_args(words).data_name == ["mydata"]

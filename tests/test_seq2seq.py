@@ -169,7 +169,7 @@ def test_chunked_cross_entropy_has_the_same_losses_and_gradients():
     for n_chunks in (1, 4, 40):  # 40: more chunks than targets
         head.zero_grad()
         hidden.grad = None
-        losses = seq2seq.token_losses(head, hidden, ids, n_chunks, 0.1)
+        losses = seq2seq.token_losses(head, hidden, ids, n_chunks, 0.1, 0.0)
         losses.sum().backward()
         found.append((losses.detach(), hidden.grad, head.weight.grad.clone()))
     reference = torch.nn.functional.cross_entropy(head(hidden), ids, reduction="none", label_smoothing=0.1)
