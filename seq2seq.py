@@ -449,7 +449,7 @@ class Corpus:
 
     def __init__(self, name, amount, folder, length, problems):
         self.name, self.amount, self.task, self.parts, self.about = name, amount, None, [], json.loads((folder / "corpus.json").read_text())
-        self.sha256, self.length = common.file_sha256(folder / "corpus.json"), length
+        self.sha256, self.length = self.about.get("sha256", folder.name), length
         self.ids, self.maps = {}, []
         for split in ("train", "eval", "test"):
             n, path = self.about[f"{split} tokens"], folder / f"{split}.ids"

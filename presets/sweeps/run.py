@@ -267,7 +267,7 @@ class Signals:
             return 0
         print(f"# {time.strftime('%F %T')}, {os.uname().nodename}: {shlex.join(command)}", file=log, flush=True)
         # a session of its own: Ctrl-C arrives once, from here
-        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=open(log.name, 'a'), stderr=subprocess.STDOUT, start_new_session=True)
+        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         if self.got:
             self.child.send_signal(self.got)
         return self.child.wait()
@@ -302,8 +302,8 @@ def report(sweep, folder):
         if not p["ordered"]:
             axes.set_xticks(range(len(p["values"])), map(str, p["values"]))
         axes.plot(x, [row[1] for row in done], "o")
-        axes.plot(x[0], done[0][1], "*", markersize=16, label=f"best: {done[0][0]}")
-        axes.legend()
+        axes.plot(x[0], done[0][1], "*", markersize=16)
+    figure.suptitle(f"best: {done[0][0]}")
     figure.savefig(folder / "sweep.tmp.png")
     os.replace(folder / "sweep.tmp.png", folder / "sweep.png")
 
