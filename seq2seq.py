@@ -43,6 +43,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM
@@ -898,6 +899,65 @@ def token_losses(head, hidden, target_ids, n_chunks, smoothing, z_loss):
     return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in pairs])
 
 
+class BiasedAttention(torch.autograd.Function):
+    """softmax(q k^T + bias) v with a bias that is trained, for CPUs: torch's fast kernel gives no gradient of a bias, and its other one
+    copies the scores about nine times. Here it does the forward pass, and the backward pass computes the scores again, a
+    few heads at a time, so that they stay in the processor's cache.
+
+    query, key, value: (B, H, T or S, D); bias: (1, H, T, S); allowed: (B or 1, 1, T, S) bool, True = may attend, or None -> (B, H, T, D).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, allowed):
+        query, key, value, bias = (states.contiguous() for states in (query, key, value, bias))
+        ctx.save_for_backward(query, key, value, bias, allowed)
+        lowest = torch.finfo(bias.dtype).min
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias if allowed is None else torch.where(allowed, bias, lowest), scale=1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, bias, allowed = ctx.saved_tensors
+        (B, H, T), S = query.shape[:3], key.shape[2]
+        most = max(1, 2**19 // (T * S))  # 2 MB of scores
+        n_rows, n_heads = max(1, min(B, most // H)), max(n for n in range(1, H + 1) if H % n == 0 and n <= max(1, most))
+        found, of_bias = [torch.empty_like(states) for states in (query, key, value)], torch.zeros_like(bias)
+        for part in ((slice(b, b + n_rows), slice(h, h + n_heads)) for b in range(0, B, n_rows) for h in range(0, H, n_heads)):
+            q, k, v, g = (states[part].flatten(0, 1) for states in (query, key, value, grad))
+            scores = torch.baddbmm(bias[0, part[1]].repeat(len(q) // n_heads, 1, 1), q, k.transpose(1, 2))
+            if allowed is not None:
+                scores.view(-1, n_heads, T, S).masked_fill_(~(allowed[part[0]] if len(allowed) > 1 else allowed), torch.finfo(bias.dtype).min)
+            shares = torch.softmax(scores, -1, out=scores)
+            by_score = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), shares, -1, shares.dtype)
+            for into, states in zip(found, (torch.bmm(by_score, k), torch.bmm(by_score.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), g))):
+                into[part] = states.unflatten(0, (-1, n_heads))
+            of_bias[0, part[1]] += by_score.unflatten(0, (-1, n_heads)).sum(0)
+        return *found, of_bias, None
+
+
+def biased_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options):
+    """What T5 calls for every attention (transformers' attention interface); scaling is 1 in T5."""
+    if dropout or scaling != 1.0 or not (torch.is_grad_enabled() and position_bias.requires_grad) or len(position_bias) > 1 or (
+            attention_mask is not None and attention_mask.dtype != torch.bool):
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                                         position_bias=position_bias, **options)
+    T, S = query.shape[2], key.shape[2]
+    if attention_mask is None and module.is_causal:
+        attention_mask = torch.ones(1, 1, T, S, dtype=torch.bool).tril()
+    return BiasedAttention.apply(query, key, value, position_bias, attention_mask).transpose(1, 2).contiguous(), None
+
+
+def speed_up(model, device):
+    """The same mathematics from fewer kernels: GELU as one, and on CPUs the attention above."""
+    for module in model.modules():
+        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
+            module.act = torch.nn.GELU(approximate="tanh")
+    if device.type == "cpu" and model.config.model_type in PACKED_FAMILIES:
+        transformers.AttentionInterface.register("biased", biased_attention)
+        transformers.AttentionMaskInterface.register("biased", transformers.masking_utils.sdpa_mask)
+        model.set_attn_implementation("biased")
+
+
 class TargetLosses(torch.nn.Module):
     """What the engine wraps: forward(groups) -> (N,) fp32 loss of every target token, group after group (see `token_losses`)."""
 
@@ -1174,14 +1234,17 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device, s
     return metrics
 
 
-def task_table(data_sets, metrics):
-    """Lines of text: the metrics of every data set that names its task, from the metrics of an evaluation."""
-    lines = []
-    for data in data_sets:
-        for prefix in ["", *(f"{part}/" for part in data.parts)] if data.task else []:
-            prefix = (f"{data.name}/" if len(data_sets) > 1 else "") + prefix
-            values = {name: metrics[prefix + name] for name in [*data.task["metrics"], "invalid"] if prefix + name in metrics}
-            lines.append(f"{prefix.strip('/') or data.name:<24} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+def task_table(run_dir, data_sets, step):
+    """Lines of text: the metrics of every data set that names its task, of the weights of `step`, from metrics.jsonl."""
+    rows, lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], []
+    for split in ("eval", "test"):
+        row = next((row for row in reversed(rows) if row["split"] == split and (split == "test" or row["step"] == step)), {})
+        for data in (d for d in data_sets if d.task):
+            for prefix in ("", *(f"{part}/" for part in data.parts)):
+                prefix = (f"{data.name}/" if len(data_sets) > 1 else "") + prefix
+                values = {name: row.get(f"{split}/{prefix}{name}") for name in [*data.task["metrics"], "invalid"]}
+                if None not in values.values():
+                    lines.append(f"{split}  {prefix.strip('/') or data.name:<24} " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
     return lines
 
 
@@ -1255,6 +1318,8 @@ def main(args):
     packed = config.model_type in PACKED_FAMILIES
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not args.compile:  # it fuses by itself
+        speed_up(model, device)
     if precision == "bf16-mixed":
         model.get_output_embeddings().register_forward_hook(common.refuse_fp32_logits)
     if args.compile:
@@ -1268,6 +1333,8 @@ def main(args):
     elif ds_config["zero_optimization"]["stage"] < 3:  # without an optimizer there is nothing to partition
         ds_config.update(zero_optimization={"stage": 0}, bf16={"enabled": False}, fp16={"enabled": False})
     engine, *_ = deepspeed.initialize(model=TargetLosses(model, packed, args.label_smoothing, args.z_loss), optimizer=optimizer, config=ds_config)
+    if world == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients to and fro, for nothing
     log.info(f"{source}: {job.n_params / 1e6:.2f} M parameters, {precision}, ZeRO stage {engine.zero_optimization_stage()}, "
              f"{world} process(es) on {device.type}, {'packed rows' if packed else 'one example per row'}")
     step, tracker, steps_per_epoch = state["step"], None, math.inf
@@ -1287,10 +1354,9 @@ def main(args):
     if args.no_train:
         for split in ("eval", "test"):
             if any(d.records[split] for d in data_sets):
-                metrics = evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device, spans(split))
-                log_row(split, metrics)
-                for line in task_table(data_sets, metrics):
-                    log.info(f"{split}: {line}")
+                log_row(split, evaluate(args, engine, tokenizer, data_sets, split, 0, run_dir, device, spans(split)))
+        for line in task_table(run_dir, data_sets, 0) if rank == 0 else []:
+            log.info(line)
         return 0
     stopper = common.Stopper(args.max_hours)  # not before: a signal ends an evaluation at once
     train_data = spans("train") or TrainingData(args, data_sets, config, packed, group_tokens)
@@ -1306,11 +1372,10 @@ def main(args):
     if rank == 0:
         common.rewind_metrics(run_dir, step, state["last_eval"])
         tracker = common.open_tracker(args, run_dir)
-    saved_step, last_metrics = step if resume_from else None, {}
+    saved_step = step if resume_from else None
 
     def run_evaluation():
-        nonlocal last_metrics
-        metrics = last_metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device, spans("eval"))
+        metrics = evaluate(args, engine, tokenizer, data_sets, "eval", step, run_dir, device, spans("eval"))
         log_row("eval", metrics)
         common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
 
@@ -1414,12 +1479,11 @@ def main(args):
     if any(d.records["test"] for d in data_sets):
         if state["best_step"] not in (None, step):
             common.copy_weights(model, chosen)
-        last_metrics = evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device, spans("test"))
-        log_row("test", last_metrics)
+        log_row("test", evaluate(args, engine, tokenizer, data_sets, "test", state["best_step"] or step, run_dir, device, spans("test")))
     if rank == 0:
         common.plot_curves(run_dir)
         common.export_root(run_dir, chosen)
-        for line in task_table(data_sets, last_metrics):
+        for line in task_table(run_dir, data_sets, state["best_step"] or step):
             log.info(line)
         log.info(f"done: {run_dir} holds the model of {chosen.name}, metrics.jsonl and the predictions")
     dist.barrier()
