@@ -415,13 +415,13 @@ def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
     """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     writers = {split: common.RaggedWriter(folder / split, dtype) for split in ("train", "eval", "test")}
-    special, counts, block, size = common.special_tokens(tokenizer), collections.Counter({"special": 0}), [], 0
+    special, counts, block, size = common.special_tokens(tokenizer), collections.Counter(), [], 0
 
     def flush():
         rows = tokenizer([text for _, text in block], add_special_tokens=False, return_attention_mask=False).input_ids
         for (split, _), ids in zip(block, rows):
             writers[split].append(ids)
-            counts.update({f"{split} documents": 1, f"{split} tokens": len(ids)})
+            counts.update({f"{split} documents": 1, f"{split} tokens": len(ids), "unknown": ids.count(tokenizer.unk_token_id)})
         block.clear()
 
     for split, text in documents:
@@ -442,7 +442,7 @@ def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
     for writer in writers.values():
         writer.close()
     return {"dtype": np.dtype(dtype).name, **{f"{split} {what}": counts[f"{split} {what}"] for split in writers for what in ("documents", "tokens")},
-            "bytes": counts["bytes"], "special": counts["special"]}
+            **{what: counts[what] for what in ("bytes", "special", "unknown")}}
 
 
 class Corpus:
@@ -508,6 +508,9 @@ def load_corpora(args, tokenizer, length, problems):
         data = Corpus(name, amount, folder, length, problems)
         if data.about["special"]:
             log.warning(f"{name}: {data.about['special']} special tokens that are spelled out in the text (such as </s>) were left out")
+        if data.about["unknown"]:
+            log.warning(f"{name}: {data.about['unknown']} pieces of text are unknown to the tokenizer, and all become one token; a tokenizer of your own: "
+                        "data/prepare_tokenizer.py")
         common.check_training_part(args, data, name, problems)
         corpora.append(data)
     common.check_evaluation_parts(args, corpora, "documents", problems)
@@ -642,7 +645,7 @@ def collate(rows, sources, targets, start_id, pad_id):
     index, ids, example = (np.concatenate(parts)[: None if has_targets else 0] for parts in (index, ids, example))
     arrays = {"source_ids": source_ids, "source_segment": source_segment, "decoder_ids": decoder_ids,
               "decoder_segment": decoder_segment, "target_index": index, "target_ids": ids, "target_example": example}
-    if len(rows) == source_segment.sum() // S == len(index) // T and (source_segment == 1).all():
+    if (source_segment == 1).all() and len(index) == len(rows) * T:
         del arrays["source_segment"], arrays["decoder_segment"]
     return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 

@@ -149,6 +149,8 @@ def main(argv=None):
           + f"; {totals['bytes'] / max(1, sum(totals[f'{s} tokens'] for s in ('train', 'eval', 'test'))):.2f} bytes per token, {n_bytes / seconds / 1e6:.2f} MB/s")
     if totals["special"]:
         print(f"WARNING {totals['special']} special tokens that are spelled out in the text (such as </s>) were left out", file=sys.stderr)
+    if totals["unknown"]:
+        print(f"WARNING {totals['unknown']} pieces of text are unknown to this tokenizer (data/prepare_tokenizer.py makes one)", file=sys.stderr)
     ids, ends = np.fromfile(out / "train.ids", totals["dtype"], 2000), np.fromfile(out / "train.offsets", np.int64, 3)
     for start, end in zip(ends, ends[1:]):
         print(repr(tokenizer.decode(ids[start:end])[:200]))

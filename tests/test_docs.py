@@ -62,10 +62,12 @@ def known_flags(monkeypatch, parse):
 
 def flags_of(page, monkeypatch):
     """The flags that a page may name: docs/<script>.md those of its script, other pages those of all."""
-    spec = importlib.util.spec_from_file_location("prepare_tsv", ROOT / "data" / "prepare_tsv.py")
-    prepare_tsv = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare_tsv)
-    parsers = {**{name: script.parse_args for name, script in SCRIPTS.items()}, "prepare_tsv.py": prepare_tsv.main}
+    parsers = {name: script.parse_args for name, script in SCRIPTS.items()}
+    for path in (*sorted((ROOT / "data").glob("prepare_*.py")), ROOT / "presets" / "sweeps" / "run.py"):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        parsers[path.name] = module.main
     own = f"{page.stem}.py"
     return set().union(*(known_flags(monkeypatch, parse) for name, parse in parsers.items() if own not in parsers or name == own))
 

@@ -377,10 +377,13 @@ def test_every_form_of_a_corpus_gives_the_same_tokens(mount):
 
 
 def test_special_tokens_in_a_text_are_left_out_and_said(mount, messages):
-    (mount / "data" / "html.txt").write_text("\n".join(["the <s>cat</s> reads <extra_id_0> a <pad> book"] * 40))
+    (mount / "data" / "html.txt").write_text("\n".join(["the cat</s> reads <extra_id_0> a <pad> book"] * 40))
     _, [corpus], problems, tokenizer = load(mount, data="html", eval_fraction=0.5)
     assert not set(stream(corpus, "train") + stream(corpus, "eval")) & {0, 1, *range(220, 320)}
-    assert any("120 special tokens" in line for line in messages)
+    assert any("120 special tokens" in line for line in messages) and not any("unknown" in line for line in messages)
+    (mount / "data" / "other.txt").write_text("\n".join(["the \u65e5\u672c reads \u8a9e"] * 40))
+    load(mount, data="other", eval_fraction=0.5)
+    assert any("80 pieces of text are unknown" in line for line in messages)
 
 
 def test_the_cache_is_used_until_the_text_changes(corpus, monkeypatch):
@@ -436,6 +439,46 @@ def test_without_segments_the_loss_is_that_of_the_models_own_forward():
     theirs.backward()
     assert float(loss) == pytest.approx(float(theirs), rel=1e-6)
     assert all(torch.allclose(p.grad, mine[name], atol=1e-6) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("B, H, T, S, masked", [(3, 4, 7, 9, 0), (3, 4, 7, 7, 1), (2, 6, 300, 700, 2), (40, 3, 200, 170, 1)])
+def test_attention_with_a_trained_bias_against_autograd(B, H, T, S, masked):
+    """One head, some heads or several examples at a time; masked: 0 not, 1 alike for all examples, 2 each its own."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(B, H, n, 8, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
+    table = torch.randn(1, T, S, H, dtype=torch.float64, requires_grad=True)
+    allowed = torch.rand(B if masked == 2 else 1, 1, T, S) > 0.4 if masked else None
+    if masked:
+        allowed[..., 0] = True
+    scores = query @ key.transpose(2, 3) + table.permute(0, 3, 1, 2)
+    wanted = (scores if allowed is None else scores.masked_fill(~allowed, -1e300)).softmax(-1) @ value
+    found = seq2seq.BiasedAttention.apply(query, key, value, table.permute(0, 3, 1, 2), allowed)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    weight = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (query, key, value, table)) for out in (found, wanted))):
+        assert torch.allclose(a, b, atol=1e-10) and a.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rows_", [[[0], [1], [2], [3]], [[0, 3], [1, 2]]], ids=["one per row", "packed"])
+def test_the_faster_layers_have_the_losses_and_gradients_of_the_models_own(rows_):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+                                                decoder_start_token_id=0, feed_forward_proj="gated-gelu")).double()
+    sources, targets = ([torch.randint(2, 1000, (n,)).tolist() for n in lengths] for lengths in ((9, 4, 7, 5), (3, 8, 2, 6)))
+    batch, found = seq2seq.collate(rows_, sources, targets, 0, 0), []
+    for change in (lambda: None, lambda: seq2seq.speed_up(model, torch.device("cpu"))):
+        change()
+        model.zero_grad()
+        loss = seq2seq.TargetLosses(model, True, 0.0)([batch]).sum()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert model.config._attn_implementation == "biased" and type(model.encoder.block[0].layer[1].DenseReluDense.act) is torch.nn.GELU
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*found))
+    model.config.dropout_rate = 0.1
+    for module in model.modules():
+        if hasattr(module, "has_relative_attention_bias"):
+            module.dropout = 0.1
+    assert torch.isfinite(seq2seq.TargetLosses(model.train(), True, 0.0)([batch])).all()  # by torch's own
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -154,3 +156,18 @@ def test_real_files_are_prepared_and_trained_on(mount, run_main, monkeypatch, ta
     metrics = prepare_glue.TASKS[task]["metrics"]
     assert {f"eval/{name}" for name in [*metrics, "invalid"]} <= last.keys()
     assert json.loads((mount / "models" / "run" / "best.json").read_text())["metric"] == metrics[0]
+
+
+def test_trials_of_a_wandb_sweep_have_run_folders_of_their_own_and_report_eval_names(mount, run_main, monkeypatch):
+    """As under `wandb agent`, which sets these two variables and gives flags as --key=value."""
+    logged, begun = [], []
+    module = types.SimpleNamespace(init=lambda **words: begun.append(words) or types.SimpleNamespace(log=lambda row, step: logged.append((step, row))))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    write_task(mount)
+    words = [f"{a}={b}" for a, b in zip(*[iter(flags(mount, None, data="task", max_steps=1, max_new_tokens=None, report_to="wandb", training_run_name=None))] * 2)]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    for trial in ("t1", "t2"):
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        assert run_main(words) == 0
+    assert [(mount / "models" / f"tiny_task_0_{trial}" / "COMPLETE").exists() for trial in ("t1", "t2")] == [True, True]
+    assert [start["id"] for start in begun] == ["t1", "t2"] and {"eval/accuracy", "eval/matthews"} <= logged[-1][1].keys() and logged[-1][0] == 1
