@@ -913,22 +913,21 @@ def token_cache(args, layout, files, tokenizer, settings):
     return root, hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def check_training_part(args, data, path, problems):
+def check_training_part(args, data, path, problems, expected='{"train": [...]} or JSON lines'):
     """Of one data set: there are training records, and as many as --data asks for."""
     n_train = data.counts["train"]
     if not n_train and not args.no_train:
-        problems.append(f"{path}: no training records; expected {{\"train\": [...]}} or JSON lines")
+        problems.append(f"{path}: no training records; expected {expected}")
     if data.amount is not None:
         take = data.amount if isinstance(data.amount, int) else round(data.amount * n_train)
         if not 1 <= take <= n_train:
             problems.append(f"--data {data.name}:{data.amount}: {take} of {n_train} training records; expected 1 to all of them")
 
 
-def check_evaluation_parts(args, data_sets, what, problems):
+def check_evaluation_parts(args, data_sets, what, problems, remedy='add an "eval" list (JSON lines: a "split" key, or <name>.eval.jsonl beside the file)'):
     """Of all data sets: one has evaluation records; those that are in the training data too are counted. what: "prompts"."""
     if len(data_sets) == len(args.data_name) and not any(d.counts["eval"] or (args.no_train and d.counts["test"]) for d in data_sets):
-        problems.append(f"{', '.join(args.data_name)}: no evaluation records; add an \"eval\" list (JSON lines: a \"split\" key, or "
-                        "<name>.eval.jsonl beside the file), or hold some out with --eval_fraction 0.05")
+        problems.append(f"{', '.join(args.data_name)}: no evaluation records; {remedy}, or hold some out with --eval_fraction 0.05")
     trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
     for data in data_sets:
         for split in ("eval", "test"):

@@ -338,7 +338,8 @@ def find_corpus(args, name, problems):
     stem, ending = re.fullmatch(r"(.*?)((?:\.txt|\.jsonl)(?:\.gz)?|)", path.name).groups()
     files = (sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_ENDINGS)) if path.is_dir() else
              [path, *(p for p in (path.with_name(f"{stem}.{split}{ending}") for split in ("eval", "test")) if p.is_file())])
-    splits = [re.search(r"\.(train|eval|test)\.", p.name) or re.fullmatch(r"(train|eval|test)", p.parent.name) for p in files]
+    splits = [re.search(r"\.(train|eval|test)\.", p.name) or (re.fullmatch(r"(train|eval|test)", p.parent.name) if p.parent not in (path, path.parent) else None)
+              for p in files]
     if not files or files == [path] and not ending:
         problems.append(f"{path}: no text; expected files that end in {', '.join(TEXT_ENDINGS)}, or what data/prepare_text.py makes")
     return path, [(split and split[1], p) for split, p in zip(splits, files)]
@@ -365,13 +366,13 @@ def text_lines(path, start, longest):
 
 def has_blank_lines(path):
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        return bool(re.search(rb"\S[^\n]*\n[ \t\r]*\n\s*\S", file.read(2**20)))
+        return bool(re.search(rb"\S[ \t\r]*\n[ \t\r]*\n\s*\S", file.read(2**20)))
 
 
 def read_documents(path, split, documents, problems, start=0, end=math.inf):
     """Yield (split or None, text) of the documents of a text file; of a part of it, from byte `start` to `end`, those that begin
     there (between blank lines: that follow a blank line there). Parts that adjoin give every document once."""
-    is_json, held, n_bytes = ".jsonl" in path.name, [], 0
+    is_json, held, n_bytes, n_wrong = ".jsonl" in path.name, [], 0, 0
     try:
         by_blank = not is_json and (documents == "blank" or documents == "auto" and has_blank_lines(path))
         is_ours = not start or not by_blank  # this document, or else the next one
@@ -397,9 +398,15 @@ def read_documents(path, split, documents, problems, start=0, end=math.inf):
                     record = json.loads(text)
                     if not record["text"].strip() or re.search("[\ud800-\udfff]", record["text"]):
                         raise ValueError("'text' is empty or holds half a character")
-                    yield record.get("split", split), record["text"]
+                    if record.get("split", split) not in (None, "train", "eval", "test"):
+                        raise ValueError(f"split {record['split']!r}, expected train, eval or test")
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     problems.append(f"{path}, line {n}{f' after byte {start}' if start else ''}: {error!r}; expected one object per line with 'text'")
+                    n_wrong += 1
+                    if n_wrong == 40:
+                        return
+                else:
+                    yield record.get("split", split), record["text"]
         if held:
             yield split, "\n".join(held)
     except UnicodeDecodeError as error:
@@ -408,7 +415,7 @@ def read_documents(path, split, documents, problems, start=0, end=math.inf):
         problems.append(f"{path}: cannot be read ({error})")
 
 
-def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
+def tokenize_documents(documents, folder, tokenizer, eval_fraction):
     """(split or None, text) -> <folder>/<split>.ids and .offsets, the ids of all documents one after the other with nothing between; returns counts.
 
     No end tokens: T5 is pretrained without (t5's reduce_concat_tokens). Special tokens spelled out in a text are left out.
@@ -429,9 +436,6 @@ def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
         text, n_special = special.subn(" ", text)
         counts["special"] += n_special
         split = split or ("eval" if common.derive_seed("document", text) % 10**6 < eval_fraction * 10**6 else "train")
-        if split not in writers:
-            problems.append(f"split {split!r} of the document {text[:60]!r}, expected train, eval or test")
-            continue
         block.append((split, text))
         size += len(text)
         if size > PIECE:
@@ -448,7 +452,7 @@ def tokenize_documents(documents, folder, tokenizer, eval_fraction, problems):
 class Corpus:
     """One tokenised corpus: the ids of a split as one stream on disk, cut into examples of `length` tokens, the last one going on at the start."""
 
-    def __init__(self, name, amount, folder, length, problems):
+    def __init__(self, name, amount, folder, length, problems, needs_training=True):
         self.name, self.amount, self.task, self.parts, self.about = name, amount, None, [], json.loads((folder / "corpus.json").read_text())
         self.sha256, self.length = self.about.get("sha256", folder.name), length
         self.ids, self.maps = {}, []
@@ -466,7 +470,7 @@ class Corpus:
         self.records = {split: range(self.counts[split]) for split in ("eval", "test")}
         self.hashes = {split: np.empty(0, np.int64) for split in ("train", "eval", "test")}
         problems += [f"{name}: {n[split]} tokens of text for {split}, fewer than the {length} of one example: more text, a smaller --input_length, or "
-                     "a larger --eval_fraction" for split in n if n[split] < length]
+                     "a larger --eval_fraction" for split in n if n[split] < length and (needs_training or split != "train")]
 
     def read(self, split, starts):
         """(n,) places in the stream -> (n, length) token ids."""
@@ -483,6 +487,8 @@ def load_corpora(args, tokenizer, length, problems):
         name, amount = common.parse_data_spec(spec, problems)
         folder, files = find_corpus(args, name, problems)
         if folder is None or tokenizer is None:
+            for split, path in files:  # no tokenizer: still report what is wrong with the text
+                collections.deque(read_documents(path, split, args.documents or "auto", problems), maxlen=0)
             continue
         before, documents = len(problems), args.documents or "auto"
         if not files:
@@ -500,20 +506,20 @@ def load_corpora(args, tokenizer, length, problems):
                     if is_new:
                         bar = tqdm(files, desc="tokenising", unit=" files", delay=5, disable=common.rank() > 0 or None)
                         found = (d for split, path in bar for d in read_documents(path, split, documents, problems))
-                        common.write_json(aside / "corpus.json", tokenize_documents(found, aside, tokenizer, args.eval_fraction, problems))
+                        common.write_json(aside / "corpus.json", tokenize_documents(found, aside, tokenizer, args.eval_fraction))
             except OSError as error:
                 problems.append(f"the token cache cannot be written ({error}); --cache_dir names another folder")
         if len(problems) > before:
             continue
-        data = Corpus(name, amount, folder, length, problems)
+        data = Corpus(name, amount, folder, length, problems, not args.no_train)
         if data.about["special"]:
             log.warning(f"{name}: {data.about['special']} special tokens that are spelled out in the text (such as </s>) were left out")
         if data.about["unknown"]:
             log.warning(f"{name}: {data.about['unknown']} pieces of text are unknown to the tokenizer, and all become one token; a tokenizer of your own: "
                         "data/prepare_tokenizer.py")
-        common.check_training_part(args, data, name, problems)
+        common.check_training_part(args, data, name, problems, "text")
         corpora.append(data)
-    common.check_evaluation_parts(args, corpora, "documents", problems)
+    common.check_evaluation_parts(args, corpora, "documents", problems, "put <name>.eval.txt beside the file, or files into a folder eval")
     return corpora
 
 
@@ -522,10 +528,10 @@ def load_text(args, config, tokenizer, problems):
     span = (default(args.noise_density, 0.15), default(args.mean_noise_span_length, 3.0))
     denoisers, labels = DENOISERS.get(args.objective, [span]), args.span_labels or "t5"
     if not (0 < span[0] < 1 and 1 <= span[1] < math.inf) or tokenizer is None or config is None:
-        return denoisers, [], load_corpora(args, tokenizer, 1, problems) if tokenizer else []
+        return denoisers, [], load_corpora(args, tokenizer, 1, problems)
     length = min(text_length(default(args.input_length, 512), denoiser, labels) for denoiser in denoisers)
-    sentinels = []
-    while (token := tokenizer.convert_tokens_to_ids(f"<extra_id_{len(sentinels)}>")) not in (None, tokenizer.unk_token_id):
+    sentinels, vocabulary = [], tokenizer.get_vocab()
+    while (token := vocabulary.get(f"<extra_id_{len(sentinels)}>", vocabulary.get(f"▁<extra_id_{len(sentinels)}>"))) is not None:  # mT5 has the latter
         sentinels.append(token)
     n_spans = max(span_counts(length, *d)[1] + (labels == "compact") for d in denoisers if d) if any(denoisers) else 0
     n_target = max(example_lengths(length, denoiser, labels)[1] for denoiser in denoisers)
@@ -539,7 +545,7 @@ def load_text(args, config, tokenizer, problems):
                         "--input_length or --noise_density")
     lengths = [example_lengths(length, denoiser, labels) for denoiser in denoisers]
     log.info(f"--objective {args.objective}: {length} tokens of text in each example; source -> target "
-             + ", ".join(f"{s} -> {t}" if d else f"{s + 1} tokens in all" for d, (s, t) in zip(denoisers, lengths)))
+             + ", ".join(f"{s} -> {t}" if d else f"{s + 2} tokens in all" for d, (s, t) in zip(denoisers, lengths)))
     return denoisers, sentinels, load_corpora(args, tokenizer, length, problems)
 
 
@@ -744,7 +750,7 @@ def example_lengths(length, denoiser, labels="t5"):
 def text_length(input_length, denoiser, labels="t5"):
     """Tokens of text that fill `input_length` tokens of the encoder, as t5's random_spans_helper finds them: (512, (0.15, 3)) -> 568.
     The copies of that function elsewhere begin one higher, and may return one too many."""
-    length = input_length - 1
+    length = input_length - (2 if labels == "compact" else 1)  # a span more may come
     while example_lengths(length + 1, denoiser, labels)[0] <= input_length and length < 100 * input_length:
         length += 1
     source, target = example_lengths(length, denoiser, labels)
@@ -788,7 +794,7 @@ class Spans(TrainingData):
     """Examples made from text. Those of step k, their order and their noise are a pure function of (seed, epoch, place in the epoch)."""
 
     def __init__(self, args, corpora, split, model_config, sentinels, eos, packed, group_tokens, denoisers):
-        self.args, self.corpora, self.split, self.config, self.sentinels, self.eos = args, corpora, split, model_config, np.array(sentinels), eos
+        self.args, self.corpora, self.split, self.config, self.sentinels, self.eos = args, corpora, split, model_config, np.array(sentinels or [0]), eos
         self.packed, self.group_tokens, self.denoisers, self.length = packed, group_tokens, denoisers, corpora[0].length
         self.width, self.batch = getattr(model_config, "d_model", 512), args.train_batch_size * args.gradient_accumulation_steps
         sizes = [corpus.counts[split] for corpus in corpora]
@@ -809,9 +815,9 @@ class Spans(TrainingData):
         self.lengths = np.array([example_lengths(self.length, denoiser) for denoiser in self.denoisers])[kinds]
         is_prefix = np.array([denoiser is None for denoiser in self.denoisers])[kinds]
         self.lengths[is_prefix] = np.stack([cuts + 1, self.length - cuts + 1], 1)[is_prefix]
-        if self.args.span_labels == "compact":
-            masks = self.noise(places)
-            n_noise, n_runs = masks.sum(1), first_of_runs(masks).sum(1)
+        if self.args.span_labels == "compact":  # the roll cuts a span in two, or not
+            n_noise = span_counts(self.length, *self.denoisers[0])[0]
+            n_runs = np.concatenate([first_of_runs(self.noise(part)).sum(1) for part in np.array_split(places, max(1, len(places) // 1000))])
             self.lengths = np.stack([self.length - n_noise + n_runs + 1, n_noise + n_runs], 1)
         return np.arange(len(places))
 
@@ -940,8 +946,8 @@ class BiasedAttention(torch.autograd.Function):
 
 def biased_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options):
     """What T5 calls for every attention (transformers' attention interface); scaling is 1 in T5."""
-    if dropout or scaling != 1.0 or not (torch.is_grad_enabled() and position_bias.requires_grad) or len(position_bias) > 1 or (
-            attention_mask is not None and attention_mask.dtype != torch.bool):
+    if (dropout or scaling != 1.0 or not (torch.is_grad_enabled() and position_bias.requires_grad) or len(position_bias) > 1
+            or position_bias.dtype != query.dtype or attention_mask is not None and attention_mask.dtype != torch.bool):
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                                          position_bias=position_bias, **options)
     T, S = query.shape[2], key.shape[2]
@@ -1032,7 +1038,7 @@ class RMSScaledAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-            n = float(states[0]["step"])
+            n = float(states[0]["step"])  # T5 has all gradients at every step, so all are at the same one
             steps = torch._foreach_sqrt(squares)
             torch._foreach_div_(steps, math.sqrt(1 - beta2**n))
             torch._foreach_add_(steps, group["eps"])

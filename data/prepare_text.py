@@ -1,7 +1,7 @@
 """Tokenise plain text for seq2seq.py's pretraining objectives, in parallel, into a folder that training maps instead of loading.
 
-    python data/prepare_text.py --input mytext/ --tokenizer models/my-t5 --eval_fraction 0.001 --out data/mytext
-    python seq2seq.py @presets/t5-pretrain --model_init_name my-t5 --data mytext
+    python data/prepare_text.py --input mytext/ --tokenizer models/my-t5 --eval_fraction 0.001 --out data/mycorpus
+    python seq2seq.py @presets/t5-pretrain --model_init_name my-t5 --data mycorpus
 
 Input: .txt (a document per line, or blank lines between documents), .jsonl with "text", both also as .gz, or folders of them;
 x.eval.txt or a folder named eval is held out, as is a share of the other documents by --eval_fraction. Output: <split>.ids,
@@ -14,8 +14,10 @@ tinyshakespeare.txt with models/tiny-t5, --eval_fraction 0.05. Expected: 6850 tr
 """
 
 import argparse
+import concurrent.futures
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -47,8 +49,9 @@ def tokenize_part(job):
     problems, aside = [], folder.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    found = seq2seq.read_documents(path, split, documents, problems, start, end)
-    counts = seq2seq.tokenize_documents(found, aside, WORKER["tokenizer"], eval_fraction, problems)
+    # positions in a .gz are those of its content, and it is one part
+    found = seq2seq.read_documents(path, split, documents, problems, start, math.inf if path.suffix == ".gz" else end)
+    counts = seq2seq.tokenize_documents(found, aside, WORKER["tokenizer"], eval_fraction)
     if not problems:
         common.write_json(aside / "counts.json", counts)
         common.fsync_tree(aside)
@@ -109,9 +112,11 @@ def main(argv=None):
     plan = {"tokenizer": common.tokenizer_fingerprint(tokenizer), "tokenizer_name": args.tokenizer, "documents": args.documents,
             "eval_fraction": args.eval_fraction, "files": [[split, str(path), path.stat().st_size, path.stat().st_mtime_ns] for split, path in files]}
     work = out.with_name(out.name + ".parts")
+    if out.exists() and not (out / "corpus.json").is_file():
+        common.fail(f"{out} exists: choose another --out")
     for place, record in ((out, out / "corpus.json"), (work, work / "plan.json")):
         before = json.loads(record.read_text()) if record.is_file() else {}
-        if place.exists() and {key: before.get(key) for key in plan} != plan:
+        if record.is_file() and {key: before.get(key) for key in plan} != plan:
             common.fail(f"{place} exists and was made from other files or flags: choose another --out, or delete it")
     if out.exists():
         print(f"{out}: prepared already")
@@ -135,8 +140,8 @@ def main(argv=None):
             start_worker(args.tokenizer)
             results = map(tokenize_part, todo)
         else:
-            pool = multiprocessing.get_context("spawn").Pool(min(args.workers, len(todo)), start_worker, (args.tokenizer,))
-            results = pool.imap_unordered(tokenize_part, todo)
+            pool = concurrent.futures.ProcessPoolExecutor(min(args.workers, len(todo)), multiprocessing.get_context("spawn"), start_worker, (args.tokenizer,))
+            results = (future.result() for future in concurrent.futures.as_completed([pool.submit(tokenize_part, job) for job in todo]))
         for done, wrong in results:
             bar.update(done)
             problems += wrong

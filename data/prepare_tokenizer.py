@@ -1,7 +1,7 @@
 """Train a T5 tokenizer on text of yours, and put it with a T5 configuration into a model folder without weights.
 
     python data/prepare_tokenizer.py --input mytext/ --out models/my-t5 --vocab_size 32000 --size small
-    python seq2seq.py @presets/t5-pretrain --model_init_name my-t5 --data mytext --eval_fraction 0.001
+    python seq2seq.py @presets/t5-pretrain --model_init_name my-t5 --data mytext/ --eval_fraction 0.001
 
 As in T5: a unigram sentencepiece model; pad 0, </s> 1, <unk> 2, then pieces, then 100 sentinels of which <extra_id_0> has the
 HIGHEST id; rows of embeddings up to the next multiple of 128 (32000 + 100 -> 32128). All of printable ASCII can be written,
@@ -10,7 +10,6 @@ dropout, as it was pretrained; set dropout_rate to 0.1 in config.json for fine-t
 """
 
 import argparse
-import json
 import os
 import pathlib
 import random

@@ -1,7 +1,9 @@
 """data/prepare_text.py and data/prepare_tokenizer.py: the same tokens for any parts, workers and kills; a tokenizer as T5's."""
 
+import gzip
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,6 +80,14 @@ def test_any_number_of_parts_and_attempts_gives_the_same_bytes_and_those_of_the_
     assert contents(corpus / "data" / "again") == whole
     monkeypatch.setattr(prepare_text, "tokenize_part", lambda job: 1 / 0)
     assert prepare(corpus, "again") == 0 and "prepared already" in capsys.readouterr().out
+
+
+def test_a_gz_gives_the_tokens_of_its_content(corpus):
+    with gzip.open(corpus / "data" / "packed.txt.gz", "wt") as file:
+        file.write((corpus / "data" / "corpus.txt").read_text())
+    assert prepare(corpus, "plain") == 0 and prepare(corpus, "gz", "--input", str(corpus / "data" / "packed.txt.gz"), "--part_mb", 0.001) == 0
+    plain, packed = contents(corpus / "data" / "plain"), contents(corpus / "data" / "gz")
+    assert plain.pop("corpus.json") != packed.pop("corpus.json") and plain == packed
 
 
 def test_other_text_other_flags_and_another_tokenizer_are_refused(corpus, capsys):
@@ -192,7 +202,6 @@ def test_killed_again_and_again_two_workers_end_with_the_bytes_of_one(corpus):
         end = time.monotonic() + 100
         while process.poll() is None and len(list(work.glob("??????"))) < n_before + 4 and time.monotonic() < end:
             time.sleep(0.01)
-        import os
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         n_before = len(list(work.glob("??????")))

@@ -329,11 +329,17 @@ def test_parts_of_a_file_have_every_document_once(tmp_path, documents, monkeypat
 
 @pytest.mark.parametrize("name, content, said", [
     ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', "line 2"), ("a.jsonl", b"[]\n", "line 1"), ("a.jsonl", b'{"text": 5}\n', "line 1"),
-    ("a.jsonl", b'{"text": "\\ud83d"}\n', "half a character"), ("a.txt", b"fine\nba\xffd\n", "line 2: not UTF-8"), ("a.jsonl", b"{]\n", "line 1")], ids=str)
+    ("a.jsonl", b'{"text": "\\ud83d"}\n', "half a character"), ("a.jsonl", b'{"text": "x", "split": ["train"]}\n', "line 1: ValueError(\"split ['train']"), ("a.txt", b"fine\nba\xffd\n", "line 2: not UTF-8"), ("a.jsonl", b"{]\n", "line 1")], ids=str)
 def test_malformed_text_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     _, problems = read(tmp_path / name)
     assert len(problems) == 1 and said in problems[0] and str(tmp_path / name) in problems[0]
+
+
+def test_looking_for_blank_lines_takes_no_time_on_a_long_line(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 2**20)
+    (tmp_path / "b.txt").write_text("x" * 2**19 + "\n \t\n\ny")
+    assert not seq2seq.has_blank_lines(tmp_path / "a.txt") and seq2seq.has_blank_lines(tmp_path / "b.txt")  # once 20 minutes
 
 
 def test_a_gz_that_is_cut_short_is_named(tmp_path):
@@ -374,6 +380,22 @@ def test_every_form_of_a_corpus_gives_the_same_tokens(mount):
         assert problems == [] and sentinels[:2] == [319, 318] and len(sentinels) == 100
         expected = expected or [[i for t in part for i in tokenizer(t, add_special_tokens=False).input_ids] for part in (train, held)]
         assert [stream(corpus, "train"), stream(corpus, "eval")] == expected and corpus.about["train documents"] == 60
+
+
+@pytest.mark.parametrize("name", ["test", "train"])
+def test_the_folder_that_a_corpus_lies_in_says_nothing(mount, name):
+    folder = mount / name
+    folder.mkdir()
+    (folder / "c.txt").write_text("\n".join(sentences(100)))
+    for data in (folder, folder / "c.txt"):
+        _, [corpus], problems, _ = load(mount, data=data, eval_fraction=0.2)
+        assert problems == [] and {split for split in corpus.ids} == {"train", "eval"}
+
+
+def test_mt5_spells_its_sentinels_with_a_blank(corpus, monkeypatch):
+    vocabulary = AutoTokenizer.from_pretrained(corpus / "models" / "tiny").get_vocab()
+    monkeypatch.setattr("transformers.T5Tokenizer.get_vocab", lambda self: {t.replace("<extra", "▁<extra"): i for t, i in vocabulary.items()})
+    assert load(corpus)[0] == list(range(319, 219, -1))
 
 
 def test_special_tokens_in_a_text_are_left_out_and_said(mount, messages):
@@ -420,6 +442,19 @@ def test_wrong_arguments_are_refused_before_the_model_loads(corpus, run_main, mo
     monkeypatch.setattr(common, "load_model", lambda *_: 1 / 0)
     assert run_main(text_flags(corpus, **change)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_problems_of_model_and_text_are_reported_together(corpus, run_main, capsys):
+    (corpus / "data" / "bad.jsonl").write_text('{"txt": 5}\n')
+    assert run_main(text_flags(corpus, model_init_name="nosuch", data=["bad", "nodata"])) == 2
+    error = capsys.readouterr().err
+    assert "nosuch: not found" in error and "nodata: not found" in error and "bad.jsonl, line 1" in error
+
+
+@pytest.mark.parametrize("settings", [(64, 0.2, 1.0), (512, 0.15, 1.0), (4, 0.15, 3.0), (100, 0.5, 3.0)])
+def test_compact_sources_fit_too(settings):
+    length = seq2seq.text_length(settings[0], settings[1:], "compact")
+    assert seq2seq.example_lengths(length, settings[1:], "compact")[0] <= settings[0]
 
 
 # ------------------------------------------------------------------------------------------------ loss and optimisers
@@ -550,6 +585,25 @@ def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted_to_the_bit(cor
         assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(stopped)]
     else:
         assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16-mixed"}, {"precision": "bf16-mixed", "optimizer": "adafactor"}, {"precision": "bf16", "ds_config": "zero1"},
+                                    {"gradient_checkpointing": True}, {"ds_config": "zero3", "objective": "ul2"}], ids=str)
+def test_precisions_and_memory_savers_follow_the_fp32_run(corpus, run_main, change):
+    same = {key: value for key, value in change.items() if key in ("optimizer", "objective")}
+    for run, words in (("exact", same), ("other", change)):
+        assert run_main(text_flags(corpus, run, max_steps=3, learning_rate=0.001, **words)) == 0
+    exact, other = ([row["loss"] for row in rows(corpus / "models" / run)] for run in ("exact", "other"))
+    assert other == pytest.approx(exact, rel=0.02 if "precision" in change else 1e-6)
+
+
+def test_bart_learns_the_end_of_texts_from_their_beginning(corpus, run_main):
+    shutil.copytree(corpus / "models" / "tiny", corpus / "models" / "bart")
+    (corpus / "models" / "bart" / "config.json").write_text(json.dumps({
+        "model_type": "bart", "vocab_size": 320, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+        "decoder_start_token_id": 1, "forced_eos_token_id": None}))
+    assert run_main(text_flags(corpus, model_init_name="bart", objective="prefix_lm", max_steps=2)) == 0
 
 
 def test_a_split_batch_and_another_evaluation_batch_change_nothing(corpus, run_main):
