@@ -24,7 +24,7 @@ def shared(tmp_path_factory):
 
 
 def words(mount, run, **changes):
-    return text_flags(mount, run, **{"data": "corpus:41", "max_steps": 8, "train_batch_size": 8, "eval_batch_size": 7, **changes})
+    return text_flags(mount, run, **{"data": "corpus:41", "max_steps": 7, "learning_rate": 0.001, "train_batch_size": 8, "eval_batch_size": 7, **changes})
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -40,8 +40,8 @@ def test_two_processes_train_as_one_at_every_stage(shared, stage):
 
 @pytest.mark.parametrize("n_procs", [1, 2])
 def test_kill_9_in_the_middle_of_an_epoch_of_a_prepared_corpus_continues_to_the_bit(shared, n_procs):
-    (shared / "data" / "long.txt").write_text("\n".join(sentences(6000, seed=2)) + "\n")
-    assert (shared / "data" / "long").exists() or prepare(shared, "long", "--input", str(shared / "data" / "long.txt")) == 0
+    (shared / "long.txt").write_text("\n".join(sentences(6000, seed=2)) + "\n")
+    assert (shared / "data" / "long").exists() or prepare(shared, "long", "--input", str(shared / "long.txt")) == 0
     options = {"data": "long", "eval_fraction": 0, "model_init_name": "dropout", "max_steps": 60, "save_steps": 5, "logging_steps": 1}
     names = [f"{kind}-{n_procs}" for kind in ("whole", "killed")]
     run_jobs(shared, [words(shared, names[0], **options)], n_procs)
