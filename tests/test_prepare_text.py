@@ -102,7 +102,7 @@ def test_other_text_other_flags_and_another_tokenizer_are_refused(corpus, capsys
     assert "was prepared with another tokenizer" in load(corpus, data="made", eval_fraction=0)[2][0]
 
 
-@pytest.mark.parametrize("words, said", [(["--input", "nowhere"], "nowhere: no text files"), (["--tokenizer", "models/none"], "--tokenizer models/none"),
+@pytest.mark.parametrize("words, said", [(["--input", "nowhere"], "nowhere: no text files"), (["--tokenizer", "/models/none"], "--tokenizer /models/none"),
                                          (["--eval_fraction", "1"], "--eval_fraction 1.0"), (["--workers", "0"], "--workers 0")], ids=str)
 def test_wrong_arguments_are_named(corpus, capsys, words, said):
     assert prepare(corpus, "made", *words) == 2

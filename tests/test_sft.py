@@ -226,7 +226,7 @@ def test_the_copies_in_seq2seq_and_here_agree():
     """Two scripts have them; a third would move them to common.py."""
     torch.manual_seed(0)
     logits, targets, found = torch.randn(9, 50), torch.randint(50, (9,)), []
-    for script, extra in ((seq2seq, (0.0,)), (sft_causal, ())):
+    for script, extra in ((seq2seq, (0.0, 0.0)), (sft_causal, ())):
         some = logits.clone().requires_grad_()
         losses = script.CrossEntropy.apply(some * 1.0, targets, *extra)
         losses.sum().backward()

@@ -106,7 +106,7 @@ def test_parts_and_several_tasks_are_scored_apart(mount, run_main, capsys):
     parts = write_task(mount, "mnli", {**THREE, "metric_for_best": "matched/accuracy"}, part="matched")
     parts["eval"] += [{**record, "part": "mismatched", "completion": "c"} for record in parts["eval"][:4]]
     (mount / "data" / "mnli.json").write_text(json.dumps({"task": [{**THREE, "metric_for_best": "matched/accuracy"}], **parts}))
-    assert run_main(flags(mount, data=["one", "mnli", "ragged"], max_steps=1, max_new_tokens=None)) == 0
+    assert run_main(flags(mount, data=["one", "mnli", "ragged"], max_steps=1)) == 0
     row = rows(mount / "models" / "run", "eval")[-1]
     assert {f"eval/{name}" for name in ("loss", "one/accuracy", "one/f1", "mnli/accuracy", "mnli/matched/macro_f1", "mnli/mismatched/accuracy",
                                         "mnli/mismatched/invalid", "ragged/exact_match")} <= row.keys()
@@ -115,7 +115,10 @@ def test_parts_and_several_tasks_are_scored_apart(mount, run_main, capsys):
     table = [line.split()[1] for line in capsys.readouterr().out.splitlines() if " invalid " in line and not line.startswith("step")]
     assert table == ["one", "mnli", "mnli/matched", "mnli/mismatched"]
     args = json.loads((mount / "models" / "run" / "args.json").read_text())
-    assert args["metric_for_best"] is None and args["max_new_tokens"] == 512  # several sets: nothing is guessed
+    assert args["metric_for_best"] is None  # several sets: nothing is guessed
+    args = seq2seq.parse_args(flags(mount, "other", data=["one", "ragged"], max_new_tokens=None))
+    seq2seq.prepare(args)
+    assert args.max_new_tokens == 512
     assert run_main(flags(mount, "alone", data="mnli", max_steps=1, max_new_tokens=None)) == 0
     assert json.loads((mount / "models" / "alone" / "best.json").read_text())["metric"] == "matched/accuracy"
     assert run_main(flags(mount, "named", data=["one", "mnli"], max_steps=1, max_new_tokens=None, metric_for_best="mnli/matched/accuracy")) == 0
