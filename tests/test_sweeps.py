@@ -217,6 +217,7 @@ def test_search_and_report(toy, mode):
 
 
 @pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed")
+@pytest.mark.slow
 def test_optuna_learns_from_the_results(toy):
     import optuna
     assert toy.run(trials=20)[0] == 0

@@ -143,8 +143,8 @@ def test_a_metric_that_the_data_has_not_is_refused(mount, run_main, capsys):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-@pytest.mark.parametrize("task, folder, more", [("sst2", "SST-2", {}), ("cola", "CoLA", {"lora_rank": 4}), ("rte", "RTE", {"train_adapter": True}),
-                                                ("stsb", "STS-B", {"num_beams": 2})])
+@pytest.mark.parametrize("task, folder, more", [("sst2", "SST-2", {"lora_rank": 4}), ("stsb", "STS-B", {"num_beams": 2}), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("cola", "CoLA", {}), ("rte", "RTE", {"train_adapter": True})))])
 def test_real_files_are_prepared_and_trained_on(mount, run_main, monkeypatch, task, folder, more):
     spec = importlib.util.spec_from_file_location("prepare_glue", ROOT / "data" / "prepare_glue.py")
     prepare_glue = importlib.util.module_from_spec(spec)
