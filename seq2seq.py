@@ -1307,7 +1307,8 @@ def prepare(args):
     if problems:
         common.fail(problems)
     return types.SimpleNamespace(source=source, config=config, tokenizer=tokenizer, precision=precision, n_params=n_params, ds_name=ds_name,
-                                 data_sets=data_sets, denoisers=denoisers, sentinels=sentinels, run_dir=run_dir, identity=identity, resume_from=resume_from, state=state, ds_config=ds_config)
+                                 data_sets=data_sets, denoisers=denoisers, sentinels=sentinels, run_dir=run_dir, identity=identity,
+                                 resume_from=resume_from, state=state, ds_config=ds_config)
 
 
 def main(args):

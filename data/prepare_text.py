@@ -38,6 +38,18 @@ import seq2seq
 WORKER = {}  # what a worker process keeps from part to part
 
 
+def text_files(names, problems):
+    """[(split or None, file)] of the text files and folders that --input names."""
+    files = []
+    for name in names:
+        n_before = len(problems)
+        found = seq2seq.find_corpus(None, os.path.abspath(name), problems)[1] if os.path.exists(name) else []
+        if not found and len(problems) == n_before:
+            problems.append(f"{name}: no text files; expected {', '.join(seq2seq.TEXT_ENDINGS)}")
+        files += found
+    return files
+
+
 def start_worker(tokenizer_path):
     common.start_log()  # no warnings of long texts
     WORKER["tokenizer"] = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -94,12 +106,9 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--part_mb", type=float, default=16, help="text that a worker tokenises at a time [MB]")
     args = parser.parse_args(argv)
-    out, problems, files = pathlib.Path(args.out), [], []
+    out, problems = pathlib.Path(args.out), []
     common.start_log()
-    for name in args.input:
-        found = seq2seq.find_corpus(args, os.path.abspath(name), problems)[1] if os.path.exists(name) else []
-        problems += [] if found or problems else [f"{name}: no text files; expected {', '.join(seq2seq.TEXT_ENDINGS)}"]
-        files += found
+    files = text_files(args.input, problems)
     for name, is_right in (("eval_fraction", 0 <= args.eval_fraction < 1), ("workers", args.workers > 0), ("part_mb", args.part_mb > 0)):
         problems += [] if is_right else [f"--{name} {getattr(args, name)}: out of range"]
     try:

@@ -15,13 +15,15 @@ import pathlib
 import random
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import sentencepiece
 from transformers import AutoTokenizer
 
 import common
 import seq2seq
+from prepare_text import text_files
 
 SIZES = {  # T5 v1.1: d_model, d_ff, d_kv, heads, layers of encoder and of decoder; tiny is ours
     "tiny": (128, 256, 32, 4, 2), "small": (512, 1024, 64, 6, 8), "base": (768, 2048, 64, 12, 12), "large": (1024, 2816, 64, 16, 24),
@@ -52,12 +54,9 @@ def main(argv=None):
     parser.add_argument("--documents", choices=["auto", "line", "blank"], default="auto", help="what separates documents in .txt files")
     parser.add_argument("--most_mb", type=float, default=500, help="text that is used; of more, a random share of the documents [MB]")
     args = parser.parse_args(argv)
-    out, problems, files = pathlib.Path(args.out), [], []
+    out, problems = pathlib.Path(args.out), []
     common.start_log()
-    for name in args.input:
-        found = seq2seq.find_corpus(args, os.path.abspath(name), problems)[1] if os.path.exists(name) else []
-        problems += [] if found or problems else [f"{name}: no text files; expected {', '.join(seq2seq.TEXT_ENDINGS)}"]
-        files += [file for file in found if file[0] in (None, "train")]
+    files = [file for file in text_files(args.input, problems) if file[0] in (None, "train")]
     if out.exists():
         problems.append(f"--out {out}: exists")
     if problems:
