@@ -53,6 +53,12 @@ def test_lengths_are_those_of_t5s_helper(input_length, density, mean, text, targ
     assert seq2seq.example_lengths(length, (density, mean))[0] <= input_length < seq2seq.example_lengths(length + 1, (density, mean))[0]
 
 
+def test_half_noise_gives_no_more_targets_than_inputs():
+    """t5's exception at a density of 0.5: 23 tokens would fit too, as 16 inputs and 17 targets."""
+    assert seq2seq.text_length(16, (0.5, 3.0)) == 22 and seq2seq.example_lengths(22, (0.5, 3.0)) == (16, 16)
+    assert seq2seq.example_lengths(23, (0.5, 3.0)) == (16, 17)
+
+
 def by_random_state(seed):
     """shuffle and offset as the earlier system draws them, from NumPy's old generator."""
     state = np.random.RandomState(seed)
