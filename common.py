@@ -7,6 +7,7 @@ Every function that talks to other processes says "collective": all ranks must c
 
 import argparse
 import atexit
+import bisect
 import contextlib
 import ctypes
 import datetime
@@ -22,11 +23,13 @@ import logging.handlers
 import math
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -683,7 +686,8 @@ def log_metrics(run_dir, row, tracker=None):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("step", "epoch", "time")}
-    log.info(f"step {row['step']:>6} {row['split']:<5} " + "  ".join(f"{k.split('/', 1)[-1]} {v:.4g}" for k, v in numbers.items()))
+    shown = {k: v for k, v in numbers.items() if "_for_" not in k}  # of hundreds of tasks
+    log.info(f"step {row['step']:>6} {row['split']:<5} " + "  ".join(f"{k.split('/', 1)[-1]} {v:.4g}" for k, v in shown.items()))
     if hasattr(tracker, "log"):
         tracker.log({f"{row['split']}/{k.split('/', 1)[-1]}": v for k, v in numbers.items()}, step=row["step"])
     elif tracker is not None:
@@ -700,7 +704,7 @@ def plot_curves(run_dir):
         log.info("no curves.png: package 'matplotlib' is not installed")
         return
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "epoch", "split", "time")
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "epoch", "split", "time") and "_for_" not in n
              and sum(n in row for row in rows) > 1]
     figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 3) or 1), layout="constrained")
     for i, name in enumerate(names):
@@ -732,7 +736,9 @@ def parse_data_spec(spec, problems):
 
 
 def find_data(args, name, problems):
-    """Files of one data set: {split or None: path}; None = the file says the splits itself."""
+    """Files of one data set: {split or None: path}; None = the file says the splits itself. Of task folders those of `find_tasks`."""
+    if getattr(args, "data_format", "records") != "records":
+        return find_tasks(args, problems)
     is_path = name.endswith(DATA_ENDINGS)
     path = pathlib.Path(name) if is_path else find_input(args, "data", name, DATA_ENDINGS, problems)
     if path is None or not path.is_file():
@@ -934,6 +940,244 @@ def check_evaluation_parts(args, data_sets, what, problems, remedy='add an "eval
             n_seen = int(np.isin(data.hashes[split], trained).sum())
             if n_seen:
                 log.warning(f"{data.name}: {n_seen} of {len(data.hashes[split])} {split} {what} occur in the training data")
+
+
+# ------------------------------------------------------------------------------------------------ task folders (instructions)
+
+# What a prompt shows before the input: definition, positive and negative examples, explanations. --tk_instruct draws one of the five for
+# each instance in each epoch (Wang et al. 2022, https://arxiv.org/abs/2204.07705).
+TK_ENCODINGS = [(True, 0, 0, False), (False, 2, 0, False), (True, 2, 0, False), (True, 2, 2, False), (True, 2, 0, True)]
+TASK_FLAGS = dict(task_dir=None, split_dir=None, max_num_instances_per_task=None, max_num_instances_per_eval_task=500, add_task_name=False,
+                  no_task_definition=False, num_pos_examples=0, num_neg_examples=0, add_explanation=False, tk_instruct=False, num_shots=0)
+
+
+def add_task_args(parser):
+    group = parser.add_argument_group("task folders, in place of --data")
+    group.add_argument("--data_format", choices=["records", "ni", "flan"], default="records",
+                       help="ni: tasks as Super-NaturalInstructions has them; flan: tasks with a prompt of their own; records: --data")
+    group.add_argument("--task_dir", help="with a file <task>.json for each task [path]")
+    group.add_argument("--split_dir", help="with train_tasks.txt, dev_tasks.txt, test_tasks.txt [path], default: ../splits/default beside --task_dir")
+    group.add_argument("--max_num_instances_per_task", type=int, help="of training, drawn by --seed [count], default: all")
+    group.add_argument("--max_num_instances_per_eval_task", type=int, default=500,
+                       help="of evaluation and test, always the same ones; of a test task only the first 100 count, as published [count]")
+    group.add_argument("--add_task_name", action="store_true", help="begin the prompt with the task's name")
+    group.add_argument("--no_task_definition", action="store_true", help="leave the definition out of the prompt")
+    group.add_argument("--num_pos_examples", type=int, default=0, help="positive examples in the prompt, as far as they fit [count]")
+    group.add_argument("--num_neg_examples", type=int, default=0, help="negative examples in the prompt, as far as they fit [count]")
+    group.add_argument("--add_explanation", action="store_true", help="examples with their explanations")
+    group.add_argument("--tk_instruct", action="store_true", help="training draws one of Tk-Instruct's five prompts for each instance and epoch; "
+                       "the flags above hold for evaluation")
+    group.add_argument("--num_shots", type=int, default=0, help="examples in the prompt of --data_format flan, as far as they fit [count]")
+
+
+def check_task_args(args, problems):
+    given = [name for name, off in TASK_FLAGS.items() if getattr(args, name) != off]
+    if args.data_format == "records":
+        problems += [f"--{name} has no effect without --data_format ni or flan" for name in given]
+        return
+    of_ni = ("add_task_name", "no_task_definition", "num_pos_examples", "num_neg_examples", "add_explanation", "tk_instruct")
+    problems += [f"--{name} has no effect with --data_format {args.data_format}" for name in given
+                 if name in (("num_shots",) if args.data_format == "ni" else of_ni)]
+    if args.add_explanation and not args.num_pos_examples and not args.num_neg_examples:
+        problems.append("--add_explanation has no effect without examples: give --num_pos_examples")
+    if args.data_name != [args.data_format]:
+        problems.append(f"--data {' '.join(args.data_name)}: --data_format {args.data_format} reads --task_dir instead")
+    for name, low in dict(max_num_instances_per_task=1, max_num_instances_per_eval_task=1, num_pos_examples=0, num_neg_examples=0, num_shots=0).items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            problems.append(f"--{name} {getattr(args, name)}: expected {low} or more")
+    try:
+        rouge_scorer()
+    except ImportError as error:
+        problems.append(f"--data_format {args.data_format} is scored with package 'rouge-score' ({error}): pip install rouge-score")
+
+
+def task_settings(args):
+    """What the examples of task folders depend on, for `token_cache`."""
+    flags = [name for name in TASK_FLAGS if not name.endswith("_dir")]
+    return [] if args.data_format == "records" else [args.data_format, args.seed, *(getattr(args, name) for name in flags)]
+
+
+def find_tasks(args, problems):
+    """{"train <task>": file, ...} of the tasks that the lists in --split_dir name; dev_tasks.txt is the evaluation."""
+    if not args.task_dir or not os.path.isdir(args.task_dir):
+        problems.append(f"--task_dir {args.task_dir}: expected a folder of <task>.json files")
+        return {}
+    tasks, files, split_of = pathlib.Path(args.task_dir), {}, {}
+    folder = pathlib.Path(args.split_dir) if args.split_dir else tasks.parent / "splits" / "default"
+    lists = {split: folder / f"{name}_tasks.txt" for split, name in (("train", "train"), ("eval", "dev"), ("test", "test"))}
+    if not any(path.is_file() for path in lists.values()):
+        problems.append(f"--split_dir {folder}: expected train_tasks.txt, dev_tasks.txt or test_tasks.txt, with the name of a task per line")
+    for split, path in lists.items():
+        for n, task in enumerate(path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else (), 1):
+            task = task.strip()
+            if task and task in split_of:
+                problems.append(f"{path}, line {n}: task {task} is in {split_of[task]} already")
+            elif task and not (tasks / f"{task}.json").is_file():
+                problems.append(f"{path}, line {n}: no file {tasks / task}.json")
+            elif task:
+                split_of[task], files[f"{split} {task}"] = split, tasks / f"{task}.json"
+    return files
+
+
+def read_tasks(args, files, problems):
+    """Yield (where, split, task, instance) of the files of `find_tasks`, after the caps. task: the file's object with its "Task" name;
+    instance: {"id", "input", "output": [references]}."""
+    def texts(value, keys):  # a list of objects with these texts
+        return isinstance(value, list) and all(isinstance(v, dict) and all(isinstance(v.get(key), str) for key in keys) for v in value)
+
+    prompt, keys = (("Definition", ("Positive Examples", "Negative Examples")) if args.data_format == "ni" else ("Instruction Prompt", ("Examplars",)))
+    for label, path in files.items():
+        split, name = label.split(" ", 1)
+        try:
+            task = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path}: cannot be read ({error}); expected a JSON object in UTF-8")
+            continue
+        if not isinstance(task, dict) or not texts(task.get("Instances"), ["input"]):
+            problems.append(f"{path}: no list 'Instances' of objects with 'input' and 'output'")
+            continue
+        if re.search("[\ud800-\udfff]", json.dumps(task, ensure_ascii=False)):
+            problems.append(f"{path}: holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8")
+            continue
+        text = task.get(prompt)[0] if isinstance(task.get(prompt), list) and task[prompt] else task.get(prompt)
+        if not isinstance(text, str) or not text.strip() or prompt != "Definition" and "{task_input}" not in text:
+            problems.append(f"{path}: {prompt!r} is no text, nor a list that begins with one" + (", with {task_input} in it" if prompt != "Definition" else ""))
+            continue
+        wrong = [key for key in keys if not texts(task.setdefault(key, []), ["input", "output"])]
+        problems += [f"{path}: {key!r} is no list of objects with 'input' and 'output'" for key in wrong]
+        task.update({"Task": name, prompt: text, **{key: [] for key in wrong}})
+        instances = list(enumerate(task.pop("Instances")))[: 100 if split == "test" else None]
+        cap = args.max_num_instances_per_task if split == "train" else args.max_num_instances_per_eval_task
+        if cap is not None and cap < len(instances):
+            instances = sorted(random.Random(derive_seed(args.seed if split == "train" else 0, "instances", name)).sample(instances, cap),
+                               key=lambda pair: pair[0])
+        for i, instance in instances:
+            output = [instance["output"]] if isinstance(instance.get("output"), str) else instance.get("output")
+            if not isinstance(output, list) or not output or not all(isinstance(text, str) and text.strip() for text in output):
+                problems.append(f"{path}, Instances[{i}]: 'output' is no list of texts that are not empty")
+            else:
+                yield f"{path}, Instances[{i}]", split, task, {"id": instance.get("id", f"{name}-{i}"), "input": instance["input"], "output": output}
+
+
+def task_prompts(args, split, task, text, limit, size):
+    """([prompt], how many lost examples, how many a part of their input or definition): one, or in training with --tk_instruct five, of which
+    each epoch draws one. size: text -> tokens; a prompt has at most `limit`."""
+    drawn = args.tk_instruct and split == "train"
+    encodings = TK_ENCODINGS if drawn else [(not args.no_task_definition, args.num_pos_examples, args.num_neg_examples, args.add_explanation)]
+    parts = ([flan_parts(task, args.num_shots)] if args.data_format == "flan" else
+             [ni_parts(task, encoding, args.add_task_name and not drawn) for encoding in encodings])
+    prompts, lost, cut = zip(*(fit_prompt(*part, text, limit, size) for part in parts))
+    return list(prompts), sum(lost), sum(cut)
+
+
+def stopped(line):
+    """A line of Tk-Instruct: with a full stop, unless its last character is ASCII punctuation."""
+    return line if line[-1] in string.punctuation else line + "."
+
+
+def ni_parts(task, encoding, add_name):
+    """(definition, lists of examples, whole, measured) of Tk-Instruct's prompt, character by character. whole(definition, examples, text) ->
+    the prompt; measured: what Tk-Instruct counts the tokens of before it takes one more example."""
+    define, n_positive, n_negative, explain = encoding
+    examples = []
+    for kind, n in (("Positive", n_positive), ("Negative", n_negative)):
+        examples.append([])
+        for k, example in enumerate(task[f"{kind} Examples"][:n], 1):
+            lines = [f" {kind} Example {k} -", stopped(f"Input: {example['input'].strip()}"), stopped(f" Output: {example['output'].strip()}")]
+            if explain and isinstance(example.get("explanation"), str):
+                lines.append(stopped(f" Explanation: {example['explanation'].strip()}"))
+            examples[-1].append("\n".join(lines) + "\n\n")
+
+    def begin(definition):
+        return stopped(f"Definition: {definition}") + "\n\n" if define else ""
+
+    def query(text):
+        return "Now complete the following example -\n" + stopped(f"Input: {text.strip()}") + "\nOutput: "
+
+    def whole(definition, examples, text):
+        return (f"{task['Task']}. " if add_name else "") + begin(definition) + "".join(e for part in examples for e in part) + query(text)
+
+    def measured(definition, examples, text, example):
+        return begin(definition) + "".join(" ".join(part) for part in examples) + example + query(text)
+
+    return task["Definition"].strip(), examples, whole, measured
+
+
+def flan_parts(task, n_shots):
+    """The same of a task whose own 'Instruction Prompt' has places for {examplars} and {task_input}."""
+    examples = [[f"{stopped(f'({k}) ' + example['input'].strip())}\n{stopped(' Output: ' + example['output'].strip())}\n"
+                 for k, example in enumerate(task["Examplars"][:n_shots], 1)]]
+
+    def whole(definition, examples, text):
+        fill = {"{examplars}": "".join(examples[0]),
+                "{task_input}": stopped("Now complete the following example \n" + text.strip()) + "\nOutput: "}
+        return re.sub(r"\{examplars\}|\{task_input\}", lambda found: fill[found[0]], definition)
+
+    return task["Instruction Prompt"].strip(), examples, whole, lambda *parts: whole(*parts[:3]) + parts[3]
+
+
+def fit_prompt(definition, examples, whole, measured, text, limit, size):
+    """(prompt of at most `limit` tokens, whether it lost examples, whether its input or definition was cut). The first example that does not
+    fit ends its list, as in Tk-Instruct; what is still too long loses examples first and the end of the input last, never the query."""
+    def too_long(definition, examples, text):
+        return size(whole(definition, examples, text)) > limit
+
+    taken = [list(part) for part in examples]
+    n_all, n_parts = sum(map(len, examples)), sum(map(len, examples)) + 2
+    if n_all and size(whole(definition, [[] for _ in examples], text)) + sum(size(e) for part in examples for e in part) + 4 * n_parts > limit:
+        taken = [[] for _ in examples]  # it may not fit, so count
+        for part, mine in zip(examples, taken):
+            for example in part:
+                if size(measured(definition, taken, text, example)) > limit:
+                    break
+                mine.append(example)
+    while any(taken) and too_long(definition, taken, text):
+        (taken[-1] or taken[0]).pop()
+    is_cut = too_long(definition, taken, text)
+    if is_cut:
+        room = limit - min(size(text) + 8, limit // 2)  # for the definition, should it be the longer one
+        if size(whole(definition, taken, "")) > room and "{task_input}" not in definition:
+            n = bisect.bisect_left(range(1, len(definition) + 1), True, key=lambda n: size(whole(definition[:n], taken, "")) > room)
+            definition = definition[:n]
+        text = text.strip()
+        text = text[:bisect.bisect_left(range(1, len(text) + 1), True, key=lambda n: too_long(definition, taken, text[:n]))]
+    return whole(definition, taken, text), sum(map(len, taken)) < n_all, is_cut
+
+
+def rouge_scorer(tokenizer=None):
+    """Of package rouge-score; English with the Porter stemmer, or by the tokens of a tokenizer. Raises ImportError."""
+    from rouge_score import rouge_scorer
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=tokenizer is None, tokenizer=tokenizer)
+
+
+def instruction_scores(prediction, references, scorer):
+    """(exact match, ROUGE-1, ROUGE-L) as Super-NaturalInstructions scores, each 0-1 and the best over the references: exact match after lower
+    case, without ASCII punctuation, single blanks; ROUGE's F-measure."""
+    def normal(text):
+        return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+    rouge = [scorer.score(target=reference, prediction=prediction) for reference in references]
+    return (float(normal(prediction) in map(normal, references)), max(r["rouge1"].fmeasure for r in rouge), max(r["rougeL"].fmeasure for r in rouge))
+
+
+def instruction_metrics(scores, tasks, categories):
+    """{"exact_match": ..., "rougeL_for_<task>": ..., "rouge1_for_<category>": ...} x 100, to four digits, means over rows. scores: (rows, 3)
+    of `instruction_scores`; tasks, categories: names or None by row."""
+    scores, groups = np.asarray(scores), {"": range(len(scores))}
+    for names in ([category and "_".join(category.lower().split()) for category in categories], tasks):
+        for name in sorted(set(filter(None, names))):
+            groups[f"_for_{name}"] = [i for i, n in enumerate(names) if n == name]
+    return {metric + ending: round(100 * float(scores[rows, k].mean()), 4) for ending, rows in groups.items() if len(rows)
+            for k, metric in enumerate(("exact_match", "rouge1", "rougeL"))}
+
+
+def score_instructions(texts, records, tokenizer):
+    """`instruction_metrics` of generated texts against all references, and their mean length [tokens, end token counted] as gen_len.
+    records: {"Task", "Categories", "Instance": {"output": [references]}}."""
+    scorer, lengths = rouge_scorer(), [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    scores = [instruction_scores(text, record["Instance"]["output"], scorer) for text, record in zip(texts, records)]
+    return {**instruction_metrics(scores, [r["Task"] for r in records], [(r["Categories"] or [None])[0] for r in records]),
+            "gen_len": sum(lengths) / len(lengths)}
 
 
 # ------------------------------------------------------------------------------------------------ order of examples

@@ -19,7 +19,9 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
+import functools
 import gzip
+import itertools
 import json
 import math
 import mmap
@@ -54,7 +56,7 @@ DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo -
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 400 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")
 PACKED_FAMILIES = ("t5", "mt5")  # relative positions only, so examples can share a row behind block masks
 TASK_METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
-EVAL_METRICS = {"loss": "low", **dict.fromkeys(("token_accuracy", "exact_match", "token_f1", *TASK_METRICS), "high")}
+EVAL_METRICS = {"loss": "low", **dict.fromkeys(("token_accuracy", "exact_match", "token_f1", *TASK_METRICS, "rouge1", "rougeL"), "high")}
 TEXT_ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 PIECE = 2**20  # longer documents are cut [bytes]
 # [noise density, mean span length], or None: the end of the text from a random place on (prefix language model)
@@ -67,13 +69,15 @@ RECORD_LAYOUT = {"source": "{prompt}", "target": "{completion}"}
 
 def parse_args(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(re.match(r"(@|--(model_init_name|model_init_path|data|data_name)(=|$))", word) for word in argv):
+    if not any(re.match(r"(@|--(model_init_name|model_init_path|data|data_name|data_format|task_dir)(=|$))", word) for word in argv):
         if common.rank() == 0 and not {"-h", "--help"} & set(argv):
             print("demo: python seq2seq.py", " ".join([DEMO, *argv]), flush=True)
         argv = DEMO.split() + argv
     args = arguments().parse_args(argv)
     if args.debug:
         args.max_steps = 10
+    if args.data_format != "records" and args.data_name == ["data"]:
+        args.data_name = [args.data_format]
     return args
 
 
@@ -109,6 +113,7 @@ def arguments():
     group.add_argument("--zero3_generation", choices=["auto", "gathered", "synced"], default="auto",
                        help="under ZeRO-3 generate with a whole copy of the weights (gathered) or layer by layer (synced); "
                        "auto = gathered if it fits")
+    common.add_task_args(parser)
     group = parser.add_argument_group("optimiser, of this script")
     group.add_argument("--optimizer", choices=["adamw", "adamw_rms", "adafactor"], default="adamw",
                        help="adafactor, and adamw_rms (AdamW's step x the root mean square of each matrix), want ZeRO stage 0")
@@ -120,6 +125,9 @@ def arguments():
 
 def check_args(args, problems):
     common.check_shared_args(args, problems)
+    common.check_task_args(args, problems)
+    if args.data_format != "records" and args.objective != "completion":
+        problems.append(f"--data_format {args.data_format} has no effect with --objective {args.objective}")
     parser = arguments()
     for group in parser._action_groups:
         if group.title == ("pretraining on plain text" if args.objective == "completion" else "prompts and completions"):
@@ -168,7 +176,8 @@ def check_metric(args, data_sets, problems):
     if len(data_sets) == 1 and data_sets[0].task and not args.metric_for_best and not args.no_train:
         args.metric_for_best = data_sets[0].task["metric_for_best"]
         log.info(f"--metric_for_best {args.metric_for_best}, as {data_sets[0].name} says")
-    plain = ["loss", "token_accuracy"] + (["exact_match", "token_f1"] if args.objective == "completion" else [])
+    plain = ["loss", "token_accuracy"] + ([] if args.objective != "completion" else ["exact_match", "token_f1"] if args.data_format == "records" else
+                                          ["exact_match", "rouge1", "rougeL"])
     found = dict.fromkeys(plain, data_sets) if len(data_sets) > 1 else {}
     for data in data_sets:
         first = f"{data.name}/" if len(data_sets) > 1 else ""
@@ -223,11 +232,46 @@ def prompt_hash(prompt):
     return np.int64(common.derive_seed("prompt", prompt))
 
 
+def read_examples(files, tokenizer, args, problems, counts):
+    """Yield (where, split, record, [prompt], [completion], key) of one data set, or ("task", entry) in place of the prompts. Of several
+    prompts or completions training draws one in each epoch; key: what records share that must not be on both sides of a split."""
+    def side(split, key):
+        is_held_out = split == "train" and args.eval_fraction and int(prompt_hash(key)) % 10**6 < args.eval_fraction * 10**6
+        return "eval" if is_held_out else split
+
+    if args.data_format != "records":
+        size = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0)
+        for where, split, task, instance in common.read_tasks(args, files, problems):
+            key = f"{task['Task']}\n{instance['input']}"
+            split = side(split, key)
+            prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], args.max_source_length, size)
+            counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
+            yield where, split, {name: task[name] for name in ("Task", "Categories")} | {"Instance": instance}, prompts, (
+                instance["output"] if split == "train" else instance["output"][:1]), key
+        return
+    for file_split, path in files.items():
+        for where, split, record in common.read_records(path, problems, file_split or "train"):
+            if split == "task":
+                yield where, split, record, [], [], None
+                continue
+            prompt, completion, wrong = to_pair(record)
+            if split not in ("train", "eval", "test"):
+                wrong = f"split {split!r}, expected train, eval or test"
+            if wrong:
+                problems.append(f"{where}: {wrong}")
+            else:
+                yield where, side(split, prompt), record, [prompt], [completion], prompt
+
+
 def tokenize_data_set(files, folder, tokenizer, args, problems):
-    """Read, check and tokenise one data set into `folder`, in blocks of 1000 records; returns its counts."""
+    """Read, check and tokenise one data set into `folder`, in blocks of 1000 records; returns its counts.
+
+    Per split: the ids of all prompts (.source) and completions (.target), how many of both each example has (.choices, int64), hashes of
+    the keys (.hashes); evaluation rows also as .jsonl.
+    """
     writers = {(split, side): common.RaggedWriter(folder / f"{split}.{side}") for split in ("train", "eval", "test")
                for side in ("source", "target")}
-    hashes = {split: open(folder / f"{split}.hashes", "wb") for split in ("train", "eval", "test")}
+    columns = {(split, name): open(folder / f"{split}.{name}", "wb") for split in ("train", "eval", "test") for name in ("choices", "hashes")}
     kept = {split: open(folder / f"{split}.jsonl", "w", encoding="utf-8", errors="backslashreplace") for split in ("eval", "test")}
     counts, task = collections.Counter({"train": 0, "eval": 0, "test": 0}), None
     lossy, eos, ends = [], tokenizer.eos_token_id, {tokenizer.eos_token_id, tokenizer.bos_token_id}
@@ -235,51 +279,45 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
     def flush(block):
         if not block:
             return
-        prompts, completions = [p for _, _, _, p, _ in block], [c for _, _, _, _, c in block]
-        sources, targets = tokenizer(prompts).input_ids, tokenizer(completions).input_ids
+        texts = [[text for example in block for text in example[i]] for i in (3, 4)]
+        sources, targets = (tokenizer(part).input_ids for part in texts)
         back = tokenizer.batch_decode([[t for t in ids if t not in ends] for ids in targets], skip_special_tokens=False)
-        for (where, split, record, prompt, completion), source, target, text in zip(block, sources, targets, back):
-            counts[split] += 1
-            counts["long prompts"] += len(source) > args.max_source_length
-            counts["long completions"] += len(target) > args.max_target_length
-            counts["longest completion"] = max(counts["longest completion"], len(target))
-            if text.strip() != completion.strip() or tokenizer.unk_token_id in target:
-                counts["lossy"] += 1
-                if len(lossy) < 3:
-                    lossy.append(f"{where}: {completion[:60]!r} comes back as {text[:60]!r}")
-            writers[split, "source"].append(encode_source(source, args.max_source_length, eos))
-            writers[split, "target"].append(encode_target(target, args.max_target_length, eos, args.truncated_eos))
-            hashes[split].write(prompt_hash(prompt).tobytes())
+        sources, targets = iter(sources), zip(targets, back)
+        for where, split, record, prompts, completions, key in block:
+            counts.update({split: 1, "completions": len(completions)})
+            for source in itertools.islice(sources, len(prompts)):
+                counts["long prompts"] += len(source) > args.max_source_length
+                writers[split, "source"].append(encode_source(source, args.max_source_length, eos))
+            for completion, (target, text) in zip(completions, itertools.islice(targets, len(completions))):
+                counts["long completions"] += len(target) > args.max_target_length
+                counts["longest completion"] = max(counts["longest completion"], len(target))
+                if text.strip() != completion.strip() or tokenizer.unk_token_id in target:
+                    counts["lossy"] += 1
+                    if len(lossy) < 3:
+                        lossy.append(f"{where}: {completion[:60]!r} comes back as {text[:60]!r}")
+                writers[split, "target"].append(encode_target(target, args.max_target_length, eos, args.truncated_eos))
+            columns[split, "choices"].write(np.array([len(prompts), len(completions)]).tobytes())
+            columns[split, "hashes"].write(prompt_hash(key).tobytes())
             if split != "train":
-                kept[split].write(json.dumps({"prompt": prompt, "completion": completion, "orig_d": record}, ensure_ascii=False) + "\n")
+                kept[split].write(json.dumps({"prompt": prompts[0], "completion": completions[0], "orig_d": record}, ensure_ascii=False) + "\n")
 
-    bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
-    for file_split, path in files.items():
-        block = []
-        for where, split, record in common.read_records(path, problems, file_split or "train"):
-            if split == "task":
-                task = record
-                problems += [f"{where}: {wrong}" for wrong in check_task(task)]
-                continue
-            if split not in ("train", "eval", "test"):
-                problems.append(f"{where}: split {split!r}, expected train, eval or test")
-                continue
-            prompt, completion, wrong = to_pair(record)
-            if task and not wrong and to_class(task, completion) is None:
-                wrong = f"completion {completion!r}, expected {'one of ' + ', '.join(task['labels']) if task['labels'] else 'a number'}"
-            if wrong:
-                problems.append(f"{where}: {wrong}")
-                continue
-            if split == "train" and args.eval_fraction and int(prompt_hash(prompt)) % 10**6 < args.eval_fraction * 10**6:
-                split = "eval"  # by prompt, so that duplicates stay together
-            block.append((where, split, record, prompt, completion))
-            if len(block) == 1000:
-                flush(block)
-                bar.update(len(block))
-                block = []
-        flush(block)
+    bar, block = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None), []
+    for example in read_examples(files, tokenizer, args, problems, counts):
+        where, split, record, _, completions, _ = example
+        if split == "task":
+            task = record
+            problems += [f"{where}: {wrong}" for wrong in check_task(task)]
+        elif task and to_class(task, completions[0]) is None:
+            problems.append(f"{where}: completion {completions[0]!r}, expected {'one of ' + ', '.join(task['labels']) if task['labels'] else 'a number'}")
+        else:
+            block.append(example)
+        if len(block) == 1000:
+            flush(block)
+            bar.update(len(block))
+            block = []
+    flush(block)
     bar.close()
-    for file in [*writers.values(), *hashes.values(), *kept.values()]:
+    for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
     return {**counts, "lossy_examples": lossy, "task": task}
 
@@ -293,6 +331,7 @@ class DataSet:
         self.source = {split: common.Ragged(folder / f"{split}.source") for split in ("train", "eval", "test")}
         self.target = {split: common.Ragged(folder / f"{split}.target") for split in ("train", "eval", "test")}
         self.hashes = {split: np.fromfile(folder / f"{split}.hashes", np.int64) for split in ("train", "eval", "test")}
+        self.choices = np.fromfile(folder / "train.choices", np.int64).reshape(-1, 2)
         self.records = {split: [json.loads(line) for line in open(folder / f"{split}.jsonl", encoding="utf-8")]
                         for split in ("eval", "test")}
         self.task = self.counts["task"]  # labels and metrics, from data/prepare_glue.py, or None
@@ -306,13 +345,12 @@ def load_data(args, tokenizer, problems):
     for spec in args.data_name:
         name, amount = common.parse_data_spec(spec, problems)
         files = common.find_data(args, name, problems)
-        if not files or tokenizer is None:
-            for split, path in files.items():  # no tokenizer: still report what is wrong with the records
-                problems += [f"{where}: {to_pair(r)[2]}" for where, split, r in common.read_records(path, problems) if split != "task" and to_pair(r)[2]]
+        if not files or tokenizer is None:  # still report what is wrong with the records
+            collections.deque(read_examples(files, tokenizer, args, problems, collections.Counter()), 0)
             continue
         before = len(problems)
-        settings = [args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction]
-        root, key = common.token_cache(args, "seq2seq 2", files, tokenizer, settings)
+        settings = [args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction, *common.task_settings(args)]
+        root, key = common.token_cache(args, "seq2seq 3", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -553,6 +591,9 @@ def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
     counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
     common.check_training_part(args, data, path, problems)
+    for what in ("prompts without all examples", "prompts without all input"):
+        if counts.get(what):
+            log.warning(f"{data.name}: {counts[what]} of {counts['prompts']} {what}: --max_source_length {args.max_source_length} tokens")
     for what, flag in (("long prompts", "--max_source_length"), ("long completions", "--max_target_length")):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} of {n_all} {what.split()[1]} are longer than {flag} "
@@ -662,9 +703,10 @@ class TrainingData:
     def __init__(self, args, data_sets, model_config, packed, group_tokens):
         self.args, self.packed, self.config, self.group_tokens = args, packed, model_config, group_tokens
         self.parts = [(d.source["train"], d.target["train"]) for d in data_sets]
-        self.sizes, self.amounts = [len(s) for s, _ in self.parts], [d.amount for d in data_sets]
-        self.lengths = np.concatenate([np.stack([s.lengths, t.lengths], 1) for s, t in self.parts])
+        self.sizes, self.amounts = [d.counts["train"] for d in data_sets], [d.amount for d in data_sets]
         self.starts = np.cumsum([0, *self.sizes])
+        self.choices = np.concatenate([d.choices for d in data_sets])
+        self.firsts = np.concatenate([d.choices.cumsum(0) - d.choices for d in data_sets])
         self.batch = args.train_batch_size * args.gradient_accumulation_steps
         self.per_epoch = len(common.mixed_epoch(self.sizes, self.amounts, args.seed, 0))
         self.steps_per_epoch = -(-self.per_epoch // self.batch)
@@ -676,13 +718,22 @@ class TrainingData:
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             ids = common.mixed_epoch(self.sizes, self.amounts, self.args.seed, epoch)
+            self.draw(epoch)
             self.epoch, self.batches = epoch, common.epoch_batches(ids, self.lengths, self.batch, self.args.seed, epoch)
         return self.batches[i]
+
+    def draw(self, epoch):
+        """Which of its prompts and completions (most have one of each) every example has in this epoch: a function of (seed, epoch)."""
+        key, n = common.derive_seed(self.args.seed, "choice", epoch), np.arange(len(self.choices))[:, None]
+        self.drawn = self.firsts + (hashed(key, n, np.arange(2)) % self.choices.astype(np.uint64)).astype(np.int64)
+        borders = zip(self.starts, self.starts[1:])
+        self.lengths = np.concatenate([np.stack([self.parts[k][side].lengths[self.drawn[a:b, side]] for side in (0, 1)], 1)
+                                       for k, (a, b) in enumerate(borders)])
 
     def examples(self, ids):
         """({id: source ids}, {id: target ids})"""
         parts = [(int(i), int(np.searchsorted(self.starts, i, side="right")) - 1) for i in ids]
-        return tuple({i: self.parts[part][side][i - self.starts[part]] for i, part in parts} for side in (0, 1))
+        return tuple({i: self.parts[part][side][self.drawn[i, side]] for i, part in parts} for side in (0, 1))
 
     def micro_batches(self, step):
         """[(groups, number of logits chunks)] of this rank, one per forward step, and the target tokens of the whole step."""
@@ -1228,6 +1279,9 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device, s
         metrics[f"{prefix}token_accuracy"] = sum(losses[i][1] for i in group) / n_tokens
         if not spans:
             pairs = [(texts[i][0], rows[i][1]) for i in group]
+        if not spans and args.data_format != "records":
+            metrics.update(common.score_instructions([text for text, _ in pairs], [record["orig_d"] for _, record in pairs], tokenizer))
+        elif not spans:
             metrics[f"{prefix}exact_match"] = sum(text.strip() == record["completion"].strip() for text, record in pairs) / len(group)
             metrics[f"{prefix}token_f1"] = math.fsum(token_f1(text, record["completion"]) for text, record in pairs) / len(group)
             task = rows[group[0]][0].task

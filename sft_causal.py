@@ -22,6 +22,7 @@ size, V vocabulary. A document is one conversation (or text) as token ids.
 import collections
 import concurrent.futures
 import csv
+import functools
 import inspect
 import itertools
 import json
@@ -54,6 +55,7 @@ DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sf
         "--learning_rate 0.006 --weight_decay 0.1 --warmup_steps 100 --eval_steps 900 --max_new_tokens 24 --logging_steps 50 --n_generate 300")
 MAX_DROPPED = 0.01  # share of the documents that truncation may leave without a target
 EVAL_METRICS = {"loss": "low", "perplexity": "low", "token_accuracy": "high", "exact_match": "high"}
+TASK_METRICS = {"rouge1": "high", "rougeL": "high"}  # besides, of task folders
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "top_p", "zero3_generation", "n_generate", "show_examples", "write_results",
               "attention", "packing"}  # evaluation only, or another layout of the same mathematics
 
@@ -83,7 +85,7 @@ TEMPLATE_TOKENS = {"oasst": ["<|system|>", "<|prompter|>", "<|assistant|>"], "ch
 
 def parse_args(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(re.match(r"(@|--(model_init_name|model_init_path|data|data_name)(=|$))", word) for word in argv):
+    if not any(re.match(r"(@|--(model_init_name|model_init_path|data|data_name|data_format|task_dir)(=|$))", word) for word in argv):
         if common.rank() == 0 and not {"-h", "--help"} & set(argv):
             print("demo: python sft_causal.py", " ".join([DEMO, *argv]), flush=True)
         argv = DEMO.split() + argv
@@ -123,16 +125,23 @@ def parse_args(argv=None):
                        help="under ZeRO-3 generate with a whole copy of the weights (gathered) or layer by layer (synced); "
                        "auto = gathered if it fits")
     group.add_argument("--write_results", metavar="FILE", help="append a row with the last metrics to this .csv [path]")
+    common.add_task_args(parser)
+    parser.add_argument("--max_source_length", type=int, help="of the prompts that --data_format ni or flan makes [tokens], default 1024")
     common.add_shared_args(parser)
     parser.set_defaults(num_epochs=3)
     args = parser.parse_args(argv)
     if args.debug:
         args.max_steps = 10
+    if args.data_format != "records" and args.data_name == ["data"]:
+        args.data_name = [args.data_format]
     return args
 
 
 def check_args(args, problems):
     common.check_shared_args(args, problems)
+    common.check_task_args(args, problems)
+    if args.max_source_length is not None and (args.data_format == "records" or args.max_source_length < 2):
+        problems.append(f"--max_source_length {args.max_source_length}: expected 2 or more tokens, and has no effect without --data_format ni or flan")
     for name, low in dict(max_length=4, max_new_tokens=1, n_samples=1, show_examples=0, n_generate=0, neftune_alpha=0,
                           oasst_min_quality=0, temperature=0).items():
         if not low <= getattr(args, name) < math.inf:
@@ -161,12 +170,12 @@ def check_args(args, problems):
             problems.append(f"--{name}: empty")
     if args.write_results and pathlib.Path(args.write_results).is_dir():
         problems.append(f"--write_results {args.write_results}: is a folder, expected a .csv file")
-    names = [name for name in EVAL_METRICS] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
+    names = [*EVAL_METRICS, *(TASK_METRICS if args.data_format != "records" else ())] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
                                                for name in EVAL_METRICS if len(args.data_name) > 1]
     if args.metric_for_best and args.metric_for_best not in names:
         problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(names)}")
-    if (args.metric_for_best or "").endswith("exact_match") and not args.n_generate:
-        problems.append("--metric_for_best exact_match needs generated answers: leave out --n_generate 0")
+    if (args.metric_for_best or "").endswith(("exact_match", *TASK_METRICS)) and not args.n_generate:
+        problems.append(f"--metric_for_best {args.metric_for_best} needs generated answers: leave out --n_generate 0")
 
 
 # ------------------------------------------------------------------------------------------------ template
@@ -377,9 +386,31 @@ def grow_trees(nodes, problems):
     return roots, n_orphans
 
 
-def examples_of(path, default_split, args, template, problems, counts):
+def held_out(args, key):
+    """Whether --eval_fraction takes an example out of training: by its prompt, so that duplicates stay together."""
+    return int(text_hash(key)) % 10**6 < args.eval_fraction * 10**6
+
+
+def task_examples(path, label, args, tokenizer, problems, counts):
+    """What `examples_of` yields, of one task file; label: as `common.find_tasks` gives it. Several prompts or references: one is drawn each epoch."""
+    size, limit = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0), args.max_source_length or 1024
+    for where, split, task, instance in common.read_tasks(args, {label: path}, problems):
+        key = f"{task['Task']}\n{instance['input']}"
+        split = "eval" if split == "train" and held_out(args, key) else split
+        prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], limit, size)
+        counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
+        pairs = [(prompt, reply) for prompt in prompts for reply in (instance["output"] if split == "train" else instance["output"][:1])]
+        conversations = pairs if args.raw_prompt else [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
+        record = {name: task[name] for name in ("Task", "Categories")} | {"Instance": instance}
+        yield where, split, record, [(1 / len(pairs), conversation) for conversation in conversations], key
+
+
+def examples_of(path, default_split, args, template, tokenizer, problems, counts):
     """Yield (where, split, record, [(probability, conversation)], key) of one file. A record is one example; of --oasst_paths all, every
     thread is one. The messages of a flat OpenAssistant file are joined to trees at its end."""
+    if args.data_format != "records":
+        yield from task_examples(path, default_split, args, tokenizer, problems, counts)
+        return
     flat = []
 
     def records():
@@ -560,10 +591,10 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
     bar = tqdm(desc="tokenising", unit=" examples", delay=5, disable=common.rank() > 0 or None)
     for file_split, path in files.items():
         block = []
-        for example in examples_of(path, file_split or "train", args, template, problems, counts):
+        for example in examples_of(path, file_split or "train", args, template, tokenizer, problems, counts):
             where, split, record, conversations, key = example
-            if split == "train" and args.eval_fraction and int(text_hash(key)) % 10**6 < args.eval_fraction * 10**6:
-                example = (where, "eval", record, conversations, key)  # by prompt, so that duplicates stay together
+            if split == "train" and held_out(args, key):
+                example = (where, "eval", record, conversations, key)
             block.append(example)
             if len(block) == 500:
                 flush(block)
@@ -606,12 +637,12 @@ def load_data(args, tokenizer, template, end, problems):
         files = common.find_data(args, name, problems)
         if not files or end is None:
             for split, path in files.items():  # no tokenizer: still report what is wrong with the records
-                collections.deque(examples_of(path, split or "train", args, template, problems, collections.Counter()), 0)
+                collections.deque(examples_of(path, split or "train", args, template, tokenizer, problems, collections.Counter()), 0)
             continue
         before = len(problems)
         settings = [tokenizer.chat_template, template, args.max_length, args.truncation, args.truncated_eos, args.targets, args.raw_prompt,
-                    args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction]
-        root, key = common.token_cache(args, "sft 1", files, tokenizer, settings)
+                    args.oasst_paths, args.oasst_lang, args.oasst_min_quality, args.eval_fraction, args.max_source_length, *common.task_settings(args)]
+        root, key = common.token_cache(args, "sft 2", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -648,6 +679,9 @@ def check_counts(args, data, path, problems):
     for what in ("trees without a usable thread", "messages without their parent"):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} {what} are left out")
+    for what in ("prompts without all examples", "prompts without all input"):
+        if counts.get(what):
+            log.warning(f"{data.name}: {counts[what]} of {counts['prompts']} {what}: --max_source_length {args.max_source_length or 1024} tokens")
 
 
 def best_fit(ids, lengths, capacity):
@@ -976,7 +1010,10 @@ def evaluate(args, engine, tokenizer, data_sets, split, stop_ids, step, run_dir,
     """Collective. Loss, perplexity and token accuracy over the target tokens of `split`, exact match of the generated last replies; writes
     the predictions file; returns the metrics on every rank. Every row is counted once."""
     rows = [(d, i) for d in data_sets for i in range(len(d.records[split]))]
-    asked = [n for n, (d, i) in enumerate(rows) if i < args.n_generate and len(d.prompt[split][i]) and not args.bidirectional_prompt]
+    spread = args.data_format != "records"  # over all tasks, which come one after the other; else the first rows
+    asked = [n for n, (d, i) in enumerate(rows) if (i < args.n_generate if not spread or len(rows) <= args.n_generate else
+                                                    (i + 1) * args.n_generate // len(rows) > i * args.n_generate // len(rows))
+             and len(d.prompt[split][i]) and not args.bidirectional_prompt]
     vocabulary = max(len(tokenizer), engine.module.model.config.vocab_size)
     engine.eval()
     started, model = time.perf_counter(), engine.module.model
@@ -1010,7 +1047,10 @@ def evaluate(args, engine, tokenizer, data_sets, split, stop_ids, step, run_dir,
         metrics.update({f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0)),
                         f"{prefix}token_accuracy": sum(losses[n][1] for n in of_group) / n_targets})
         answered = [n for n in of_group if n in texts]
-        if answered:
+        if answered and args.data_format != "records":
+            metrics.update(common.score_instructions(
+                [texts[n][0] for n in answered], [rows[n][0].records[split][rows[n][1]]["orig_d"] for n in answered], tokenizer))
+        elif answered:
             right = [texts[n][0].strip() == rows[n][0].records[split][rows[n][1]]["completion"].strip() for n in answered]
             metrics[f"{prefix}exact_match"] = sum(right) / len(right)
     metrics.update(eval_seconds=round(time.perf_counter() - started, 2), peak_memory_gb=common.peak_memory_gb(device))
@@ -1225,7 +1265,7 @@ def main(args):
         metrics = evaluate(args, engine, tokenizer, data_sets, "eval", stop_ids, step, run_dir, device)
         log_row("eval", metrics)
         last_metrics.update({f"eval/{name}": value for name, value in metrics.items()})
-        common.note_evaluation(args, state, step, metrics, EVAL_METRICS)
+        common.note_evaluation(args, state, step, metrics, EVAL_METRICS | TASK_METRICS)
 
     def save():
         nonlocal saved_step
