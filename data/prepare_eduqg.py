@@ -134,14 +134,13 @@ def read_sciq(path, problems, skipped):
 
 
 def split_groups(sizes, shares):
-    """{group: instances} -> {group: "train" | "dev" | "test"}: groups in the order of a hash fill test, then dev, up to their shares; both get
-    one at least."""
-    order = sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).digest())
+    """{group: instances} -> {group: "train" | "dev" | "test"}: in the order of a hash, each group goes to the emptier of test and dev, unless
+    it would be over its share by more than half of the group. shares: {"dev": 0.1, "test": 0.1}."""
     total, found, filled = sum(sizes.values()), {}, collections.Counter()
-    for group in order:
-        side = next((s for s in ("test", "dev") if shares[s] and filled[s] + sizes[group] / 2 < max(1, shares[s] * total) or shares[s] and not filled[s]), "train")
-        found[group] = side
-        filled[side] += sizes[group]
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).digest()):
+        open_sides = [side for side in ("test", "dev") if shares[side] and filled[side] + sizes[group] / 2 < max(1, shares[side] * total)]
+        found[group] = min(open_sides, key=lambda side: filled[side] / shares[side], default="train")
+        filled[found[group]] += sizes[group]
     return found
 
 
