@@ -26,6 +26,19 @@ LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-
 OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
 
 
+TOOLS = [path for path in [*sorted((ROOT / "data").glob("*.py")), ROOT / "presets" / "sweeps" / "run.py"] if "def main(argv" in path.read_text()]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+OF_TASKS = {"tk-instruct-3b": "ni", "qog-def-pos": "ni", "qg": "ni", "flan-t5-xl": "flan"}  # presets that read task folders
+
+
 def commands(page):
     """The command lines of a page's bash blocks, continuation lines joined, "a && b" split."""
     for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
@@ -62,12 +75,7 @@ def known_flags(monkeypatch, parse):
 
 def flags_of(page, monkeypatch):
     """The flags that a page may name: docs/<script>.md those of its script, other pages those of all."""
-    parsers = {name: script.parse_args for name, script in SCRIPTS.items()}
-    for path in (*sorted((ROOT / "data").glob("prepare_*.py")), ROOT / "presets" / "sweeps" / "run.py"):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        parsers[path.name] = module.main
+    parsers = {**{name: script.parse_args for name, script in SCRIPTS.items()}, **{path.name: load(path).main for path in TOOLS}}
     own = f"{page.stem}.py"
     return set().union(*(known_flags(monkeypatch, parse) for name, parse in parsers.items() if own not in parsers or name == own))
 
@@ -88,6 +96,27 @@ def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
         assert not problems, f"{page}: {script} {shlex.join(words)}: {problems}"
 
 
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_every_command_of_a_tool_parses(path, monkeypatch):
+    """Those of the pages and those of its own docstring."""
+    class Parsed(Exception):
+        pass
+
+    parse, module = argparse.ArgumentParser.parse_args, load(path)
+
+    def only_parse(parser, argv=None, namespace=None):
+        parse(parser, argv, namespace)
+        raise Parsed
+    name = str(path.relative_to(ROOT))
+    lines = [f"    {line.strip()}" for line in module.__doc__.replace("\\\n", " ").splitlines() if line.strip().startswith(f"python {name}")]
+    found = [words for _, words in script_commands(name)] + [shlex.split(line, comments=True)[2:] for line in lines]
+    assert found
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    for words in found:
+        with pytest.raises(Parsed):
+            module.main(words)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_command_does_not_parse(script):
     with pytest.raises(SystemExit) as stop:
@@ -105,10 +134,10 @@ def test_the_earlier_systems_command_and_its_wrapper_stand_in_the_pages_as_they_
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir() if p.is_file()))
 def test_preset_parses_and_a_later_flag_wins(preset):
-    script = {"flan-t5": seq2seq, "t5-pretrain": seq2seq, "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
-    words = [f"@presets/{preset}", "--model_init_path", "some/model", "--data", "mydata", "--seed", "7",
+    script = {"flan-t5": seq2seq, "t5-pretrain": seq2seq, "ft-cot-t5": seq2seq, **dict.fromkeys(OF_TASKS, seq2seq), "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
+    words = [f"@presets/{preset}", "--model_init_path", "some/model", *(["--task_dir", "x"] if preset in OF_TASKS else ["--data", "mydata"]), "--seed", "7",
              *(["--reward_fn", "x.py:y"] if script is rl_ppo else [])]
-    assert script.parse_args(words).data_name == ["mydata"]
+    assert script.parse_args(words).data_name == [OF_TASKS.get(preset, "mydata")]
     args, problems = script.parse_args([*words, "--learning_rate", "0.125"]), []
     script.check_args(args, problems)
     assert (args.learning_rate, args.seed, problems) == (0.125, 7, [])
