@@ -3,12 +3,17 @@
 No script: data/prepare_*.py import it. A preparer copied elsewhere needs this file beside it.
 """
 
+import collections
 import csv
 import gzip
+import hashlib
 import io
 import json
 import pathlib
+import re
 import sys
+
+from tqdm import tqdm
 
 SPLITS = ("train", "eval", "test")
 TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny-llama"
@@ -53,7 +58,7 @@ def read(path, problems, header=True):
             if line.strip():
                 try:
                     found.append((f"{path}, line {n}", json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     problems.append(f"{path}, line {n}: not JSON ({error}); expected one object per line")
     else:
         try:
@@ -71,14 +76,16 @@ def read(path, problems, header=True):
 
 
 def _table(path, text, tabs, header, problems):
-    csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-                       strict=not tabs)
-    try:
-        table = [(lines.line_num, row) for row in lines if row]
-    except csv.Error as error:
-        problems.append(f"{path}, line {lines.line_num}: not a table ({error})")
-        return []
+    if tabs:  # a quotation mark, U+2028 or a lone \r is text
+        table = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        csv.field_size_limit(2**31 - 1)
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            table = [(lines.line_num, row) for row in lines if row]
+        except csv.Error as error:
+            problems.append(f"{path}, line {lines.line_num}: not a table ({error})")
+            return []
     if not table:
         problems.append(f"{path}: is empty")
         return []
@@ -86,7 +93,7 @@ def _table(path, text, tabs, header, problems):
     if len(set(names)) < len(names):
         problems.append(f"{path}: columns of the same name: {', '.join(names)}")
     problems += [f"{path}, line {n}: number of columns {len(row)}, expected {len(names)}" for n, row in table if len(row) != len(names)]
-    return [(f"{path}, line {n}", dict(zip(names, row))) for n, row in table[header:]]
+    return [(f"{path}, line {n}", dict(zip(names, row))) for n, row in table[header:] if len(row) == len(names)]
 
 
 def write(path, splits):
@@ -102,17 +109,26 @@ def write(path, splits):
 
 def token_counter(name, problems):
     """A function, texts -> their numbers of tokens; name: what --tokenizer says."""
-    import tokenizers
     if not name:
+        import tokenizers
         bpe = tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
-        return lambda texts: [len(found.ids) for found in bpe.encode_batch(texts, add_special_tokens=False)]
-    from transformers import AutoTokenizer  # seconds
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        problems.append(f"--tokenizer {name}: {error}")
-        return None
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids] if texts else []
+
+        def encode(texts):
+            return [found.ids for found in bpe.encode_batch(texts, add_special_tokens=False)]
+    else:
+        from transformers import AutoTokenizer  # seconds
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            problems.append(f"--tokenizer {name}: {error}")
+            return None
+
+        def encode(texts):
+            return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+    def count(texts):
+        return [len(ids) for i in tqdm(range(0, len(texts), 1000), desc="counting tokens", delay=5) for ids in encode(texts[i: i + 1000])]
+    return count
 
 
 def show(out, splits, fields, count, tokenizer=None):
@@ -126,3 +142,108 @@ def show(out, splits, fields, count, tokenizer=None):
                 print(f"{split}, tokens of {name} ({tokenizer or 'models/tiny-llama'}): "
                       + " ".join(f"{q:.0%} {lengths[round(q * (len(lengths) - 1))]}" for q in (0, 0.05, 0.5, 0.95, 1)))
     print(*(json.dumps(record, ensure_ascii=False) for record in next(iter(splits.values()), [])[:2]), sep="\n")
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def add_split_arguments(parser, key):
+    """--train, --eval, --test, --eval_share, --test_share; key: what the shares are of, in words."""
+    for split in SPLITS:
+        parser.add_argument(f"--{split}", metavar="FILE", help=".json, .jsonl, .csv (quoted), .tsv (a quotation mark is text), or one as .gz")
+    for split in SPLITS[1:]:
+        parser.add_argument(f"--{split}_share", type=float, default=0.0, metavar="SHARE", help=f"share of train's {key} that is held out for "
+                            f"{split}, by a hash; default 0")
+
+
+def check_splits(args, problems):
+    """-> ({split: file}, {"eval": share, "test": share})."""
+    files = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    shares = {split: getattr(args, f"{split}_share") for split in SPLITS[1:]}
+    if not files:
+        problems.append("no data: expected --train FILE, --eval FILE or --test FILE")
+    if not all(share >= 0 for share in shares.values()) or sum(shares.values()) >= 1:  # nan is not >= 0
+        problems.append(f"--eval_share {shares['eval']}, --test_share {shares['test']}: expected shares of 0 or more, together below 1")
+    problems += [f"--{split}_share: {split} has a file" if split in files else f"--{split}_share: needs --train FILE, of which it is a share"
+                 for split, share in shares.items() if share > 0 and (split in files or files and "train" not in files)]
+    return files, shares
+
+
+def normal(text):
+    """Two texts count as the same if this is."""
+    return " ".join(text.split()).casefold()
+
+
+def hold_out(splits, shares):
+    """Move shares of train's keys to eval and test."""
+    train, splits["train"] = splits["train"], []
+    for item in train:
+        place = int.from_bytes(hashlib.sha256(item[0].encode()).digest()[:8], "big") / 2 ** 64
+        splits["eval" if place < shares["eval"] else "test" if place < sum(shares.values()) else "train"].append(item)
+
+
+def clean(splits):
+    """Drop repeats within a split and what a later split has, by key or prompt; -> {split: what was dropped, in words}.
+    splits: {split: [(key, (prompt, answer), record)]}, the first two made of normal texts."""
+    notes, later = {}, {}
+    for split in reversed(SPLITS):
+        first = {}
+        for item in splits[split]:
+            first.setdefault(item[1], item)
+        where = {texts: later.get(key) or later.get(texts[0]) for texts, (key, _, _) in first.items()}
+        kept = [item for texts, item in first.items() if not where[texts]]
+        also = collections.Counter(where.values())
+        n_answers = collections.Counter(prompt for _, (prompt, _), _ in kept)
+        torn = sum(n > 1 for n in n_answers.values())
+        what = [f"{len(splits[split]) - len(first)} repeated", *(f"{also[name]} also in {name}" for name in SPLITS if also[name])]
+        notes[split] = f"{', '.join(what)} dropped" + (f"; prompts with several answers: {torn}" if torn else "")
+        later.update((text, split) for key, (prompt, _), _ in kept for text in (key, prompt))
+        splits[split] = kept
+    return notes
+
+
+def finish(args, splits, wanted, shares, fields, notes, problems):
+    """Hold out, clean, write and show; -> exit code. fields: the keys whose lengths are shown; notes: lines about the files."""
+    count = None
+    if not problems:
+        hold_out(splits, shares)
+        dropped = clean(splits)
+        problems += [f"{split}: no record is left ({dropped[split]}; {'; '.join(notes)})" for split in wanted if not splits[split]]
+        notes += [f"{split}: {dropped[split]}" for split in wanted]
+        count = token_counter(args.tokenizer, problems)
+    if problems:
+        return stop(problems)
+    found = {split: [record for _, _, record in splits[split]] for split in wanted}
+    write(args.out, found)
+    print(*notes, sep="\n")
+
+    def text_of(name):
+        return lambda record: "\n".join(message["content"] for message in record[name]) if name == "messages" else record[name]
+    show(args.out, found, {name: text_of(name) for name in fields}, count, args.tokenizer)
+    return 0
+
+
+def list_of(where, path):
+    """("a.json, eval[3]", "a.json") -> "eval": the list of the file in which a record stands, or None."""
+    found = re.fullmatch(r", (.+)\[\d+\]", where[len(str(path)):])
+    return found and found[1]
+
+
+def flatten(rows, names, problems):
+    """Go down into lists of objects: [(where, {"a": 1, "data": [{"b": 2}, {"b": 3}]})], ["data"] -> a row each of {"a": 1, "b": 2} and
+    {"a": 1, "b": 3}. A row that lacks the first list passes as it is."""
+    for name in names:
+        below = []
+        for where, row in rows:
+            items = row.get(name)
+            if name == names[0] and name not in row:
+                below.append((where, row))
+            elif not isinstance(items, list):
+                problems.append(f"{where}: no list {name!r} (has: {', '.join(row)})")
+            else:
+                rest = {key: value for key, value in row.items() if key != name}
+                places = [(f"{where}, {name}[{i}]", item) for i, item in enumerate(items)]
+                problems += [f"{place}: a {type(item).__name__}, expected an object" for place, item in places if not isinstance(item, dict)]
+                below += [(place, {**rest, **item}) for place, item in places if isinstance(item, dict)]
+        rows = below
+    return rows
