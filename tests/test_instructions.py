@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import ROOT, bpe_tokenizer, flags, rows, write_llama
+from conftest import ROOT, assert_same_mathematics, bpe_tokenizer, flags, rows, run_jobs, write_llama
 
 import common
 import seq2seq
@@ -340,6 +340,24 @@ def test_rows_that_are_answered_are_spread_over_the_tasks(folder, mount):
     assert run(sft_causal, ni_flags(mount, model_init_name="llama", max_steps=1, n_generate=6)) == 0
     predictions = json.loads(next((mount / "models" / "run").glob("temp*step=1.json")).read_text())
     assert collections.Counter(p["orig_d"]["Task"] for p in predictions) == {name: 3 for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, model", [("seq2seq.py", "tiny"), ("sft_causal.py", "llama")])
+def test_two_processes_draw_and_train_as_one_at_every_stage(folder, mount, script, model):
+    write_llama(mount / "models" / "llama", max_position_embeddings=1024)
+    options = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, max_steps=7, learning_rate=0.001, eval_batch_size=7)  # into the second epoch
+    run_jobs(mount, [[script, *ni_flags(mount, "one", **options)]], 1)
+    run_jobs(mount, [[script, *ni_flags(mount, f"two-{stage}", ds_config=f"zero{stage}", **options)] for stage in range(4)], 2)
+    run_jobs(mount, [[script, *ni_flags(mount, f"split-{stage}", ds_config=f"zero{stage}", train_batch_size=4, gradient_accumulation_steps=2, **options)]
+                     for stage in range(4)], 2)
+    for run_name in (f"{kind}-{stage}" for kind in ("two", "split") for stage in range(4)):
+        assert_same_mathematics(mount / "models" / run_name, mount / "models" / "one")
+        assert {k: v for k, v in rows(mount / "models" / run_name, "test")[-1].items() if "rouge" in k} == {
+            k: v for k, v in rows(mount / "models" / "one", "test")[-1].items() if "rouge" in k}
+    run_jobs(mount, [[script, *ni_flags(mount, "other", **{**options, "tk_instruct": False})]], 1)  # the control
+    with pytest.raises(AssertionError):
+        assert_same_mathematics(mount / "models" / "other", mount / "models" / "one")
 
 
 # ------------------------------------------------------------------------------------------------ metrics
