@@ -1,6 +1,6 @@
 """Distil a teacher's chains of thought into data files for students (Fine-tune-CoT), and score what teachers and students write.
 
-    {"prompt": "A coin is heads up. Erin flips the coin. ...", "completion": "At the start the coin is heads up. ... --> no",
+    {"prompt": "A coin is heads up. Erin flips the coin. ...", "completion": "It starts heads up. Erin flips: tails up. ... --> no",
      "sample_index": 0, "answer": "no", "dataset_key": "coin_flip", "prediction_template": "ft_cot_token"}
 
 A whole round with a scripted teacher, which is always right (a model: --server URL --model NAME, or --local MODEL_FOLDER):
@@ -281,18 +281,18 @@ def write_aside(path, text):
 def coin_flip(names, rng):
     flips = [rng.random() < 0.5 for _ in names]
     acts = [f"{name} {'flips' if flip else 'does not flip'} the coin" for name, flip in zip(names, flips)]
-    up, steps = True, ["At the start the coin is heads up."]
-    for act, flip in zip(acts, flips):
+    up, steps = True, ["It starts heads up."]
+    for name, flip in zip(names, flips):
         up = up != flip
-        steps.append(f"{act}, so it is {'now' if flip else 'still'} {'heads' if up else 'tails'} up.")
+        steps.append(f"{name} {'flips' if flip else 'does not flip'}: {'heads' if up else 'tails'} up.")
     question = f"A coin is heads up. {'. '.join(acts)}. Is the coin still heads up? Note that \"flip\" here means \"reverse\"."
     return question, "yes" if up else "no", " ".join(steps)
 
 
 def last_letters(names, rng):
     answer = "".join(name[-1] for name in names)
-    steps = [f'The last letter of "{name}" is "{name[-1]}".' for name in names]
-    return f'Take the last letters of each words in "{" ".join(names)}" and concatenate them.', answer, " ".join([*steps, f'Together: "{answer}".'])
+    steps = [f"{name} ends in {name[-1]}." for name in names]
+    return f'Take the last letters of each words in "{" ".join(names)}" and concatenate them.', answer, " ".join([*steps, f"Together: {answer}."])
 
 
 SYNTHETIC = {"coin_flip": coin_flip, "last_letter_concatenation": last_letters}

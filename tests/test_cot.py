@@ -218,7 +218,7 @@ def test_made_sets(run):
         a, b = re.fullmatch(r'Take the last letters of each words in "(\w+) (\w+)" and concatenate them\.', sample["question"]).groups()
         assert sample["answer"] == a[-1] + b[-1] and "rationale" not in sample
     question, answer, rationale = cot.last_letters(["Amy", "Bob"], None)
-    assert (answer, rationale) == ("yb", 'The last letter of "Amy" is "y". The last letter of "Bob" is "b". Together: "yb".')
+    assert (answer, rationale) == ("yb", 'Amy ends in y. Bob ends in b. Together: yb.')
     assert len(set(cot.NAMES)) == len(cot.NAMES) > 250 and all(re.fullmatch("[A-Z][a-z]+", name) for name in cot.NAMES)
 
 

@@ -163,6 +163,12 @@ def test_as_many_examples_as_tk_instruct_takes():
     assert seen["lost"] > 30 and seen["cut"] > 3 and all(seen["whole", n] > 3 for n in range(4)), seen
 
 
+def test_examples_are_measured_with_blanks_between_them_as_tk_instruct_does():
+    whole, = prompts_of(TASK, "the dog reads", num_pos_examples=3)[0]
+    assert prompts_of(TASK, "the dog reads", len(whole) + 1, size=len, num_pos_examples=3) == ([whole], 0, 0)
+    assert prompts_of(TASK, "the dog reads", len(whole), size=len, num_pos_examples=3) == ([DEFINITION + "".join(POSITIVE) + QUERY], 1, 0)
+
+
 def test_examples_go_first_then_the_end_of_the_input_and_the_query_stays():
     long = " ".join(f"w{i}" for i in range(60))
     (prompt,), lost, cut = prompts_of(TASK, long, 40, num_pos_examples=2)
