@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+import zlib
 
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ def read(path, problems, header=True):
     path = pathlib.Path(path)
     try:
         text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:  # gzip.BadGzipFile is an OSError
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # gzip.BadGzipFile is an OSError
         problems.append(f"{path}: cannot be read ({error}); expected a UTF-8 file")
         return []
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")

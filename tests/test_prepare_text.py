@@ -11,12 +11,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, rows, stop_at
+from conftest import ROOT, rows, stop_at
 from test_pretrain import load, sentences, stream, text_flags
 from transformers import AutoTokenizer
 
 import common
-import seq2seq
 
 
 def script(name):

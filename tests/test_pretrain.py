@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_mathematics, assert_same_run, flags, rows, stop_at, write_model
+from conftest import assert_same_mathematics, assert_same_run, flags, rows, stop_at
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import common
