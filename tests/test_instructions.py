@@ -315,7 +315,7 @@ def test_sft_causal_has_every_prompt_and_reference_and_draws_them(folder, mount)
 @pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), (sft_causal, "llama")], ids=["seq2seq", "sft_causal"])
 def test_a_run_reports_overall_by_category_and_by_task_and_resumes_exactly(folder, mount, script, model):
     write_llama(mount / "models" / "llama", max_position_embeddings=1024)
-    words_ = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, eval_steps=3, max_steps=8, save_steps=3, lr_scheduler_type="constant", warmup_steps=None)
+    words_ = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, eval_steps=3, max_steps=8, save_steps=3, lr_scheduler_type="constant", warmup_steps=None, metric_for_best="rougeL")
     assert run(script, ni_flags(mount, "whole", **words_)) == 0
     assert run(script, ni_flags(mount, "parts", **{**words_, "max_steps": 3})) == 0
     assert run(script, ni_flags(mount, "parts", **words_, resume=True)) == 0  # into the second epoch, whose draws are others
