@@ -268,6 +268,10 @@ def test_noise_and_text_of_a_place_do_not_depend_on_what_is_asked_beside(monkeyp
     other = spans_of(objective="ul2", seed=1)
     other.step_ids(3)
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(other.examples(np.arange(8))[0].values(), sources.values()))
+    plain, other = spans_of(), spans_of(seed=1)  # the noise by itself, not only the order of the text
+    for spans in (plain, other):
+        spans.choose(0, np.arange(8))
+    assert (plain.noise(np.arange(8)) != other.noise(np.arange(8))).any(1).all()
 
 
 @pytest.mark.parametrize("objective, labels", [("span_corruption", None), ("span_corruption", "compact"), ("ul2", None)])
