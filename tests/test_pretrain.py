@@ -274,6 +274,14 @@ def test_noise_and_text_of_a_place_do_not_depend_on_what_is_asked_beside(monkeyp
     assert (plain.noise(np.arange(8)) != other.noise(np.arange(8))).any(1).all()
 
 
+def test_corpora_are_mixed_within_an_epoch():
+    spans = spans_of(amounts=(None, None))
+    spans.corpora[1].ids["train"][:] = 5
+    for first in (0, 32, spans.per_epoch - 32):
+        spans.choose(0, np.arange(first, first + 32))
+        assert 4 < (spans.text(spans.places) == 5).all(1).sum() < 28
+
+
 @pytest.mark.parametrize("objective, labels", [("span_corruption", None), ("span_corruption", "compact"), ("ul2", None)])
 def test_two_ranks_and_any_split_see_the_examples_of_one_rank(monkeypatch, objective, labels):
     def examples(world, n_micro):
