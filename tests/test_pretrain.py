@@ -248,6 +248,7 @@ def test_an_epoch_has_every_token_once_and_the_next_one_another_order_and_cut(am
         if amount is None:
             text = corpus.ids["train"].astype(np.int64)
             windows = {tuple(text[(np.arange(length) + start) % 5000]): start for start in range(5000)}
+            assert len({min(windows[tuple(row)] % length for row in rows_ if windows.get(tuple(row), -1) >= 0) for rows_ in seen}) == 2  # cut elsewhere
             for rows_ in seen:
                 starts = sorted(windows[tuple(row)] for row in rows_ if tuple(row) in windows)
                 assert len(starts) == n_all
