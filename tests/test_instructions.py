@@ -312,7 +312,7 @@ def test_sft_causal_has_every_prompt_and_reference_and_draws_them(folder, mount)
     assert "<|im_start|>user\n" + prompts_of(TASK, "a cat 0", split="eval", num_pos_examples=2)[0][0] in tokenizer.decode(sft_causal.unseal(data.tokens["eval"][0])[0])
 
 
-@pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), (sft_causal, "llama")], ids=["seq2seq", "sft_causal"])
+@pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), pytest.param(sft_causal, "llama", marks=pytest.mark.slow)], ids=["seq2seq", "sft_causal"])
 def test_a_run_reports_overall_by_category_and_by_task_and_resumes_exactly(folder, mount, script, model):
     write_llama(mount / "models" / "llama", max_position_embeddings=1024)
     words_ = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, eval_steps=3, max_steps=8, save_steps=3, lr_scheduler_type="constant", warmup_steps=None, metric_for_best="rougeL")
@@ -391,7 +391,7 @@ def test_metrics_by_category_and_task():
 # ------------------------------------------------------------------------------------------------ presets
 
 
-@pytest.mark.parametrize("preset", ["tk-instruct-3b", "qog-def-pos", "qg", "flan-t5-xl"])
+@pytest.mark.parametrize("preset", ["qog-def-pos", "flan-t5-xl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tk-instruct-3b", "qg"))])
 def test_presets_run_dry(folder, mount, preset):
     """Each with a tiny T5 in place of its model: what it says holds, one step."""
     if preset == "flan-t5-xl":

@@ -43,7 +43,7 @@ def test_another_dropout_seed_would_be_seen(mount, run_main, monkeypatch):
     assert distance(weights(mount / "models" / "straight"), weights(mount / "models" / "stopped")) > 1e-6
 
 
-@pytest.mark.parametrize("stop", [6, 12])
+@pytest.mark.parametrize("stop", [6, pytest.param(12, marks=pytest.mark.slow)])
 def test_stopping_at_an_epoch_boundary_or_at_the_last_step_loses_nothing(mount, run_main, monkeypatch, stop):
     """R2: 43 examples in batches of 8 make 6 steps an epoch."""
     assert run_main(dropout_flags(mount, "straight", 0)) == 0

@@ -101,6 +101,7 @@ def test_the_datas_own_metric_keeps_the_best_weights_and_stops_early(mount, run_
     assert re.search("^eval  task +accuracy 1  f1 1  matthews 1  invalid 0$", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.slow
 def test_parts_and_several_tasks_are_scored_apart(mount, run_main, capsys):
     write_task(mount, "one")
     parts = write_task(mount, "mnli", {**THREE, "metric_for_best": "matched/accuracy"}, part="matched")
