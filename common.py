@@ -1122,15 +1122,15 @@ def fit_prompt(definition, examples, whole, measured, text, limit, size):
     def too_long(definition, examples, text):
         return size(whole(definition, examples, text)) > limit
 
-    taken = [list(part) for part in examples]
-    n_all, n_parts = sum(map(len, examples)), sum(map(len, examples)) + 2
-    if n_all and size(whole(definition, [[] for _ in examples], text)) + sum(size(e) for part in examples for e in part) + 4 * n_parts > limit:
-        taken = [[] for _ in examples]  # it may not fit, so count
-        for part, mine in zip(examples, taken):
-            for example in part:
-                if size(measured(definition, taken, text, example)) > limit:
-                    break
-                mine.append(example)
+    n_all, nothing = sum(map(len, examples)), [[] for _ in examples]
+    if size(whole(definition, nothing, text)) + sum(size(example) + 4 for part in examples for example in part) + 8 <= limit:
+        return whole(definition, examples, text), False, False  # it fits without counting
+    taken = nothing
+    for part, mine in zip(examples, taken):
+        for example in part:
+            if size(measured(definition, taken, text, example)) > limit:
+                break
+            mine.append(example)
     while any(taken) and too_long(definition, taken, text):
         (taken[-1] or taken[0]).pop()
     is_cut = too_long(definition, taken, text)
