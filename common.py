@@ -959,7 +959,7 @@ def add_task_args(parser):
     group.add_argument("--split_dir", help="with train_tasks.txt, dev_tasks.txt, test_tasks.txt [path], default: ../splits/default beside --task_dir")
     group.add_argument("--max_num_instances_per_task", type=int, help="of training, drawn by --seed [count], default: all")
     group.add_argument("--max_num_instances_per_eval_task", type=int, default=500,
-                       help="of evaluation and test, always the same ones; of a test task only the first 100 count, as published [count]")
+                       help="of dev and test tasks, always the same ones; of a test task only the first 100 count, as published [count]")
     group.add_argument("--add_task_name", action="store_true", help="begin the prompt with the task's name")
     group.add_argument("--no_task_definition", action="store_true", help="leave the definition out of the prompt")
     group.add_argument("--num_pos_examples", type=int, default=0, help="positive examples in the prompt, as far as they fit [count]")
@@ -997,7 +997,7 @@ def task_settings(args):
     return [] if args.data_format == "records" else [args.data_format, args.seed, *(getattr(args, name) for name in flags)]
 
 
-def find_tasks(args, problems):
+def find_tasks(args, problems, splits=("train", "eval", "test")):
     """{"train <task>": file, ...} of the tasks that the lists in --split_dir name; dev_tasks.txt is the evaluation."""
     if not args.task_dir or not os.path.isdir(args.task_dir):
         problems.append(f"--task_dir {args.task_dir}: expected a folder of <task>.json files")
@@ -1008,8 +1008,12 @@ def find_tasks(args, problems):
     if not any(path.is_file() for path in lists.values()):
         problems.append(f"--split_dir {folder}: expected train_tasks.txt, dev_tasks.txt or test_tasks.txt, with the name of a task per line")
     for split, path in lists.items():
-        for n, task in enumerate(path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else (), 1):
-            task = task.strip()
+        try:
+            names = path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() and split in splits else ()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: cannot be read ({error}); expected the name of a task per line, in UTF-8")
+            continue
+        for n, task in enumerate(map(str.strip, names), 1):
             if task and task in split_of:
                 problems.append(f"{path}, line {n}: task {task} is in {split_of[task]} already")
             elif task and not (tasks / f"{task}.json").is_file():
@@ -1025,7 +1029,10 @@ def read_tasks(args, files, problems):
     def texts(value, keys):  # a list of objects with these texts
         return isinstance(value, list) and all(isinstance(v, dict) and all(isinstance(v.get(key), str) for key in keys) for v in value)
 
+    names, categories, n_short, n_all, n_used = set(), set(), 0, 0, 0
     prompt, keys = (("Definition", ("Positive Examples", "Negative Examples")) if args.data_format == "ni" else ("Instruction Prompt", ("Examplars",)))
+    wanted = (args.num_shots,) if args.data_format == "flan" else (
+        max(args.num_pos_examples, 2 * args.tk_instruct), max(args.num_neg_examples, 2 * args.tk_instruct))
     for label, path in files.items():
         split, name = label.split(" ", 1)
         try:
@@ -1043,20 +1050,44 @@ def read_tasks(args, files, problems):
         if not isinstance(text, str) or not text.strip() or prompt != "Definition" and "{task_input}" not in text:
             problems.append(f"{path}: {prompt!r} is no text, nor a list that begins with one" + (", with {task_input} in it" if prompt != "Definition" else ""))
             continue
+        if args.data_format == "flan" and args.num_shots and "{examplars}" not in text:
+            problems.append(f"{path}: --num_shots {args.num_shots}, and no {{examplars}} in 'Instruction Prompt'")
         wrong = [key for key in keys if not texts(task.setdefault(key, []), ["input", "output"])]
         problems += [f"{path}: {key!r} is no list of objects with 'input' and 'output'" for key in wrong]
-        task.update({"Task": name, prompt: text, **{key: [] for key in wrong}})
-        instances = list(enumerate(task.pop("Instances")))[: 100 if split == "test" else None]
+        category = task.setdefault("Categories", [])
+        category = [category] if isinstance(category, str) else category
+        if not isinstance(category, list) or not all(isinstance(word, str) for word in category):
+            problems.append(f"{path}: 'Categories' is no list of texts")
+            category = []
+        task.update({"Task": name, prompt: text, "Categories": category, **{key: [] for key in wrong}})
+        names.add(name)
+        categories.update("_".join(word.lower().split()) for word in category[:1])
+        n_short += any(len(task[key]) < n for key, n in zip(keys, wanted))
+        instances = list(enumerate(task.pop("Instances")))
+        n_all += len(instances)
+        if not instances:
+            problems.append(f"{path}: 'Instances' is empty")
+        for i, instance in instances:
+            output = instance.get("output")
+            if not isinstance(output, (str, list)) or not output or not all(isinstance(text, str) and text.strip() for text in (
+                    [output] if isinstance(output, str) else output)):
+                problems.append(f"{path}, Instances[{i}]: 'output' is no list of texts that are not empty")
+                instance["output"] = []
+        instances = instances[: 100 if split == "test" else None]
         cap = args.max_num_instances_per_task if split == "train" else args.max_num_instances_per_eval_task
         if cap is not None and cap < len(instances):
             instances = sorted(random.Random(derive_seed(args.seed if split == "train" else 0, "instances", name)).sample(instances, cap),
                                key=lambda pair: pair[0])
         for i, instance in instances:
-            output = [instance["output"]] if isinstance(instance.get("output"), str) else instance.get("output")
-            if not isinstance(output, list) or not output or not all(isinstance(text, str) and text.strip() for text in output):
-                problems.append(f"{path}, Instances[{i}]: 'output' is no list of texts that are not empty")
-            else:
+            output = [instance["output"]] if isinstance(instance["output"], str) else instance["output"]
+            n_used += 1
+            if output:
                 yield f"{path}, Instances[{i}]", split, task, {"id": instance.get("id", f"{name}-{i}"), "input": instance["input"], "output": output}
+    problems += [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(names & categories)]
+    if n_used < n_all:
+        log.info(f"{args.task_dir}: {n_used} of {n_all} instances count, by the caps and the first 100 of a test task")
+    if n_short:
+        log.warning(f"{args.task_dir}: {n_short} of {len(files)} tasks have fewer examples than the prompts could show")
 
 
 def task_prompts(args, split, task, text, limit, size):

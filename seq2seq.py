@@ -242,7 +242,7 @@ def read_examples(files, tokenizer, args, problems, counts):
     if args.data_format != "records":
         size = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0)
         for where, split, task, instance in common.read_tasks(args, files, problems):
-            key = f"{task['Task']}\n{instance['input']}"
+            key = f"{task.get('Definition', task.get('Instruction Prompt'))}\n{instance['input']}"
             split = side(split, key)
             prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], args.max_source_length, size)
             counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
@@ -284,7 +284,7 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
         back = tokenizer.batch_decode([[t for t in ids if t not in ends] for ids in targets], skip_special_tokens=False)
         sources, targets = iter(sources), zip(targets, back)
         for where, split, record, prompts, completions, key in block:
-            counts.update({split: 1, "completions": len(completions)})
+            counts.update({split: 1, "all prompts": len(prompts), "all completions": len(completions)})
             for source in itertools.islice(sources, len(prompts)):
                 counts["long prompts"] += len(source) > args.max_source_length
                 writers[split, "source"].append(encode_source(source, args.max_source_length, eos))
@@ -350,7 +350,7 @@ def load_data(args, tokenizer, problems):
             continue
         before = len(problems)
         settings = [args.max_source_length, args.max_target_length, args.truncated_eos, args.eval_fraction, *common.task_settings(args)]
-        root, key = common.token_cache(args, "seq2seq 3", files, tokenizer, settings)
+        root, key = common.token_cache(args, "seq2seq 4", files, tokenizer, settings)
         try:
             with common.cache_folder(root, key, problems) as (folder, is_new):
                 if is_new:
@@ -363,7 +363,7 @@ def load_data(args, tokenizer, problems):
         data = DataSet(name, amount, root / key)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
-    common.check_evaluation_parts(args, data_sets, "prompts", problems)
+    common.check_evaluation_parts(args, data_sets, "prompts", problems, *(["write dev_tasks.txt"] if args.data_format != "records" else []))
     return data_sets
 
 
@@ -589,20 +589,20 @@ def load_text(args, config, tokenizer, problems):
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
-    counts, n_all = data.counts, sum(data.counts[split] for split in ("train", "eval", "test"))
-    common.check_training_part(args, data, path, problems)
+    counts = data.counts
+    common.check_training_part(args, data, path, problems, *(["a train_tasks.txt with tasks"] if args.data_format != "records" else []))
     for what in ("prompts without all examples", "prompts without all input"):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} of {counts['prompts']} {what}: --max_source_length {args.max_source_length} tokens")
     for what, flag in (("long prompts", "--max_source_length"), ("long completions", "--max_target_length")):
         if counts.get(what):
-            log.warning(f"{data.name}: {counts[what]} of {n_all} {what.split()[1]} are longer than {flag} "
+            log.warning(f"{data.name}: {counts[what]} of {counts['all ' + what.split()[1]]} {what.split()[1]} are longer than {flag} "
                         f"{getattr(args, flag[2:])} tokens and lose their end")
     if counts.get("lossy"):
         examples = "; ".join(counts["lossy_examples"])
-        text = (f"{data.name}: {counts['lossy']} of {n_all} completions cannot be expressed by this tokenizer, so the model can never "
+        text = (f"{data.name}: {counts['lossy']} of {counts['all completions']} completions cannot be expressed by this tokenizer, so the model can never "
                 f"write them ({examples})")
-        if counts["lossy"] > 0.01 * n_all and not args.allow_lossy:
+        if counts["lossy"] > 0.01 * counts["all completions"] and not args.allow_lossy:
             problems.append(text + ". Use a byte-level or multilingual model (google/byt5-base, google/mt5-base), or --allow_lossy")
         else:
             log.warning(text)

@@ -174,8 +174,8 @@ def check_args(args, problems):
                                                for name in EVAL_METRICS if len(args.data_name) > 1]
     if args.metric_for_best and args.metric_for_best not in names:
         problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(names)}")
-    if (args.metric_for_best or "").endswith(("exact_match", *TASK_METRICS)) and not args.n_generate:
-        problems.append(f"--metric_for_best {args.metric_for_best} needs generated answers: leave out --n_generate 0")
+    if (args.metric_for_best or "").endswith(("exact_match", *TASK_METRICS)) and (not args.n_generate or args.bidirectional_prompt):
+        problems.append(f"--metric_for_best {args.metric_for_best} needs generated answers: leave out --n_generate 0 and --bidirectional_prompt")
 
 
 # ------------------------------------------------------------------------------------------------ template
@@ -395,7 +395,7 @@ def task_examples(path, label, args, tokenizer, problems, counts):
     """What `examples_of` yields, of one task file; label: as `common.find_tasks` gives it. Several prompts or references: one is drawn each epoch."""
     size, limit = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0), args.max_source_length or 1024
     for where, split, task, instance in common.read_tasks(args, {label: path}, problems):
-        key = f"{task['Task']}\n{instance['input']}"
+        key = f"{task.get('Definition', task.get('Instruction Prompt'))}\n{instance['input']}"
         split = "eval" if split == "train" and held_out(args, key) else split
         prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], limit, size)
         counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
@@ -658,14 +658,14 @@ def load_data(args, tokenizer, template, end, problems):
     tree_flags = [f"--{name}" for name, off in (("oasst_paths", "best"), ("oasst_lang", None), ("oasst_min_quality", 0.0)) if getattr(args, name) != off]
     if tree_flags and len(data_sets) == len(args.data_name) and not any(d.counts.get("trees") for d in data_sets):
         problems.append(f"{', '.join(tree_flags)}: no effect, there is no OpenAssistant tree in {', '.join(args.data_name)}")
-    common.check_evaluation_parts(args, data_sets, "prompts", problems)
+    common.check_evaluation_parts(args, data_sets, "prompts", problems, *(["write dev_tasks.txt"] if args.data_format != "records" else []))
     return data_sets
 
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, documents that lost every target."""
     counts = data.counts
-    common.check_training_part(args, data, path, problems)
+    common.check_training_part(args, data, path, problems, *(["a train_tasks.txt with tasks"] if args.data_format != "records" else []))
     if counts.get("long"):
         log.warning(f"{data.name}: {counts['long']} of {counts['documents']} documents are longer than --max_length {args.max_length} tokens "
                     f"and are cut (--truncation {args.truncation})")
@@ -1071,7 +1071,7 @@ def predictions_name(args, split, step):
 def write_results(path, run_dir, args, step, metrics):
     """Rank 0: append one row to a .csv; a file with other columns is left alone and the row goes to <name>.N.csv."""
     row = {"run": run_dir.name, "model": args.model_init_path or args.model_init_name, "data": " ".join(args.data_name), "seed": args.seed,
-           "step": step, **{name: value for name, value in metrics.items() if not name.endswith(("seconds", "peak_memory_gb"))}}
+           "step": step, **{name: value for name, value in metrics.items() if not name.endswith(("seconds", "peak_memory_gb")) and "_for_" not in name}}
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
         path = pathlib.Path(args.write_results) if n == 1 else pathlib.Path(args.write_results).with_suffix(f".{n}.csv")

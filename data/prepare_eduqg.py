@@ -26,7 +26,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import string
 import sys
 
@@ -105,11 +104,13 @@ def read_eduqg(path, problems, skipped):
                 context = " ".join(context) if isinstance(context, list) else context or ""
                 if context.count("<hl>") != 2:
                     skipped["without one marked sentence"] += 1
-                elif len(choices) < 2 or not text:
-                    skipped["without a question or options"] += 1
+                    continue
+                choices = [choice.strip() for choice in choices]
+                wrong = [choice for n, choice in enumerate(choices) if n != at]
+                if not text or not wrong or not all(choices) or choices[at] in wrong:
+                    skipped["without a question, an answer or other options"] += 1
                 else:
-                    wrong = [choice.strip() for n, choice in enumerate(choices) if n != at]
-                    yield chapter["bname"], text, choices[at].strip(), wrong, context
+                    yield chapter["bname"], text, choices[at], wrong, context
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 problems.append(f"{where}, questions[{k}]: {type(error).__name__}: {error}; expected 'question' (normal_format or question_text, "
                                 "question_choices), 'answer' (ans_choice, from 0) and 'hl_context'")
@@ -125,7 +126,9 @@ def read_sciq(path, problems, skipped):
         question, answer, *wrong, support = (row[name].strip() for name in names)
         parts = sentences(support)
         at = next((i for i, part in enumerate(parts) if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.IGNORECASE)), None) if answer else None
-        if not support or at is None:
+        if "<hl>" in support:
+            skipped["with <hl> in its passage"] += 1
+        elif not support or at is None:
             skipped["whose passage has not the answer" if support else "without a passage"] += 1
         elif not question or not all(wrong):
             problems.append(f"{where}: the question or an option is empty")
@@ -194,8 +197,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     problems, skipped, out = [], collections.Counter(), pathlib.Path(args.out)
     shares = {"dev": args.dev_share, "test": args.test_share}
+    aside = out.with_name(out.name + ".tmp")  # a kill leaves no half of it under its name
     if args.text:
         records.check_out(out, problems)
+        problems += [f"--{name} has no effect with --text" for name in ("dev_share", "test_share") if getattr(args, name) != 0.1]
+    elif aside.exists():
+        problems.append(f"{aside}: exists, perhaps from a run that was killed; delete or move it")
     elif out.exists() or not out.parent.is_dir():
         problems.append(f"--out {out}: " + ("exists; move it away or choose another name" if out.exists() else "expected a new folder in one that exists"))
     if not all(share >= 0 for share in shares.values()) or not sum(shares.values()) < 1:
@@ -214,13 +221,12 @@ def main(argv=None):
     rows = [row for path in args.eduqg or args.sciq for row in read(path, problems, skipped)]
     repeats = len(rows) - len(rows := list({(row[1], row[2], row[4]): row for row in rows}.values()))
     side_of = split_groups(collections.Counter(row[0] for row in rows), shares)
+    rows.sort(key=lambda row: hashlib.sha256("\n".join((row[1], row[4])).encode()).digest())  # of a test task the first 100 count: of all books
     splits = {side: [row for row in rows if side_of[row[0]] == side] for side in ("train", "dev", "test") if side == "train" or shares[side]}
     problems += [f"{side}: no instance is left; {len(side_of)} books or passages are too few for these shares" for side, part in splits.items() if not part and not problems]
     if problems:
         return records.stop(problems)
     name = "eduqg" if args.eduqg else "sciq"
-    aside = out.with_name(out.name + ".tmp")  # a kill leaves no half of it under its name
-    shutil.rmtree(aside, ignore_errors=True)
     shown = {}
     (aside / "tasks").mkdir(parents=True)
     for kind in (*TASKS, "default"):
@@ -238,6 +244,8 @@ def main(argv=None):
     print("left out: " + (", ".join(f"{n} {why}" for why, n in skipped.items()) or "none") + f"; {repeats} repeats")
     groups = collections.Counter(side_of.values())
     print(f"{len(side_of)} {'books' if args.eduqg else 'passages'}: " + ", ".join(f"{groups[side]} {side}" for side in splits))
+    if len(splits.get("test", ())) > 100:
+        print("of a test task the first 100 instances count, as in Super-NaturalInstructions; they are in a random order")
     records.show(out, shown, {"input": lambda r: r["input"], "output": lambda r: r["output"][0]}, count, args.tokenizer)
     return 0
 

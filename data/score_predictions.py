@@ -52,12 +52,12 @@ class Gpt2Words:
 
 def read_predictions(args, problems):
     """[(prediction, [references], task or None, category or None)] of the file."""
-    path, rows = pathlib.Path(args.predictions), []
+    path, rows, n_before = pathlib.Path(args.predictions), [], len(problems)
     is_table = any(path.name.endswith(end) for end in (".csv", ".tsv", ".csv.gz", ".tsv.gz"))
     for name in ("prediction_column", "reference_columns"):
         if bool(getattr(args, name)) != is_table:
             problems.append(f"--{name}: " + (f"is needed for {path}, which is a table" if is_table else f"has no effect on {path}, which is no table"))
-    for where, record in records.read(path, problems) if not problems else []:
+    for where, record in records.read(path, problems) if len(problems) == n_before else []:
         about = record if isinstance(record.get("Instance"), dict) else record.get("orig_d")
         about = about if isinstance(about, dict) else {}
         instance = about["Instance"] if isinstance(about.get("Instance"), dict) else {}
@@ -78,8 +78,8 @@ def read_predictions(args, problems):
             problems.append(f"{where}: no text 'prediction', 'Prediction' or 'generations'")
         elif not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
             problems.append(f"{where}: no references: expected a list 'output' in 'Instance', or 'demonstration'")
-        elif not isinstance(categories, list) or not isinstance(categories[0], (str, type(None))):
-            problems.append(f"{where}: 'Categories' is no list of texts")
+        elif not isinstance(categories, list) or not isinstance(categories[0], (str, type(None))) or not isinstance(about.get("Task"), (str, type(None))):
+            problems.append(f"{where}: 'Task' is no text, or 'Categories' no list of texts")
         else:
             rows.append((found, references, RENAMED.get(about.get("Task"), about.get("Task")), categories[0]))
     if not rows and not problems:
@@ -90,14 +90,14 @@ def read_predictions(args, problems):
 def baseline(args, problems):
     """The same rows of a baseline over the test tasks."""
     args = argparse.Namespace(**common.TASK_FLAGS | dict(vars(args), data_format="ni", seed=0, max_num_instances_per_eval_task=None))
-    files = {label: path for label, path in common.find_tasks(args, problems).items() if label.startswith("test ")}
-    rows = []
-    for where, _, task, instance in common.read_tasks(args, files, problems):
+    rows, without = [], set()
+    for _, _, task, instance in common.read_tasks(args, common.find_tasks(args, problems, ("test",)), problems):
         if args.baseline == "copy_demo" and not task["Positive Examples"]:
-            problems.append(f"{where}: the task has no positive example to copy")
-            break
+            without.add(task["Task"])
+            continue
         found = instance["input"] if args.baseline == "copy_input" else task["Positive Examples"][0]["output"]
         rows.append((found, instance["output"], task["Task"], (task["Categories"] or [None])[0]))
+    problems += [f"task {name} has no positive example to copy" for name in sorted(without)]
     if not rows and not problems:
         problems.append(f"--task_dir {args.task_dir}: no instances of test tasks")
     return rows
@@ -120,7 +120,7 @@ def main(argv=None):
     parser.add_argument("--prediction_column", metavar="COLUMN", help="of a table")
     parser.add_argument("--reference_columns", nargs="+", metavar="COLUMN", help="of a table, one or several")
     parser.add_argument("--track", choices=["default", "xlingual"], default="default")
-    parser.add_argument("--gpt2_tokenizer", default="gpt2", help="for --track xlingual: hub id or folder")
+    parser.add_argument("--gpt2_tokenizer", help="for --track xlingual: hub id or folder, default gpt2")
     parser.add_argument("--per_task", "--compute_per_task_metrics", action="store_true", help="each task as well, by its category's metric first")
     parser.add_argument("--per_category", "--compute_per_category_metrics", action="store_true", help="each category as well")
     parser.add_argument("--bootstrap", type=int, default=0, help="median and 95 %% interval over this many resamples of the rows [count], 0 = off")
@@ -133,13 +133,17 @@ def main(argv=None):
         problems.append(f"--bootstrap {args.bootstrap}: expected 0 (off) or more")
     if args.predictions and (args.task_dir or args.split_dir):
         problems.append("--task_dir and --split_dir belong to --baseline")
+    if args.baseline and (args.prediction_column or args.reference_columns):
+        problems.append("--prediction_column and --reference_columns belong to --predictions")
+    if args.gpt2_tokenizer and args.track != "xlingual":
+        problems.append("--gpt2_tokenizer belongs to --track xlingual")
     rows = baseline(args, problems) if args.baseline else read_predictions(args, problems)
     for flag, place in (("per_task", 2), ("per_category", 3)):
         missing = sum(row[place] is None for row in rows)
         if getattr(args, flag) and missing:
             problems.append(f"--{flag}: {missing} of {len(rows)} rows name no {flag[4:]}")
     try:
-        scorer = common.rouge_scorer(Gpt2Words(args.gpt2_tokenizer) if args.track == "xlingual" else None)
+        scorer = common.rouge_scorer(Gpt2Words(args.gpt2_tokenizer or "gpt2") if args.track == "xlingual" else None)
     except ImportError as error:
         problems.append(f"package 'rouge-score' is needed ({error}): pip install rouge-score")
     except (OSError, ValueError) as error:

@@ -215,7 +215,8 @@ def test_splits_and_caps(tmp_path):
     ({"Positive Examples": [{"input": "x"}]}, "'Positive Examples' is no list of objects with 'input' and 'output'"),
     ({"Instances": [{"input": "a", "output": ["b"]}, {"input": "a", "output": []}]}, "Instances[1]: 'output' is no list of texts"),
     ({"Instances": [{"input": "a", "output": ["  "]}]}, "Instances[0]: 'output'"), ({"Instances": [{"input": 5, "output": ["b"]}]}, "no list 'Instances'"),
-    ({"Instances": [{"input": "\ud83d", "output": ["b"]}]}, "half a character")], ids=str)
+    ({"Instances": [{"input": "\ud83d", "output": ["b"]}]}, "half a character"), ({"Instances": []}, "'Instances' is empty"),
+    ({"Categories": [5]}, "'Categories' is no list of texts"), ({"Categories": ["Task1 a"]}, "task task1_a is named like a category")], ids=str)
 def test_what_is_wrong_with_a_task_is_said_before_the_model_loads(folder, mount, change, message, capsys):
     path = folder / "tasks" / "task1_a.json"
     task = json.loads(path.read_text())
@@ -232,6 +233,39 @@ def test_what_is_wrong_with_a_task_is_said_before_the_model_loads(folder, mount,
         shown = capsys.readouterr().err
         assert stop.value.code == 2 and message in shown and "task1_a" in shown
     assert not (mount / "models" / "run").exists()
+
+
+def test_a_task_without_categories_or_with_one_as_text(folder):
+    path = folder / "tasks" / "task1_a.json"
+    for categories, expected in ((None, []), ("Title Generation", ["Title Generation"])):
+        task = json.loads(path.read_text())
+        task.pop("Categories", None)
+        path.write_text(json.dumps({**task, **({"Categories": categories} if categories else {})}))
+        args, problems = args_of(task_dir=str(folder / "tasks")), []
+        first = next(common.read_tasks(args, common.find_tasks(args, problems), problems))
+        assert first[2]["Categories"] == expected and not problems
+
+
+def test_a_list_that_is_no_utf8_and_a_flan_prompt_without_a_place_for_examples(folder):
+    (folder / "splits" / "default" / "dev_tasks.txt").write_bytes(b"task2_b\xff\n")
+    common.find_tasks(args_of(task_dir=str(folder / "tasks")), problems := [])
+    assert len(problems) == 1 and "dev_tasks.txt: cannot be read" in problems[0]
+    (folder / "tasks" / "task1_a.json").write_text(json.dumps({"Instruction Prompt": "Count. {task_input}", "Examplars": [], "Instances": instances(2)}))
+    args = args_of(task_dir=str(folder / "tasks"), data_format="flan", num_shots=1)
+    list(common.read_tasks(args, {"train task1_a": folder / "tasks" / "task1_a.json"}, problems := []))
+    assert len(problems) == 1 and "no {examplars} in 'Instruction Prompt'" in problems[0]
+
+
+def test_shares_are_of_all_completions(folder, mount, capsys):
+    """One that cannot be written is over 1 % of 48 instances, but not of their 138 completions; of 38 it is."""
+    def load(n):
+        task = {**TASK, "Instances": [{"input": f"a cat {i}", "output": ["one", "no", "two", f"{'{' if i == 0 else ''}three"]} for i in range(n)]}
+        (folder / "tasks" / "task1_a.json").write_text(json.dumps(task))
+        args, problems = seq2seq.parse_args(ni_flags(mount, tk_instruct=True)), []
+        seq2seq.load_data(args, common.open_model_folder(args, [])[2], problems)
+        return problems
+    assert not load(30)
+    assert "1 of 38 completions cannot be expressed" in load(5)[0]
 
 
 def test_flags_and_lists_that_do_not_go_together(folder, mount, capsys):

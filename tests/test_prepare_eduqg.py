@@ -83,9 +83,11 @@ def test_no_book_is_on_two_sides_and_shares_are_kept(prepare, tmp_path):
 
 
 def test_what_is_left_out_and_repeats_are_counted(prepare):
-    questions = [item(1, hl_context="no marks"), item(2, hl_context=None), item(3, question={**item(3)["question"], "normal_format": None}), item(4), item(4)]
+    empty = item(9)
+    empty["question"]["question_choices"][1] = " "
+    questions = [empty, item(1, hl_context="no marks"), item(2, hl_context=None), item(3, question={**item(3)["question"], "normal_format": None}), item(4), item(4)]
     code, shown, _ = prepare({"t.json": [chapter("a", questions), chapter("b", [item(7)]), chapter("c", [item(8)])]}, "--eduqg", "t.json", "--out", "o")
-    assert code == 0 and "left out: 2 without one marked sentence; 1 repeats" in shown
+    assert code == 0 and "left out: 1 without a question, an answer or other options, 2 without one marked sentence; 1 repeats" in shown
     assert "Cells of kind 3 have" in json.dumps([i for _, _, i in read(prepare_eduqg.pathlib.Path("o"), "qg")])
 
 
@@ -96,6 +98,20 @@ def test_what_is_left_out_and_repeats_are_counted(prepare):
 def test_what_is_wrong_is_said(prepare, tmp_path, content, message):
     code, _, shown = prepare({"t.json": content}, "--eduqg", "t.json", "--out", "eduqg")
     assert code == 2 and message in shown and not (tmp_path / "eduqg").exists()
+
+
+def test_nothing_of_the_user_is_deleted(prepare, tmp_path):
+    (tmp_path / "eduqg.tmp").mkdir()
+    (tmp_path / "eduqg.tmp" / "mine.txt").write_text("mine")
+    code, _, shown = prepare({"t.json": BOOKS}, "--eduqg", "t.json", "--out", "eduqg")
+    assert code == 2 and "eduqg.tmp: exists" in shown and (tmp_path / "eduqg.tmp" / "mine.txt").read_text() == "mine"
+
+
+def test_the_first_hundred_test_instances_are_of_all_books(prepare, tmp_path):
+    books = [chapter(f"book_{b}", [item(100 * b + i) for i in range(60)]) for b in range(12)]
+    code, shown, _ = prepare({"t.json": books}, "--eduqg", "t.json", "--out", "eduqg", "--test_share", "0.4")
+    found = [int(i["input"].split("right ")[1].split("\n")[0]) // 100 for split, _, i in read(tmp_path / "eduqg", "qg") if split == "test"]
+    assert code == 0 and len(found) == 100 and len(set(found)) >= 4 and "the first 100 instances count" in shown
 
 
 def test_flags(prepare, tmp_path):

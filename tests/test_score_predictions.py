@@ -100,16 +100,19 @@ def test_baselines(score, tmp_path):
     assert found["exact_match_for_task2_b"] == 100 and found["exact_match_for_task1_a"] == 0
     (folder / "tasks" / "task1_a.json").write_text(json.dumps({**TASK, "Positive Examples": [], "Instances": instances(1)}))
     code, _, _, shown = score(None, None, "--baseline", "copy_demo", "--task_dir", str(folder / "tasks"))
-    assert code == 2 and "no positive example to copy" in shown
+    assert code == 2 and "task task1_a has no positive example to copy" in shown
 
 
 @pytest.mark.parametrize("name, content, words, message", [
     ("p.jsonl", "{}\n", [], "line 1: no text 'prediction'"), ("p.jsonl", '{"prediction": "x"}\n', [], "line 1: no references"),
     ("p.jsonl", '{"prediction": "x", "Instance": {"output": []}}\n', [], "line 1: no references"), ("p.jsonl", "[1]\n", [], "line 1: a list, expected an object"),
-    ("p.jsonl", '{"prediction": "x", "Instance": {"output": ["y"]}, "Categories": [3]}\n', [], "line 1: 'Categories'"), ("p.jsonl", "", [], "no predictions"),
+    ("p.jsonl", '{"prediction": "x", "Instance": {"output": ["y"]}, "Categories": [3]}\n', [], "or 'Categories' no list of texts"), ("p.jsonl", "", [], "no predictions"),
     ("p.json", "[", [], "p.json: not JSON"), ("p.jsonl", '{"prediction": "x", "demonstration": "x"}\n', ["--per_task", "--per_category"], "--per_task: 1 of 1 rows name no task"),
     ("p.csv", "a,b\n1,2\n", [], "--prediction_column: is needed"), ("p.csv", "a,b\n1,2\n", ["--prediction_column", "a", "--reference_columns", "c"], "no column 'c'; it has a, b"),
     ("p.jsonl", lines(), ["--prediction_column", "a"], "--prediction_column: has no effect"), ("p.jsonl", lines(), ["--bootstrap", "-1"], "--bootstrap -1"),
+    ("p.jsonl", '{"prediction": "x", "Task": ["x"], "Instance": {"output": ["y"]}}\n', [], "line 1: 'Task' is no text"),
+    ("p.jsonl", lines(), ["--gpt2_tokenizer", "x"], "belongs to --track xlingual"),
+    (None, None, ["--baseline", "copy_demo", "--task_dir", "x", "--prediction_column", "x"], "belong to --predictions"),
     ("p.jsonl", lines(), ["--task_dir", "x"], "belong to --baseline"), (None, None, ["--predictions", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
     (None, None, ["--baseline", "copy_demo"], "--task_dir None: expected a folder")], ids=str)
 def test_what_is_wrong_is_said(score, name, content, words, message):
