@@ -297,8 +297,8 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
             if wrong:
                 problems.append(f"{where}: {wrong}")
                 continue
-            if split == "train" and args.eval_fraction and int(text_hash(key)) % 10**6 < args.eval_fraction * 10**6:
-                split = "eval"  # by text, so that duplicates stay together
+            if split == "train" and common.is_held_out(args, "text", key):
+                split = "eval"
             block.append((split, record, texts, target, key))
             if len(block) == 1000:
                 flush(block)

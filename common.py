@@ -735,9 +735,19 @@ def parse_data_spec(spec, problems):
     return name, value
 
 
+def reads_tasks(args):
+    """Whether the data are task folders; not every script has them."""
+    return getattr(args, "data_format", "records") != "records"
+
+
+def is_held_out(args, salt, key):
+    """Whether --eval_fraction takes a training example out: by its prompt, so that duplicates stay together. salt: the script's own."""
+    return derive_seed(salt, key) % 10**6 < args.eval_fraction * 10**6
+
+
 def find_data(args, name, problems):
     """Files of one data set: {split or None: path}; None = the file says the splits itself. Of task folders those of `find_tasks`."""
-    if getattr(args, "data_format", "records") != "records":
+    if reads_tasks(args):
         return find_tasks(args, problems)
     is_path = name.endswith(DATA_ENDINGS)
     path = pathlib.Path(name) if is_path else find_input(args, "data", name, DATA_ENDINGS, problems)
@@ -923,7 +933,7 @@ def check_training_part(args, data, path, problems, expected='{"train": [...]} o
     """Of one data set: there are training records, and as many as --data asks for."""
     n_train = data.counts["train"]
     if not n_train and not args.no_train:
-        problems.append(f"{path}: no training records; expected {expected}")
+        problems.append(f"{path}: no training records; expected {'a train_tasks.txt with tasks' if reads_tasks(args) else expected}")
     if data.amount is not None:
         take = data.amount if isinstance(data.amount, int) else round(data.amount * n_train)
         if not 1 <= take <= n_train:
@@ -933,7 +943,7 @@ def check_training_part(args, data, path, problems, expected='{"train": [...]} o
 def check_evaluation_parts(args, data_sets, what, problems, remedy='add an "eval" list (JSON lines: a "split" key, or <name>.eval.jsonl beside the file)'):
     """Of all data sets: one has evaluation records; those that are in the training data too are counted. what: "prompts"."""
     if len(data_sets) == len(args.data_name) and not any(d.counts["eval"] or (args.no_train and d.counts["test"]) for d in data_sets):
-        problems.append(f"{', '.join(args.data_name)}: no evaluation records; {remedy}, or hold some out with --eval_fraction 0.05")
+        problems.append(f"{', '.join(args.data_name)}: no evaluation records; {'write dev_tasks.txt' if reads_tasks(args) else remedy}, or hold some out with --eval_fraction 0.05")
     trained = np.concatenate([data.hashes["train"] for data in data_sets]) if data_sets else []
     for data in data_sets:
         for split in ("eval", "test"):
@@ -947,6 +957,9 @@ def check_evaluation_parts(args, data_sets, what, problems, remedy='add an "eval
 # What a prompt shows before the input: definition, positive and negative examples, explanations. --tk_instruct draws one of the five for
 # each instance in each epoch (Wang et al. 2022, https://arxiv.org/abs/2204.07705).
 TK_ENCODINGS = [(True, 0, 0, False), (False, 2, 0, False), (True, 2, 0, False), (True, 2, 2, False), (True, 2, 0, True)]
+TASK_LAYOUTS = {  # the prompt's key, what must be in it, the keys of examples
+    "ni": ("Definition", (), ("Positive Examples", "Negative Examples")), "flan": ("Instruction Prompt", ("{task_input}", "{examplars}"), ("Examplars",))}
+SHORTENED = ("prompts without all examples", "prompts without all input")
 TASK_FLAGS = dict(task_dir=None, split_dir=None, max_num_instances_per_task=None, max_num_instances_per_eval_task=500, add_task_name=False,
                   no_task_definition=False, num_pos_examples=0, num_neg_examples=0, add_explanation=False, tk_instruct=False, num_shots=0)
 
@@ -1023,71 +1036,100 @@ def find_tasks(args, problems, splits=("train", "eval", "test")):
     return files
 
 
-def read_tasks(args, files, problems):
-    """Yield (where, split, task, instance) of the files of `find_tasks`, after the caps. task: the file's object with its "Task" name;
-    instance: {"id", "input", "output": [references]}."""
+def load_task(args, path, name, problems):
+    """A task file -> its object, with "Task", texts in place of lists where one text is used, and references as lists; None where it cannot
+    be used. What is wrong goes to `problems`."""
     def texts(value, keys):  # a list of objects with these texts
         return isinstance(value, list) and all(isinstance(v, dict) and all(isinstance(v.get(key), str) for key in keys) for v in value)
 
+    def wrong(text):
+        problems.append(f"{path}: {text}")
+
+    try:
+        task = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        return wrong(f"cannot be read ({error}); expected a JSON object in UTF-8")
+    if not isinstance(task, dict) or not texts(task.get("Instances"), ["input"]) or not task["Instances"]:
+        return wrong("'Instances' is empty" if isinstance(task, dict) and task.get("Instances") == [] else
+                     "no list 'Instances' of objects with 'input' and 'output'")
+    if re.search("[\ud800-\udfff]", json.dumps(task, ensure_ascii=False)):
+        return wrong("holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8")
+    prompt, places, keys = TASK_LAYOUTS[args.data_format]
+    text = task[prompt][0] if isinstance(task.get(prompt), list) and task[prompt] else task.get(prompt)
+    if not isinstance(text, str) or not text.strip():
+        return wrong(f"{prompt!r} is no text, nor a list that begins with one")
+    for place in places:
+        if place not in text and (place != "{examplars}" or args.num_shots):
+            wrong(f"no {place} in {prompt!r}" + (f", and --num_shots {args.num_shots}" if place == "{examplars}" else ""))
+    for key in keys:
+        if not texts(task.setdefault(key, []), ["input", "output"]):
+            wrong(f"{key!r} is no list of objects with 'input' and 'output'")
+            task[key] = []
+    categories = task.get("Categories", [])
+    categories = [categories] if isinstance(categories, str) else categories
+    if not isinstance(categories, list) or not all(isinstance(category, str) for category in categories):
+        wrong("'Categories' is no list of texts")
+        categories = []
+    for i, instance in enumerate(task["Instances"]):
+        output = [instance["output"]] if isinstance(instance.get("output"), str) else instance.get("output")
+        if not isinstance(output, list) or not output or not all(isinstance(text, str) and text.strip() for text in output):
+            problems.append(f"{path}, Instances[{i}]: 'output' is no list of texts that are not empty")
+        instance["output"] = output
+    return {**task, "Task": name, prompt: text, "Categories": categories}
+
+
+def category_name(category):
+    return "_".join(category.lower().split())
+
+
+def read_tasks(args, files, problems):
+    """Yield (where, split, task, instance) of the files of `find_tasks`, after the caps. task: as `load_task` gives it; instance: {"id",
+    "input", "output": [references]}."""
     names, categories, n_short, n_all, n_used = set(), set(), 0, 0, 0
-    prompt, keys = (("Definition", ("Positive Examples", "Negative Examples")) if args.data_format == "ni" else ("Instruction Prompt", ("Examplars",)))
-    wanted = (args.num_shots,) if args.data_format == "flan" else (
+    shown = (args.num_shots,) if args.data_format == "flan" else (
         max(args.num_pos_examples, 2 * args.tk_instruct), max(args.num_neg_examples, 2 * args.tk_instruct))
     for label, path in files.items():
-        split, name = label.split(" ", 1)
-        try:
-            task = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            problems.append(f"{path}: cannot be read ({error}); expected a JSON object in UTF-8")
+        (split, name), before = label.split(" ", 1), len(problems)
+        task = load_task(args, path, name, problems)
+        if task is None or len(problems) > before:
             continue
-        if not isinstance(task, dict) or not texts(task.get("Instances"), ["input"]):
-            problems.append(f"{path}: no list 'Instances' of objects with 'input' and 'output'")
-            continue
-        if re.search("[\ud800-\udfff]", json.dumps(task, ensure_ascii=False)):
-            problems.append(f"{path}: holds half a character (a lone \\ud800-\\udfff escape); remove it or write the file as UTF-8")
-            continue
-        text = task.get(prompt)[0] if isinstance(task.get(prompt), list) and task[prompt] else task.get(prompt)
-        if not isinstance(text, str) or not text.strip() or prompt != "Definition" and "{task_input}" not in text:
-            problems.append(f"{path}: {prompt!r} is no text, nor a list that begins with one" + (", with {task_input} in it" if prompt != "Definition" else ""))
-            continue
-        if args.data_format == "flan" and args.num_shots and "{examplars}" not in text:
-            problems.append(f"{path}: --num_shots {args.num_shots}, and no {{examplars}} in 'Instruction Prompt'")
-        wrong = [key for key in keys if not texts(task.setdefault(key, []), ["input", "output"])]
-        problems += [f"{path}: {key!r} is no list of objects with 'input' and 'output'" for key in wrong]
-        category = task.setdefault("Categories", [])
-        category = [category] if isinstance(category, str) else category
-        if not isinstance(category, list) or not all(isinstance(word, str) for word in category):
-            problems.append(f"{path}: 'Categories' is no list of texts")
-            category = []
-        task.update({"Task": name, prompt: text, "Categories": category, **{key: [] for key in wrong}})
         names.add(name)
-        categories.update("_".join(word.lower().split()) for word in category[:1])
-        n_short += any(len(task[key]) < n for key, n in zip(keys, wanted))
+        categories.update(map(category_name, task["Categories"][:1]))
+        n_short += any(len(task[key]) < n for key, n in zip(TASK_LAYOUTS[args.data_format][2], shown))
         instances = list(enumerate(task.pop("Instances")))
         n_all += len(instances)
-        if not instances:
-            problems.append(f"{path}: 'Instances' is empty")
-        for i, instance in instances:
-            output = instance.get("output")
-            if not isinstance(output, (str, list)) or not output or not all(isinstance(text, str) and text.strip() for text in (
-                    [output] if isinstance(output, str) else output)):
-                problems.append(f"{path}, Instances[{i}]: 'output' is no list of texts that are not empty")
-                instance["output"] = []
         instances = instances[: 100 if split == "test" else None]
         cap = args.max_num_instances_per_task if split == "train" else args.max_num_instances_per_eval_task
         if cap is not None and cap < len(instances):
             instances = sorted(random.Random(derive_seed(args.seed if split == "train" else 0, "instances", name)).sample(instances, cap),
                                key=lambda pair: pair[0])
+        n_used += len(instances)
         for i, instance in instances:
-            output = [instance["output"]] if isinstance(instance["output"], str) else instance["output"]
-            n_used += 1
-            if output:
-                yield f"{path}, Instances[{i}]", split, task, {"id": instance.get("id", f"{name}-{i}"), "input": instance["input"], "output": output}
+            yield f"{path}, Instances[{i}]", split, task, {"id": instance.get("id", f"{name}-{i}"), "input": instance["input"], "output": instance["output"]}
     problems += [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(names & categories)]
     if n_used < n_all:
         log.info(f"{args.task_dir}: {n_used} of {n_all} instances count, by the caps and the first 100 of a test task")
     if n_short:
         log.warning(f"{args.task_dir}: {n_short} of {len(files)} tasks have fewer examples than the prompts could show")
+
+
+def task_examples(args, files, tokenizer, limit, salt, problems, counts):
+    """Yield (where, split, record, [prompt], [reference], key) of the instances of task folders. Of several prompts or references training
+    draws one in each epoch. key: what may not be on both sides of --eval_fraction, see `is_held_out`; no tokenizer: only to find problems."""
+    size = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0)
+    for where, split, task, instance in read_tasks(args, files, problems):
+        key = f"{task[TASK_LAYOUTS[args.data_format][0]]}\n{instance['input']}"
+        split = "eval" if split == "train" and is_held_out(args, salt, key) else split
+        prompts, n_lost, n_cut = task_prompts(args, split, task, instance["input"], limit, size)
+        counts.update({"prompts": len(prompts), **dict(zip(SHORTENED, (n_lost, n_cut)))})
+        record = {"Task": task["Task"], "Categories": task["Categories"], "Instance": instance}
+        yield where, split, record, prompts, instance["output"][: None if split == "train" else 1], key
+
+
+def warn_of_shortened_prompts(data, limit):
+    for what in SHORTENED:
+        if data.counts.get(what):
+            log.warning(f"{data.name}: {data.counts[what]} of {data.counts['prompts']} {what}: --max_source_length {limit} tokens")
 
 
 def task_prompts(args, split, task, text, limit, size):
@@ -1195,7 +1237,7 @@ def instruction_metrics(scores, tasks, categories):
     """{"exact_match": ..., "rougeL_for_<task>": ..., "rouge1_for_<category>": ...} x 100, to four digits, means over rows. scores: (rows, 3)
     of `instruction_scores`; tasks, categories: names or None by row."""
     scores, groups = np.asarray(scores), {"": range(len(scores))}
-    for names in ([category and "_".join(category.lower().split()) for category in categories], tasks):
+    for names in ([category and category_name(category) for category in categories], tasks):
         for name in sorted(set(filter(None, names))):
             groups[f"_for_{name}"] = [i for i, n in enumerate(names) if n == name]
     return {metric + ending: round(100 * float(scores[rows, k].mean()), 4) for ending, rows in groups.items() if len(rows)

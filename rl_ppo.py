@@ -345,7 +345,7 @@ class DataSet:
                     problems.append(f"{where}: {error}")
                     continue
                 number = common.derive_seed("text", text)
-                if split == "train" and args.eval_fraction and number % 10**6 < args.eval_fraction * 10**6:
+                if split == "train" and common.is_held_out(args, "text", text):
                     split = "eval"
                 if len(ids) > room:
                     n_long += 1

@@ -19,7 +19,6 @@ step, D hidden size, V vocabulary.
 
 import collections
 import concurrent.futures
-import functools
 import gzip
 import itertools
 import json
@@ -76,7 +75,7 @@ def parse_args(argv=None):
     args = arguments().parse_args(argv)
     if args.debug:
         args.max_steps = 10
-    if args.data_format != "records" and args.data_name == ["data"]:
+    if common.reads_tasks(args) and args.data_name == ["data"]:
         args.data_name = [args.data_format]
     return args
 
@@ -126,7 +125,7 @@ def arguments():
 def check_args(args, problems):
     common.check_shared_args(args, problems)
     common.check_task_args(args, problems)
-    if args.data_format != "records" and args.objective != "completion":
+    if common.reads_tasks(args) and args.objective != "completion":
         problems.append(f"--data_format {args.data_format} has no effect with --objective {args.objective}")
     parser = arguments()
     for group in parser._action_groups:
@@ -176,8 +175,8 @@ def check_metric(args, data_sets, problems):
     if len(data_sets) == 1 and data_sets[0].task and not args.metric_for_best and not args.no_train:
         args.metric_for_best = data_sets[0].task["metric_for_best"]
         log.info(f"--metric_for_best {args.metric_for_best}, as {data_sets[0].name} says")
-    plain = ["loss", "token_accuracy"] + ([] if args.objective != "completion" else ["exact_match", "token_f1"] if args.data_format == "records" else
-                                          ["exact_match", "rouge1", "rougeL"])
+    plain = ["loss", "token_accuracy"] + ([] if args.objective != "completion" else ["exact_match", "rouge1", "rougeL"] if common.reads_tasks(args) else
+                                          ["exact_match", "token_f1"])
     found = dict.fromkeys(plain, data_sets) if len(data_sets) > 1 else {}
     for data in data_sets:
         first = f"{data.name}/" if len(data_sets) > 1 else ""
@@ -235,19 +234,8 @@ def prompt_hash(prompt):
 def read_examples(files, tokenizer, args, problems, counts):
     """Yield (where, split, record, [prompt], [completion], key) of one data set, or ("task", entry) in place of the prompts. Of several
     prompts or completions training draws one in each epoch; key: what records share that must not be on both sides of a split."""
-    def side(split, key):
-        is_held_out = split == "train" and args.eval_fraction and int(prompt_hash(key)) % 10**6 < args.eval_fraction * 10**6
-        return "eval" if is_held_out else split
-
-    if args.data_format != "records":
-        size = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0)
-        for where, split, task, instance in common.read_tasks(args, files, problems):
-            key = f"{task.get('Definition', task.get('Instruction Prompt'))}\n{instance['input']}"
-            split = side(split, key)
-            prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], args.max_source_length, size)
-            counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
-            yield where, split, {name: task[name] for name in ("Task", "Categories")} | {"Instance": instance}, prompts, (
-                instance["output"] if split == "train" else instance["output"][:1]), key
+    if common.reads_tasks(args):
+        yield from common.task_examples(args, files, tokenizer, args.max_source_length, "prompt", problems, counts)
         return
     for file_split, path in files.items():
         for where, split, record in common.read_records(path, problems, file_split or "train"):
@@ -260,7 +248,8 @@ def read_examples(files, tokenizer, args, problems, counts):
             if wrong:
                 problems.append(f"{where}: {wrong}")
             else:
-                yield where, side(split, prompt), record, [prompt], [completion], prompt
+                split = "eval" if split == "train" and common.is_held_out(args, "prompt", prompt) else split
+                yield where, split, record, [prompt], [completion], prompt
 
 
 def tokenize_data_set(files, folder, tokenizer, args, problems):
@@ -363,7 +352,7 @@ def load_data(args, tokenizer, problems):
         data = DataSet(name, amount, root / key)
         data_sets.append(data)
         check_counts(args, data, next(iter(files.values())), problems)
-    common.check_evaluation_parts(args, data_sets, "prompts", problems, *(["write dev_tasks.txt"] if args.data_format != "records" else []))
+    common.check_evaluation_parts(args, data_sets, "prompts", problems)
     return data_sets
 
 
@@ -590,10 +579,8 @@ def load_text(args, config, tokenizer, problems):
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, completions the tokenizer cannot express."""
     counts = data.counts
-    common.check_training_part(args, data, path, problems, *(["a train_tasks.txt with tasks"] if args.data_format != "records" else []))
-    for what in ("prompts without all examples", "prompts without all input"):
-        if counts.get(what):
-            log.warning(f"{data.name}: {counts[what]} of {counts['prompts']} {what}: --max_source_length {args.max_source_length} tokens")
+    common.check_training_part(args, data, path, problems)
+    common.warn_of_shortened_prompts(data, args.max_source_length)
     for what, flag in (("long prompts", "--max_source_length"), ("long completions", "--max_target_length")):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} of {counts['all ' + what.split()[1]]} {what.split()[1]} are longer than {flag} "
@@ -1277,16 +1264,18 @@ def evaluate(args, engine, tokenizer, data_sets, split, step, run_dir, device, s
         n_tokens = sum(losses[i][2] for i in group)
         metrics[f"{prefix}loss"] = math.fsum(losses[i][0] for i in group) / n_tokens
         metrics[f"{prefix}token_accuracy"] = sum(losses[i][1] for i in group) / n_tokens
-        if not spans:
-            pairs = [(texts[i][0], rows[i][1]) for i in group]
-        if not spans and args.data_format != "records":
-            metrics.update(common.score_instructions([text for text, _ in pairs], [record["orig_d"] for _, record in pairs], tokenizer))
-        elif not spans:
-            metrics[f"{prefix}exact_match"] = sum(text.strip() == record["completion"].strip() for text, record in pairs) / len(group)
-            metrics[f"{prefix}token_f1"] = math.fsum(token_f1(text, record["completion"]) for text, record in pairs) / len(group)
-            task = rows[group[0]][0].task
-            if task and (prefix or len(data_sets) == 1):
-                metrics.update({prefix + name: value for name, value in task_metrics(task, *zip(*pairs)).items()})
+        if spans:
+            continue
+        answers, records = [texts[i][0] for i in group], [rows[i][1] for i in group]
+        if common.reads_tasks(args):
+            metrics.update(common.score_instructions(answers, [record["orig_d"] for record in records], tokenizer))
+            continue
+        wanted = [record["completion"] for record in records]
+        metrics[f"{prefix}exact_match"] = sum(text.strip() == completion.strip() for text, completion in zip(answers, wanted)) / len(group)
+        metrics[f"{prefix}token_f1"] = math.fsum(map(token_f1, answers, wanted)) / len(group)
+        task = rows[group[0]][0].task
+        if task and (prefix or len(data_sets) == 1):
+            metrics.update({prefix + name: value for name, value in task_metrics(task, answers, records).items()})
     metrics.update(eval_seconds=round(time.perf_counter() - started, 2), peak_memory_gb=common.peak_memory_gb(device))
     if common.rank() == 0 and not spans:
         name = predictions_name(args, split, step)

@@ -22,7 +22,6 @@ size, V vocabulary. A document is one conversation (or text) as token ids.
 import collections
 import concurrent.futures
 import csv
-import functools
 import inspect
 import itertools
 import json
@@ -132,7 +131,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.debug:
         args.max_steps = 10
-    if args.data_format != "records" and args.data_name == ["data"]:
+    if common.reads_tasks(args) and args.data_name == ["data"]:
         args.data_name = [args.data_format]
     return args
 
@@ -170,7 +169,7 @@ def check_args(args, problems):
             problems.append(f"--{name}: empty")
     if args.write_results and pathlib.Path(args.write_results).is_dir():
         problems.append(f"--write_results {args.write_results}: is a folder, expected a .csv file")
-    names = [*EVAL_METRICS, *(TASK_METRICS if args.data_format != "records" else ())] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
+    names = [*EVAL_METRICS, *(TASK_METRICS if common.reads_tasks(args) else ())] + [f"{common.parse_data_spec(spec, [])[0]}/{name}" for spec in args.data_name
                                                for name in EVAL_METRICS if len(args.data_name) > 1]
     if args.metric_for_best and args.metric_for_best not in names:
         problems.append(f"--metric_for_best {args.metric_for_best}: expected one of {', '.join(names)}")
@@ -386,31 +385,24 @@ def grow_trees(nodes, problems):
     return roots, n_orphans
 
 
-def held_out(args, key):
-    """Whether --eval_fraction takes an example out of training: by its prompt, so that duplicates stay together."""
-    return int(text_hash(key)) % 10**6 < args.eval_fraction * 10**6
-
-
-def task_examples(path, label, args, tokenizer, problems, counts):
-    """What `examples_of` yields, of one task file; label: as `common.find_tasks` gives it. Several prompts or references: one is drawn each epoch."""
-    size, limit = functools.lru_cache(2**14)(lambda text: len(tokenizer(text).input_ids) if tokenizer else 0), args.max_source_length or 1024
-    for where, split, task, instance in common.read_tasks(args, {label: path}, problems):
-        key = f"{task.get('Definition', task.get('Instruction Prompt'))}\n{instance['input']}"
-        split = "eval" if split == "train" and held_out(args, key) else split
-        prompts, n_lost, n_cut = common.task_prompts(args, split, task, instance["input"], limit, size)
-        counts.update({"prompts": len(prompts), "prompts without all examples": n_lost, "prompts without all input": n_cut})
-        pairs = [(prompt, reply) for prompt in prompts for reply in (instance["output"] if split == "train" else instance["output"][:1])]
+def read_examples(files, args, template, tokenizer, problems, counts):
+    """Yield (where, split, record, [(probability, conversation)], key) of one data set, see `examples_of`. Task folders: a conversation for each
+    prompt and reference."""
+    if not common.reads_tasks(args):
+        for split, path in files.items():
+            for where, own, record, conversations, key in examples_of(path, split or "train", args, template, problems, counts):
+                yield where, "eval" if own == "train" and common.is_held_out(args, "text", key) else own, record, conversations, key
+        return
+    for where, split, record, prompts, references, key in common.task_examples(args, files, tokenizer, args.max_source_length or 1024, "text",
+                                                                               problems, counts):
+        pairs = [(prompt, reference) for prompt in prompts for reference in references]
         conversations = pairs if args.raw_prompt else [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
-        record = {name: task[name] for name in ("Task", "Categories")} | {"Instance": instance}
         yield where, split, record, [(1 / len(pairs), conversation) for conversation in conversations], key
 
 
-def examples_of(path, default_split, args, template, tokenizer, problems, counts):
+def examples_of(path, default_split, args, template, problems, counts):
     """Yield (where, split, record, [(probability, conversation)], key) of one file. A record is one example; of --oasst_paths all, every
     thread is one. The messages of a flat OpenAssistant file are joined to trees at its end."""
-    if args.data_format != "records":
-        yield from task_examples(path, default_split, args, tokenizer, problems, counts)
-        return
     flat = []
 
     def records():
@@ -589,18 +581,14 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
                 kept[split].write(json.dumps({"prompt": before, "completion": reply, "orig_d": record}, ensure_ascii=False) + "\n")
 
     bar = tqdm(desc="tokenising", unit=" examples", delay=5, disable=common.rank() > 0 or None)
-    for file_split, path in files.items():
-        block = []
-        for example in examples_of(path, file_split or "train", args, template, tokenizer, problems, counts):
-            where, split, record, conversations, key = example
-            if split == "train" and held_out(args, key):
-                example = (where, "eval", record, conversations, key)
-            block.append(example)
-            if len(block) == 500:
-                flush(block)
-                bar.update(len(block))
-                block = []
-        flush(block)
+    block = []
+    for example in read_examples(files, args, template, tokenizer, problems, counts):
+        block.append(example)
+        if len(block) == 500:
+            flush(block)
+            bar.update(len(block))
+            block = []
+    flush(block)
     bar.close()
     for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
@@ -636,8 +624,8 @@ def load_data(args, tokenizer, template, end, problems):
         name, amount = common.parse_data_spec(spec, problems)
         files = common.find_data(args, name, problems)
         if not files or end is None:
-            for split, path in files.items():  # no tokenizer: still report what is wrong with the records
-                collections.deque(examples_of(path, split or "train", args, template, tokenizer, problems, collections.Counter()), 0)
+            # no tokenizer: still report what is wrong with the records
+            collections.deque(read_examples(files, args, template, tokenizer, problems, collections.Counter()), 0)
             continue
         before = len(problems)
         settings = [tokenizer.chat_template, template, args.max_length, args.truncation, args.truncated_eos, args.targets, args.raw_prompt,
@@ -658,14 +646,14 @@ def load_data(args, tokenizer, template, end, problems):
     tree_flags = [f"--{name}" for name, off in (("oasst_paths", "best"), ("oasst_lang", None), ("oasst_min_quality", 0.0)) if getattr(args, name) != off]
     if tree_flags and len(data_sets) == len(args.data_name) and not any(d.counts.get("trees") for d in data_sets):
         problems.append(f"{', '.join(tree_flags)}: no effect, there is no OpenAssistant tree in {', '.join(args.data_name)}")
-    common.check_evaluation_parts(args, data_sets, "prompts", problems, *(["write dev_tasks.txt"] if args.data_format != "records" else []))
+    common.check_evaluation_parts(args, data_sets, "prompts", problems)
     return data_sets
 
 
 def check_counts(args, data, path, problems):
     """What only the whole data set shows: empty splits, amounts, truncation, documents that lost every target."""
     counts = data.counts
-    common.check_training_part(args, data, path, problems, *(["a train_tasks.txt with tasks"] if args.data_format != "records" else []))
+    common.check_training_part(args, data, path, problems)
     if counts.get("long"):
         log.warning(f"{data.name}: {counts['long']} of {counts['documents']} documents are longer than --max_length {args.max_length} tokens "
                     f"and are cut (--truncation {args.truncation})")
@@ -679,9 +667,7 @@ def check_counts(args, data, path, problems):
     for what in ("trees without a usable thread", "messages without their parent"):
         if counts.get(what):
             log.warning(f"{data.name}: {counts[what]} {what} are left out")
-    for what in ("prompts without all examples", "prompts without all input"):
-        if counts.get(what):
-            log.warning(f"{data.name}: {counts[what]} of {counts['prompts']} {what}: --max_source_length {args.max_source_length or 1024} tokens")
+    common.warn_of_shortened_prompts(data, args.max_source_length or 1024)
 
 
 def best_fit(ids, lengths, capacity):
@@ -1010,7 +996,7 @@ def evaluate(args, engine, tokenizer, data_sets, split, stop_ids, step, run_dir,
     """Collective. Loss, perplexity and token accuracy over the target tokens of `split`, exact match of the generated last replies; writes
     the predictions file; returns the metrics on every rank. Every row is counted once."""
     rows = [(d, i) for d in data_sets for i in range(len(d.records[split]))]
-    spread = args.data_format != "records"  # over all tasks, which come one after the other; else the first rows
+    spread = common.reads_tasks(args)  # over all tasks, which come one after the other; else the first rows
     asked = [n for n, (d, i) in enumerate(rows) if (i < args.n_generate if not spread or len(rows) <= args.n_generate else
                                                     (i + 1) * args.n_generate // len(rows) > i * args.n_generate // len(rows))
              and len(d.prompt[split][i]) and not args.bidirectional_prompt]
@@ -1047,7 +1033,7 @@ def evaluate(args, engine, tokenizer, data_sets, split, stop_ids, step, run_dir,
         metrics.update({f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0)),
                         f"{prefix}token_accuracy": sum(losses[n][1] for n in of_group) / n_targets})
         answered = [n for n in of_group if n in texts]
-        if answered and args.data_format != "records":
+        if answered and common.reads_tasks(args):
             metrics.update(common.score_instructions(
                 [texts[n][0] for n in answered], [rows[n][0].records[split][rows[n][1]]["orig_d"] for n in answered], tokenizer))
         elif answered:

@@ -36,7 +36,6 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -760,9 +759,8 @@ def filter_correct(args):
 
 
 def is_held_out(question, share):
-    """By a hash, so that a question's side depends on nothing else; the same question with other white space or case is the same."""
-    digest = hashlib.sha256(" ".join(question.split()).casefold().encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2 ** 64 < share
+    """The same question with other white space or case is on the same side."""
+    return records.place_of(records.normal(question)) < share
 
 
 def export(args):
@@ -824,9 +822,7 @@ def export(args):
         if not val_share:
             del splits["eval"]
         out = pathlib.Path(args.out)
-        with tempfile.TemporaryDirectory() as folder:
-            records.write(os.path.join(folder, out.name), splits)
-            text = pathlib.Path(folder, out.name).read_text(encoding="utf-8")
+        text = "".join(records.pieces(out, splits))
     if empty := [name for name, part in splits.items() if not part]:
         return records.stop([f"{out}: nothing for {' and '.join(empty)}; {notes[0]}"])
     if out.exists() and out.read_text(encoding="utf-8") != text:
@@ -1050,7 +1046,7 @@ def main(argv=None):
     one.add_argument("--k", type=int, help="the first k completions of a question, default all")
     one.add_argument("--val_share", type=float, help="of the training part, for eval [0-1], default 0.1")
     one.add_argument("--compat", action="store_true", help="judge, and write ft_cot_natural's label, as the earlier system: without its comma")
-    one.add_argument("--tokenizer", help="a model's folder or hub name, for the lengths that are shown; default: models/tiny-llama")
+    records.add_tokenizer(one)
 
     one = command("evaluate", evaluate, "accuracy, contains_answer, correct_format and complete, in per cent")
     one.add_argument("files", nargs="*", metavar="FILE", help="completion data sets, or predictions of seq2seq.py and sft_causal.py")

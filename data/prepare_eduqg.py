@@ -192,8 +192,7 @@ def main(argv=None):
     parser.add_argument("--dev_share", type=float, default=0.1, help="of the instances, in whole books or passages [0-1]")
     parser.add_argument("--test_share", type=float, default=0.1, help="of the instances, in whole books or passages [0-1]")
     parser.add_argument("--max_words", type=int, default=300, help="of a passage, around its marked sentence [words], 0 = all")
-    parser.add_argument("--tokenizer", help="a model's folder or hub name, for the lengths that are shown at the end; default: models/tiny-llama, "
-                        "which has small pieces and so gives high numbers")
+    records.add_tokenizer(parser)
     args = parser.parse_args(argv)
     problems, skipped, out = [], collections.Counter(), pathlib.Path(args.out)
     shares = {"dev": args.dev_share, "test": args.test_share}

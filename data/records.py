@@ -23,6 +23,10 @@ TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny-ll
 def add_arguments(parser):
     """--out and --tokenizer, the same for every preparer."""
     parser.add_argument("--out", required=True, help="the .json or .jsonl file to write; an existing one is never overwritten")
+    add_tokenizer(parser)
+
+
+def add_tokenizer(parser):
     parser.add_argument("--tokenizer", help="a model's folder or hub name, for the lengths that are shown at the end; default: models/tiny-llama, "
                         "which has small pieces and so gives high numbers")
 
@@ -97,15 +101,18 @@ def _table(path, text, tabs, header, problems):
     return [(f"{path}, line {n}", dict(zip(names, row))) for n, row in table[header:] if len(row) == len(names)]
 
 
+def pieces(path, splits):
+    """{split: [records]} -> the text of the file, in pieces: .json an object of lists, .jsonl a line each with its "split"."""
+    if pathlib.Path(path).suffix == ".jsonl":
+        return (json.dumps({**record, "split": split}, ensure_ascii=False) + "\n" for split, part in splits.items() for record in part)
+    parts = [f'"{split}": [\n' + ",\n".join(json.dumps(record, ensure_ascii=False) for record in part) + "\n]" for split, part in splits.items()]
+    return ["{", ",\n".join(parts), "}\n"]
+
+
 def write(path, splits):
-    """{split: [records]} -> the file: .json an object of lists, .jsonl a line each with its "split". Raises FileExistsError."""
-    path = pathlib.Path(path)
+    """`pieces` into a new file. Raises FileExistsError."""
     with open(path, "x", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(json.dumps({**record, "split": split}, ensure_ascii=False) + "\n" for split, part in splits.items() for record in part)
-        else:
-            parts = [f'"{split}": [\n' + ",\n".join(json.dumps(record, ensure_ascii=False) for record in part) + "\n]" for split, part in splits.items()]
-            file.write("{" + ",\n".join(parts) + "}\n")
+        file.writelines(pieces(path, splits))
 
 
 def token_counter(name, problems):
@@ -175,11 +182,16 @@ def normal(text):
     return " ".join(text.split()).casefold()
 
 
+def place_of(text):
+    """A number from 0 to 1 by a hash, so that a text's side of a split depends on nothing else."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2 ** 64
+
+
 def hold_out(splits, shares):
     """Move shares of train's keys to eval and test."""
     train, splits["train"] = splits["train"], []
     for item in train:
-        place = int.from_bytes(hashlib.sha256(item[0].encode()).digest()[:8], "big") / 2 ** 64
+        place = place_of(item[0])
         splits["eval" if place < shares["eval"] else "test" if place < sum(shares.values()) else "train"].append(item)
 
 

@@ -235,6 +235,16 @@ def test_what_is_wrong_with_a_task_is_said_before_the_model_loads(folder, mount,
     assert not (mount / "models" / "run").exists()
 
 
+@pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), (sft_causal, "llama")], ids=["seq2seq", "sft_causal"])
+def test_a_task_named_like_the_category_of_another(folder, mount, script, model, capsys):
+    write_llama(mount / "models" / "llama")
+    path = folder / "tasks" / "task3_c.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "Categories": ["Task1 a"]}))
+    with pytest.raises(SystemExit):
+        run(script, ni_flags(mount, model_init_name=model))
+    assert capsys.readouterr().err.count("task task1_a is named like a category") == 1
+
+
 def test_a_task_without_categories_or_with_one_as_text(folder):
     path = folder / "tasks" / "task1_a.json"
     for categories, expected in ((None, []), ("Title Generation", ["Title Generation"])):
