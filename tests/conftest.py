@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -26,6 +26,14 @@ for name in LAUNCHER:
     os.environ.pop(name, None)
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: as the ranks of `start` have it, or the last digit may differ
 os.environ["RAWTUNE_FAIL_WAIT"] = "0.5"  # seconds that other ranks let rank 0 speak first
+
+
+def load_file(path):
+    """A Python file as a module of its own; those of data/ can be imported by their names."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def ragged_records(n, seed=0, longest=14):

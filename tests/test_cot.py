@@ -2,7 +2,6 @@
 
 import collections
 import http.server
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,12 +12,10 @@ import sys
 import threading
 
 import numpy as np
+import cot
 import pytest
 from conftest import ROOT, write_babbler
 
-spec = importlib.util.spec_from_file_location("cot", ROOT / "data" / "cot.py")
-cot = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cot)
 REAL = ROOT.parent / "shared" / "data" / "reasoning_teacher" / "data"
 KEY = "sk-test-0123456789"
 

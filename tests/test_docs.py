@@ -1,7 +1,6 @@
 """README.md, docs/ and data/README.md: commands parse, links lead somewhere, flags and metrics are the real ones."""
 
 import argparse
-import importlib.util
 import json
 import re
 import runpy
@@ -9,7 +8,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, clf_flags, finish, flags, rows, start, write_llama
+from conftest import ROOT, clf_flags, finish, flags, load_file, rows, start, write_llama
 
 import chat
 import clf
@@ -27,13 +26,6 @@ OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft
 
 
 TOOLS = [path for path in [*sorted((ROOT / "data").glob("*.py")), ROOT / "presets" / "sweeps" / "run.py"] if "def main(argv" in path.read_text()]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 OF_TASKS = {"tk-instruct-3b": "ni", "qog-def-pos": "ni", "qg": "ni", "flan-t5-xl": "flan"}  # presets that read task folders
@@ -75,7 +67,7 @@ def known_flags(monkeypatch, parse):
 
 def flags_of(page, monkeypatch):
     """The flags that a page may name: docs/<script>.md those of its script, other pages those of all."""
-    parsers = {**{name: script.parse_args for name, script in SCRIPTS.items()}, **{path.name: load(path).main for path in TOOLS}}
+    parsers = {**{name: script.parse_args for name, script in SCRIPTS.items()}, **{path.name: load_file(path).main for path in TOOLS}}
     own = f"{page.stem}.py"
     return set().union(*(known_flags(monkeypatch, parse) for name, parse in parsers.items() if own not in parsers or name == own))
 
@@ -102,7 +94,7 @@ def test_every_command_of_a_tool_parses(path, monkeypatch):
     class Parsed(Exception):
         pass
 
-    parse, module = argparse.ArgumentParser.parse_args, load(path)
+    parse, module = argparse.ArgumentParser.parse_args, load_file(path)
 
     def only_parse(parser, argv=None, namespace=None):
         parse(parser, argv, namespace)

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -13,20 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, write_babbler, write_llama, write_model
+from conftest import ROOT, load_file, write_babbler, write_llama, write_model
 
 import clf
 import common
 import rl_ppo
 
 NAMES = argparse.Namespace(raw_prompt=False)
-
-
-def module_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prompts_of(folder, **changes):
@@ -427,7 +419,7 @@ def test_a_function_that_takes_too_long_is_killed_and_the_flag_is_named(function
 
 
 def test_the_committed_rewards_by_example():
-    rewards = module_of(ROOT / "data" / "rewards.py")
+    rewards = load_file(ROOT / "data" / "rewards.py")
     def wish(want, *replies):
         return rewards.wish([""] * len(replies), list(replies), [{"want": want}] * len(replies))
     assert wish("digits", "a1 2", "1 2 3 4 5", "", "12", "abcdefgh12") == [0.4, 1, 0, 0.4, 0.2]
@@ -440,14 +432,14 @@ def test_the_committed_rewards_by_example():
 
 
 def test_the_committed_wishes_are_what_their_script_makes(tmp_path, capsys, monkeypatch):
-    make = module_of(ROOT / "data" / "make_wishes.py")
+    make = load_file(ROOT / "data" / "make_wishes.py")
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(make, "__file__", str(tmp_path / "data" / "make_wishes.py"))
     make.main()
     assert (tmp_path / "data" / "wishes.jsonl").read_bytes() == (ROOT / "data" / "wishes.jsonl").read_bytes()
     found = [json.loads(line) for line in (ROOT / "data" / "wishes.jsonl").read_text().splitlines()]
     assert [sum(r.get("split", "train") == split for r in found) for split in ("train", "eval", "test")] == [44, 16, 4]
-    assert {r["want"] for r in found} == set(module_of(ROOT / "data" / "rewards.py").KINDS) and len({r["prompt"] for r in found}) == 64
+    assert {r["want"] for r in found} == set(load_file(ROOT / "data" / "rewards.py").KINDS) and len({r["prompt"] for r in found}) == 64
 
 
 # ------------------------------------------------------------------------------------------------ what a reward model reads

@@ -1,14 +1,9 @@
 """data/prepare_tsv.py: small tables to records by hand, every way to get a table wrong, nothing on both sides of a split."""
 
-import importlib.util
 import json
 
+import prepare_tsv
 import pytest
-from conftest import ROOT
-
-spec = importlib.util.spec_from_file_location("prepare_tsv", ROOT / "data" / "prepare_tsv.py")
-prepare_tsv = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_tsv)
 
 
 @pytest.fixture

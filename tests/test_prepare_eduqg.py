@@ -1,17 +1,14 @@
 """data/prepare_eduqg.py: a miniature in EduQG's layout, SciQ, plain text; nothing of a book on two sides; what it writes is read back."""
 
-import importlib.util
 import json
 
+import prepare_eduqg
 import pytest
 from conftest import ROOT
 from test_instructions import args_of
 
 import common
 
-spec = importlib.util.spec_from_file_location("prepare_eduqg", ROOT / "data" / "prepare_eduqg.py")
-prepare_eduqg = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_eduqg)
 
 SHARED = ROOT.parent / "shared" / "data" / "sciq" / "SciQ_valid.csv"
 

@@ -1,14 +1,11 @@
 """data/prepare_glue.py: every task's prompt and answer by hand, both forms, every way to get a file wrong, the real sets."""
 
-import importlib.util
 import json
 
+import prepare_glue
 import pytest
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("prepare_glue", ROOT / "data" / "prepare_glue.py")
-prepare_glue = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_glue)
 SHARED = ROOT.parent / "shared" / "data"
 
 

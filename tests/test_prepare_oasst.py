@@ -3,12 +3,12 @@ wrong, the real files and the readers of the three scripts."""
 
 import argparse
 import gzip
-import importlib.util
 import itertools
 import json
 import types
 
 import numpy as np
+import prepare_oasst
 import pytest
 from conftest import ROOT, write_babbler
 
@@ -16,9 +16,6 @@ import clf
 import rl_ppo
 import sft_causal
 
-spec = importlib.util.spec_from_file_location("prepare_oasst", ROOT / "data" / "prepare_oasst.py")
-prepare_oasst = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_oasst)
 SHARED = ROOT.parent / "shared" / "data" / "oasst"
 FLAT, NESTED, SEED = "oasst1_en_validation_messages.jsonl", "en_100_tree_first60.jsonl", "realistic_seed_data.json"
 

@@ -1,7 +1,6 @@
 """data/prepare_text.py and data/prepare_tokenizer.py: the same tokens for any parts, workers and kills; a tokenizer as T5's."""
 
 import gzip
-import importlib.util
 import json
 import os
 import signal
@@ -10,22 +9,14 @@ import sys
 import time
 
 import numpy as np
+import prepare_text
+import prepare_tokenizer
 import pytest
 from conftest import ROOT, rows, stop_at
 from test_pretrain import load, sentences, stream, text_flags
 from transformers import AutoTokenizer
 
 import common
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare_text, prepare_tokenizer = script("prepare_text"), script("prepare_tokenizer")
 
 
 def write_tokenizer(folder, text, vocab_size=500):

@@ -4,20 +4,16 @@ file wrong, the readers of the two scripts. There is no real data at hand: minia
 import argparse
 import collections
 import gzip
-import importlib.util
 import itertools
 import json
 import random
 
+import prepare_translation
 import pytest
-from conftest import ROOT
 
 import seq2seq
 import sft_causal
 
-spec = importlib.util.spec_from_file_location("prepare_translation", ROOT / "data" / "prepare_translation.py")
-prepare_translation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare_translation)
 CODES = "ar de fr en it nl tr ru ms ko ja zh".split()
 
 

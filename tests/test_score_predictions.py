@@ -1,19 +1,16 @@
 """data/score_predictions.py: every file layout, published figures, baselines, bootstrap, what is refused."""
 
 import csv
-import importlib.util
 import json
 
 import numpy as np
 import pytest
+import score_predictions
 from conftest import ROOT, bpe_tokenizer
 from test_instructions import TASK, instances, write_tasks
 
 import common
 
-spec = importlib.util.spec_from_file_location("score_predictions", ROOT / "data" / "score_predictions.py")
-score_predictions = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(score_predictions)
 
 SHARED = ROOT.parent / "shared" / "data"
 ROWS = [("A dog.", ["a dog", "cat"], "task1_x", "Word Analogy"), ("three cats", ["a cat"], "task1_x", "Word Analogy"), ("no", ["yes"], "task2_y", "Title Generation")]

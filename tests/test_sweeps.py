@@ -12,11 +12,9 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_file
 
-spec = importlib.util.spec_from_file_location("sweeps_run", ROOT / "presets" / "sweeps" / "run.py")
-run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run)
+run = load_file(ROOT / "presets" / "sweeps" / "run.py")
 
 OURS = sorted((ROOT / "presets" / "sweeps").glob("*.yaml"))
 HAS_OPTUNA = importlib.util.find_spec("optuna") is not None

@@ -1,6 +1,5 @@
 """seq2seq.py on data that names its task (data/prepare_glue.py): metrics against scikit-learn and scipy, parts, defaults, early stopping."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -8,6 +7,7 @@ import sys
 import types
 
 import numpy as np
+import prepare_glue
 import pytest
 import scipy.stats
 import sklearn.metrics
@@ -147,9 +147,6 @@ def test_a_metric_that_the_data_has_not_is_refused(mount, run_main, capsys):
 @pytest.mark.parametrize("task, folder, more", [("sst2", "SST-2", {"lora_rank": 4}), ("stsb", "STS-B", {"num_beams": 2}), *(
     pytest.param(*case, marks=pytest.mark.slow) for case in (("cola", "CoLA", {}), ("rte", "RTE", {"train_adapter": True})))])
 def test_real_files_are_prepared_and_trained_on(mount, run_main, monkeypatch, task, folder, more):
-    spec = importlib.util.spec_from_file_location("prepare_glue", ROOT / "data" / "prepare_glue.py")
-    prepare_glue = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare_glue)
     assert prepare_glue.main(["--task", task, "--data_dir", str(SHARED / folder), "--out", str(mount / "data" / f"{task}.jsonl")]) == 0
     shutil.rmtree(mount / "models" / "tiny")
     from test_prepare_text import write_tokenizer
