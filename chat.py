@@ -21,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hmac
 import http.server
 import inspect
@@ -1126,37 +1127,50 @@ def read_prompts(args, prompts, problems):
 
 
 def open_output(args, found, problems):
-    """(path of the unfinished output, rows that it has). What another command began is not continued."""
+    """(the unfinished output, open and locked; rows that it has). What another command began, or writes just now, is not continued."""
     out = pathlib.Path(args.output)
     part = out.with_name(out.name + ".part")
     head = {"model": str(args.model_path), "weights_sha256": common.weights_sha256(args.model_path) if os.path.isdir(args.model_path) else None,
             "input_sha256": common.file_sha256(pathlib.Path(args.input)), "format": args.format, "system_prefix": args.system_prefix,
             "n_samples": args.n_samples, "logprobs": args.logprobs, "revision": args.revision, "quantize": args.quantize, "dtype": args.dtype,
             "bot_name": args.bot_name, "max_context": args.max_context, **{name: getattr(args, name) for name in SAMPLING}}
-    done = set()
-    if part.exists():
-        lines = part.read_bytes().split(b"\n")[:-1]  # a last line without an end was cut by a kill
-        if not lines or json.loads(lines[0]) != head:
-            problems.append(f"{part} was begun with other flags, input or weights: finish it with those, or move it away")
+    try:
+        file, done = open(part, "a", encoding="utf-8"), set()
+    except OSError as error:
+        problems.append(f"--output {out}: {error}")
+        return None, None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
+    except BlockingIOError:
+        problems.append(f"{part}: another process is writing it; wait for its end, or stop it and start this command again")
+        return file, done
+    except OSError as error:
+        log.warning(f"{part}: no locks on this file system ({error}), so two processes could write it at the same time")
+    lines = part.read_bytes().split(b"\n")[:-1]  # a last line without an end was cut by a kill
+    if out.exists():  # by now: another process has just ended
+        problems.append(f"--output {out} exists; move it away or choose another")
+        if not file.tell():
+            part.unlink()
+    elif not file.tell():
+        file.write(json.dumps(head) + "\n")
+        file.flush()
+    elif not lines or json.loads(lines[0]) != head:
+        problems.append(f"{part} was begun with other flags, input or weights: finish it with those, or move it away")
+    else:
         done = {json.loads(line)["row"] for line in lines[1:]}
-        if not problems:
-            os.truncate(part, sum(len(line) + 1 for line in lines))
-            log.info(f"{part}: {len(done)} of {len(found)} prompts are done, continuing")
-    elif not problems:
-        try:
-            part.write_text(json.dumps(head) + "\n")
-        except OSError as error:
-            problems.append(f"--output {out}: {error}")
-    return part, done
+        os.truncate(part, sum(len(line) + 1 for line in lines))
+        log.info(f"{part}: {len(done)} of {len(found)} prompts are done, continuing")
+    return file, done
 
 
-def answer_file(args, engine, prompts, found, part, done):
+def answer_file(args, engine, prompts, found, file, done):
     """All prompts that are not done, the longest first; rows are written as they end and put in order at the end."""
+    part = pathlib.Path(file.name)
     settings = {name: getattr(args, name) for name in SAMPLING}
     rest = collections.deque(sorted((i for i in range(len(found)) if i not in done), key=lambda i: -len(found[i][1])))
     running, began, n_before = collections.deque(), time.perf_counter(), engine.n_generated
     bar = tqdm(total=len(rest), desc="prompts", delay=2)
-    with open(part, "a", encoding="utf-8") as file:
+    with file:
         while rest or running:
             while rest and len(running) < 2 * args.max_batch:
                 i = rest.popleft()
@@ -1173,12 +1187,12 @@ def answer_file(args, engine, prompts, found, part, done):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
-    bar.close()
-    rows = sorted((json.loads(line) for line in part.read_bytes().split(b"\n")[1:-1]), key=lambda row: row["row"])
-    aside = part.with_name(part.name + ".tmp")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, args.output)
-    part.unlink()
+        bar.close()
+        rows = sorted((json.loads(line) for line in part.read_bytes().split(b"\n")[1:-1]), key=lambda row: row["row"])
+        aside = part.with_name(part.name + ".tmp")
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(aside, args.output)
+        part.unlink()
     n, seconds = engine.n_generated - n_before, time.perf_counter() - began
     log.info(f"{args.output}: {len(rows)} prompts, {n} tokens in {seconds:.1f} s, {n / seconds:.1f} tokens/s")
 

@@ -542,8 +542,6 @@ def reduce_rows(losses, is_target, target, compat=False):
 
 # ------------------------------------------------------------------------------------------------ sketches
 
-MASK64 = (1 << 64) - 1
-
 
 def mix(x):
     """The finaliser of splitmix64 (Steele et al. 2014) on int64 tensors, in place. Products wrap; >> is arithmetic, hence the masks."""

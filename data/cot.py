@@ -163,9 +163,11 @@ def summary(meta, rows, compat=False):
 
 
 def load(path, problems):
-    """The value in a JSON file, or None."""
+    """The value in a JSON file; None, and a problem, if there is none."""
     try:
-        return json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+        value = json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+        problems += [f"{path}: holds null"] if value is None else []
+        return value
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         problems.append(f"{path}: cannot be read as JSON ({error})")
         return None
@@ -243,6 +245,10 @@ def load_completions(path, problems, whole=None):
             wrong = "no completion (not finished?)"
         problems += [f"{path}, data[{index!r}]: {wrong}"] if wrong else []
         rows.append(row)
+    if len(problems) == n_before:
+        several = collections.Counter((row["sample_index"], row["completion_index"]) for row in rows)
+        problems += [f"{path}, data['{i}']: completion_index {c} is there {n} times" for (i, c), n in several.items() if n > 1]
+        problems += [f"{path}: no completions in it"] if not rows else []
     if len(problems) > n_before:
         return {}, []
     return meta, sorted(rows, key=lambda row: (row["sample_index"], row["completion_index"]))
@@ -266,7 +272,7 @@ def check_new(path, suffix, problems):
 def write_aside(path, text):
     """The whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
@@ -334,7 +340,7 @@ def read_raw(key, row, shuffle):
 
 
 def read_samples(args, problems):
-    """[(question, answer, rationale)] of the files of a public set."""
+    """[(question, answer, rationale, sample_index or None)] of the files of a public set."""
     found, n_before, shuffle = [], len(problems), np.random.RandomState(0)
     for where, row in [record for path in args.input for record in records.read(path, problems)]:
         inner = next((name for name in ("examples", "data") if isinstance(row.get(name), list)), None)
@@ -346,9 +352,11 @@ def read_samples(args, problems):
             except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
                 problems.append(f"{where}: no record of {args.dataset_key} ({type(error).__name__}: {error})")
                 continue
-            wrong = wrong_sample({"sample_index": 0, "question": question, "answer": answer, "rationale": rationale or ""}, args.dataset_key)
+            index = row.get("sample_index")
+            sample = {"sample_index": 0 if index is None else index, "question": question, "answer": answer, "rationale": rationale or ""}
+            wrong = wrong_sample(sample, args.dataset_key)
             problems += [f"{where}: {wrong}"] if wrong else []
-            found.append((question, answer, rationale))
+            found.append((question, answer, rationale, index))
     if not found and len(problems) == n_before:
         problems.append(f"{args.input[0]}: no records in it")
     return found
@@ -373,11 +381,15 @@ def make(args):
         while not problems and len(found) < n:
             question, *rest = SYNTHETIC[args.dataset_key](rng.sample(NAMES, n_names), rng)
             found[question] = rest
-        found = [(question, answer, rationale if args.rationale else None) for question, (answer, rationale) in found.items()]
+        found = [(question, answer, rationale if args.rationale else None, None) for question, (answer, rationale) in found.items()]
     if problems:
         return records.stop(problems)
-    samples = [{"sample_index": i, "question": question, "answer": answer, **({"rationale": rationale} if rationale else {})}
-               for i, (question, answer, rationale) in enumerate(found)]
+    indices = [index for *_, index in found]
+    if any(index is not None for index in indices) and (None in indices or len(set(indices)) < len(indices)):
+        notes.append(f"samples are numbered anew, 0 to {len(found) - 1}, as not all have a sample_index of their own; splits and completions go by it")
+        indices = [None] * len(found)
+    samples = [{"sample_index": i if index is None else index, "question": question, "answer": answer, **({"rationale": rationale} if rationale else {})}
+               for i, (index, (question, answer, rationale, _)) in enumerate(zip(indices, found))]
     write_aside(out, json.dumps({"metadata": {"dataset_key": args.dataset_key}, "data": samples}, indent=4, ensure_ascii=False) + "\n")
     n_repeated = len(samples) - len({sample["question"] for sample in samples})
     notes += [f"questions that are repeated: {n_repeated}"] if n_repeated else []
@@ -412,6 +424,11 @@ def split(args):
         if samples and len(samples) != rule["size"]:
             problems.append(f"{args.dataset}: {len(samples)} samples; the published split of {key}, the last {test_last} for test, is of "
                             f"{rule['size']}: say --test_last N")
+    if not 0 <= args.seed < 2**32:
+        problems.append(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
+        args.seed = 0
+    if args.seed and args.kind == "random" and train_n is None:
+        problems.append(f"--seed {args.seed}: the random split is the published one, always the same; --seed draws --train_n and the template split")
     if test_last is not None and args.kind == "template":
         problems.append("--test_last: not with --kind template")
     n_train = round(len(indices) * 0.7)  # a half goes to the even side: 395 -> 276
@@ -448,6 +465,10 @@ class Stop(Exception):
     """A teacher does not go on: (message, exit code). What it wrote is kept."""
 
 
+class Refused(Exception):
+    """A server does not answer this prompt: it is too long, or filtered."""
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):  # it would carry the key to another host
         return None
@@ -459,13 +480,13 @@ class Server:
     first_wait_sec = 1.0
 
     def __init__(self, args, problems):
-        self.args, self.stop = args, threading.Event()
+        self.args, self.stop, self.refused = args, threading.Event(), []
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         self.opener = urllib.request.build_opener(NoRedirect)
         self.chat = args.server.endswith("/chat/completions")
         self.kind = "chat/completions" if self.chat else "completions"  # not the address: a server may move
         url = re.fullmatch(r"(https?)://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^?#@]*)?/completions", args.server)
-        if not url:
+        if not url or not args.server.isascii() or re.search(r"\s", args.server):
             problems.append("--server: expected a whole address that ends in /v1/completions or /v1/chat/completions, without a password or query")
         if not args.model:
             problems.append("--server: --model NAME is needed, as the server knows it")
@@ -482,7 +503,7 @@ class Server:
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         request = urllib.request.Request(self.args.server, json.dumps(body).encode(), headers)
         for attempt in range(1, self.args.retries + 2):
-            status, asked_wait = 0, None
+            status, asked_wait, what = 0, None, ""
             try:
                 try:
                     reply = self.opener.open(request, timeout=self.args.timeout_sec)
@@ -492,18 +513,29 @@ class Server:
                     text, status, asked_wait = reply.read().decode(errors="replace"), reply.status, reply.headers.get("Retry-After", "")
                 what = f"HTTP {status} {text[:500].strip()}"
                 if status == 200:
-                    (one,) = json.loads(text)["choices"]
-                    return (one["message"]["content"] if self.chat else one["text"]) or "", one.get("finish_reason")
+                    reply = json.loads(text)
+                    try:
+                        (one,) = reply["choices"]
+                        text, end = one["message"]["content"] if self.chat else one["text"], one.get("finish_reason")
+                    except (KeyError, TypeError, ValueError, AttributeError):
+                        text = end = 0
+                    if isinstance(text, str) and isinstance(end, str | None):
+                        return text, end
+                    # null, such as of a content filter, is no answer; anything else is no such server
+                    status = 400 if text is None else 404
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a reply that was cut
                 what = f"{type(error).__name__} {error}"
-            except (KeyError, TypeError, ValueError, AttributeError):
-                status = 400
+            except (ValueError, RecursionError):  # no JSON: cut, or an error page
+                status = 0
             what = f"{self.args.server}: {what}"
             what = what.replace(self.key, "***") if self.key else what
-            if 0 < status < 500 and status != 429:
+            if status in (400, 413, 422):
+                raise Refused(what)
+            if 0 < status < 500 and status not in (408, 409, 425, 429):
                 self.stop.set()
                 raise Stop(what, 2)
-            wait = float(asked_wait) if re.fullmatch(r"\d+(\.\d+)?", asked_wait or "") else min(60.0, self.first_wait_sec * 2 ** (attempt - 1))
+            asked = float(asked_wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", asked_wait or "") else 0.0
+            wait = max(min(asked, 3600.0), min(60.0, self.first_wait_sec * 2 ** (attempt - 1)))
             if attempt <= self.args.retries:
                 tqdm.write(f"{what}; waiting {wait:g} s, then attempt {attempt + 1} of {self.args.retries + 1}", file=sys.stderr)
                 if self.stop.wait(wait):
@@ -512,10 +544,19 @@ class Server:
         raise Stop(f"{what}; gave up after {attempt} attempts", EXIT_SAVED)
 
     def __call__(self, rows, step, max_tokens, temperature, keep):
+        n_kept = 0
+
         def one(row):
+            nonlocal n_kept
             if not self.stop.is_set():
                 seed = seed_of(self.args.seed, step, row["sample_index"], row["completion_index"])
-                keep(row, *self.ask(row[f"{step}prompt"], max_tokens, temperature, seed))
+                try:
+                    keep(row, *self.ask(row[f"{step}prompt"], max_tokens, temperature, seed))
+                    n_kept += 1
+                except Refused as error:  # this prompt alone, unless nothing is accepted
+                    self.refused.append(f"sample {row['sample_index']}, completion {row['completion_index']}{step and ', reasoning'}: {error}")
+                    if not n_kept and len(self.refused) >= 8:
+                        self.stop.set()
 
         with concurrent.futures.ThreadPoolExecutor(self.args.workers) as pool:
             asked = [pool.submit(one, row) for row in rows]
@@ -605,7 +646,7 @@ def teach(args):
     template, max_tokens = METHODS[args.method]
     max_tokens = max_tokens if args.max_tokens is None else args.max_tokens
     temperature = (0.0 if args.k == 1 else 0.7) if args.temperature is None else args.temperature
-    if min(args.k, max_tokens, args.workers, args.retries + 1) < 1 or args.timeout_sec <= 0:
+    if min(args.k, max_tokens, args.workers, args.retries + 1) < 1 or not 0 < args.timeout_sec < 1e6:
         problems.append("--k, --max_tokens, --workers, --timeout_sec: expected more than 0; --retries: 0 or more")
     if not 0 <= temperature <= 2 or args.k > 1 and not temperature:
         problems.append(f"--k {args.k} --temperature {temperature:g}: expected 0 to 2, and above 0 where --k is above 1 (else all are the same)")
@@ -656,6 +697,8 @@ def teach(args):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return records.stop([f"{part}: another process is writing it"])
+        except OSError as error:
+            print(f"WARNING: {part}: no locks on this file system ({error}), so two processes could write it at the same time", file=sys.stderr)
         try:
             return fill_in(path, part, file, meta, wanted, teacher, few_shot)
         finally:
@@ -699,7 +742,7 @@ def fill_in(path, part, file, meta, wanted, teacher, few_shot):
                 write(row)
                 bar.update()
 
-            asked = [row for row in todo if f"{step}completion" not in row]
+            asked = [row for row in todo if f"{step}completion" not in row and (not two_steps or step or "reasoning_completion" in row)]
             for row in asked:
                 row[f"{step}prompt"], _ = render(meta["prediction_template"], "step 2" if two_steps and not step else meta["family"], row, few_shot)
             teacher(asked, step, meta[f"{step}max_tokens"], meta[f"{step}temperature"], keep)
@@ -711,8 +754,12 @@ def fill_in(path, part, file, meta, wanted, teacher, few_shot):
     finally:
         bar.close()
     finished = [rows[at] for at in sorted(rows) if "completion" in rows[at]]
-    if todo:
+    if todo and finished:
         write_aside(path, completions_text(meta, finished))
+    if refused := getattr(teacher, "refused", []):
+        records.stop([*refused, f"{path}: {sum('completion' in row for row in wanted)} of {len(wanted)} completions are kept; the same command asks again "
+                      "for what was refused; to go on without, leave those samples out of a --split"])
+        return 2
     if part.exists() and len(finished) == len(rows):  # else there are rows of another --part or --k that are not done
         part.unlink()
     ends = collections.Counter(row.get("finish_reason") for row in wanted)
@@ -743,6 +790,11 @@ def is_right(row, meta, compat):
     return judge(meta["dataset_key"], meta.get("prediction_template"), row["completion"], row["answer"], compat)["correct"]
 
 
+def n_completions(meta, rows):
+    """Of a question, at most; of what `filter` left, those that there were before."""
+    return meta.get("completions") or max((row.get("completion_index", 0) + 1 for row in rows), default=1)
+
+
 def filter_correct(args):
     problems = []
     out = check_new(args.out, ".json", problems)
@@ -750,7 +802,7 @@ def filter_correct(args):
     if problems:
         return records.stop(problems)
     right, asked = [row for row in rows if is_right(row, meta, args.compat)], {row["sample_index"] for row in rows}
-    write_aside(out, completions_text(meta, right, asked))
+    write_aside(out, completions_text({**meta, "completions": n_completions(meta, rows)}, right, asked))
     n_right = collections.Counter(row["sample_index"] for row in right)
     counts = collections.Counter(n_right[index] for index in asked)
     print(f"{out}: {len(right)} of {len(rows)} completions are correct; {counts[0]} of {len(asked)} questions have none",
@@ -781,6 +833,8 @@ def export(args):
         problems.append("--val_share and --tokenizer: belong to --to rawtune")
     if meta and samples and meta["dataset_key"] != key:
         problems.append(f"{args.completions}: of {meta['dataset_key']}, and {args.dataset} is {key}")
+    if is_cot and args.k is not None and rows and args.k > (n_there := n_completions(meta, rows)):
+        problems.append(f"--k {args.k}: {args.completions} has {n_there} completions of a question")
     problems += [f"{args.completions}, data['{row['sample_index']}']: another question or answer than in {args.dataset}" for row in rows
                  if any(row[name].strip() != samples.get(row["sample_index"], {name: ""})[name].strip() for name in ("question", "answer"))]
     count = records.token_counter(args.tokenizer, problems) if args.to == "rawtune" and not problems else None
@@ -790,11 +844,16 @@ def export(args):
     rows = [row for row in rows if row["sample_index"] in taught and (args.k is None or row["completion_index"] < args.k)]
     right = [row for row in rows if not is_cot or is_right(row, meta, args.compat)]
     told = [{**row, "reasoning_completion": rationale_of(row, meta["prediction_template"])} if is_cot else row for row in right]
-    for row in told:
-        taught[row["sample_index"]] += [row] if not is_cot or row["reasoning_completion"] else []
-    n_taught = sum(map(len, taught.values()))
-    notes = [f"train part: {len(rows) - len(right)} wrong completions and {len(right) - n_taught} without a rationale left out; "
-             f"{sum(not found for found in taught.values())} of {len(taught)} questions have none left"]
+    prefix = TEMPLATES[template].get("prefix")
+    fit = [row for row in told if not is_cot or row["reasoning_completion"] and prefix not in row["reasoning_completion"]]
+    for row in fit:
+        taught[row["sample_index"]].append(row)
+    n_without = sum(not row["reasoning_completion"] for row in told) if is_cot else 0
+    notes = [f"train part: {len(rows) - len(right)} wrong completions and {n_without} without a rationale left out"
+             + (f", {n_within} with {prefix!r} in the rationale" if (n_within := len(told) - len(fit) - n_without) else "")
+             + f"; {sum(not found for found in taught.values())} of {len(taught)} questions have none left"]
+    if args.to == "rawtune" and args.family == "encoder_decoder" and (n_lines := sum("\n" in row["reasoning_completion"] for row in fit if is_cot)):
+        notes.append(f"{n_lines} rationales have several lines, which T5's tokenizer turns into blanks: seq2seq.py wants --allow_lossy for them")
 
     def record(row, is_gold=False):
         prompt, label = render(template, args.family, row, compat=args.compat)
@@ -804,7 +863,7 @@ def export(args):
 
     if args.to == "earlier":
         splits = {"train": [record(row) for found in taught.values() for row in found]}
-        k = args.k or max((row.get("completion_index", 0) + 1 for row in rows), default=1)
+        k = args.k or n_completions(meta, rows)
         name = f"{meta['completion_key']}_{key}" + (f"_{k}aug" if re.search(r"_t\d", meta["completion_key"]) else "") if is_cot else key
         out = pathlib.Path(args.root) / "finetune_data" / f"P_{args.family}" / f"F_{name}.json{'l' * (args.family == 'openai')}"
         if args.family == "openai":
@@ -825,7 +884,7 @@ def export(args):
         text = "".join(records.pieces(out, splits))
     if empty := [name for name, part in splits.items() if not part]:
         return records.stop([f"{out}: nothing for {' and '.join(empty)}; {notes[0]}"])
-    if out.exists() and out.read_text(encoding="utf-8") != text:
+    if out.exists() and out.read_bytes() != text.encode():
         return records.stop([f"{out}: exists and differs; move it away or choose another name"])
     notes += ["the file was there already, the same"] if out.exists() else []
     if not out.exists():
@@ -887,6 +946,8 @@ def best_on_eval(args, problems):
     for decoding, paths in sorted(runs.items()):
         results = {step: scored(path, args.template, args.compat, problems) for step, path in sorted(paths.items())}
         shown += [line for _, lines in results.values() for line in lines]
+        if len({sum(line[3] for line in lines) for _, lines in results.values()}) > 1:
+            print(f"WARNING: {decoding}: the steps were evaluated on different numbers of questions (column n)", file=sys.stderr)
         best = max(results, key=lambda step: results[step][0])  # of equals the first
         notes.append(f"{decoding}: best on eval is step {best}")
         test = paths[best].with_name(f"test_{paths[best].name}")
@@ -898,9 +959,9 @@ def best_on_eval(args, problems):
 
 
 def saved_results(args, problems):
-    """A tree of completion files -> ({(model, method): {data set: accuracy}}, a line for each file). Of several epochs the table has
-    the last: the best one would be chosen on the test part."""
-    table, lines, last = collections.defaultdict(dict), [], {}
+    """A tree of completion files -> ({(model, method): {data set: accuracy}}, a line for each file, notes). Of several epochs the table
+    has the last: the best one would be chosen on the test part."""
+    table, lines, last, places, sizes = collections.defaultdict(dict), [], {}, {}, collections.defaultdict(set)
     for path in tqdm(sorted(pathlib.Path(args.saved_dir).glob("**/B_*__C_*/D_*.json")), desc="files", delay=2):
         meta, rows = load_completions(path, problems)
         if args.split and meta:
@@ -913,11 +974,15 @@ def saved_results(args, problems):
         method = " ".join(filter(None, dict.fromkeys([meta["completion_key"], meta.get("train_key")])))
         at = (meta["base_model"], method, meta["dataset_key"])
         lines.append([*at, epoch, *result.values()])
+        if (other := places.setdefault((*at, epoch), path)) != path:
+            problems.append(f"{path}: a cell of the table that {other} has already; give --saved_dir a tree with one of them")
+        sizes[meta["dataset_key"]].add(result["n"])
         if at not in last or (epoch or 0) > last[at]:
             last[at], table[at[:2]][at[2]] = epoch or 0, result["accuracy"]
     if not lines and not problems:
         problems.append(f"{args.saved_dir}: no completion files (B_<model>__C_<method>/D_<data set>.json) below it")
-    return table, lines
+    return table, lines, [f"{key}: the files have {', '.join(map(str, sorted(found)))} completions, --csv shows which" for key, found in sizes.items()
+                          if len(found) > 1]
 
 
 def draw(table, keys, path):
@@ -951,7 +1016,7 @@ def evaluate(args):
         return records.stop(problems)
     shown = [["file", "data set", "template", "n", *METRICS]]
     if args.saved_dir:
-        table, lines = saved_results(args, problems)
+        table, lines, notes = saved_results(args, problems)
         keys = [key for key in DATASETS if any(key in found for found in table.values())]
         shown = [["model", "method", *keys], *([*at, *(found.get(key) for key in keys)] for at, found in table.items())]
     elif args.best_on_eval:
@@ -1001,7 +1066,8 @@ def main(argv=None):
                      "aqua and commonsense_qa; template: no kind of question on both sides (default: random)")
     one.add_argument("--test_last", type=int, metavar="N", help="the last N samples for test, the rest for training")
     one.add_argument("--train_n", type=int, metavar="N", help="only N drawn samples of the training part, as few-shot subsets are made")
-    one.add_argument("--seed", type=int, default=0, help="of what is drawn [integer], 0 as published")
+    one.add_argument("--seed", type=int, default=0, help="of --train_n and of --kind template [integer] (default: 0); the random split "
+                     "itself is always the published one")
 
     one = command("teach", teach, "let a teacher answer; rows are kept as they come, and the same command goes on")
     one.add_argument("--dataset", required=True, metavar="FILE")
@@ -1060,7 +1126,10 @@ def main(argv=None):
     one.add_argument("--compat", action="store_true", help="judge as the earlier system, with its bugs")
 
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except OSError as error:  # a path that is no good, a full disk
+        return records.stop([str(error)])
 
 
 if __name__ == "__main__":

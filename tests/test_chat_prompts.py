@@ -279,6 +279,20 @@ def test_a_stopped_job_continues_behind_its_last_row_and_ends_the_same(file_job,
     assert run_chat(file_job()) == 2 and "exists" in capsys.readouterr().err
 
 
+def test_two_processes_do_not_write_one_output(file_job, run_chat, monkeypatch, capsys):
+    """A killed parent (data/cot.py teach) leaves this script running; the same command again must not write beside it."""
+    part, real = file_job.folder / "out.jsonl.part", chat.answer_file
+
+    def beside(args, engine, prompts, found, file, done):
+        monkeypatch.setattr(chat, "answer_file", real)
+        before = part.read_text()
+        assert run_chat(file_job()) == 2 and "another process is writing it" in capsys.readouterr().err and part.read_text() == before
+        real(args, engine, prompts, found, file, done)
+    monkeypatch.setattr(chat, "answer_file", beside)
+    assert run_chat(file_job()) == 0 and len(rows_of(file_job.folder / "out.jsonl")) == 23 and not part.exists()
+    assert run_chat(file_job("other.jsonl")) == 0  # nothing stays locked
+
+
 def test_an_adapter_folder_a_checkpoint_and_quantised_weights_load(tmp_path, run_chat, run_sft, capsys):
     """A LoRA run names its base; replies are those of the merged model. A bottleneck adapter's are others than its base's."""
     write_llama(tmp_path / "models" / "tiny")

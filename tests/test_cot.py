@@ -257,6 +257,17 @@ def test_public_layouts(run, key):
     assert [s["sample_index"] for s in value("twice.json")["data"]] == list(range(2 * len(expected)))
 
 
+def test_samples_keep_their_own_index(run):
+    """Splits and completions go by it."""
+    rows = [{"sample_index": i, "question": f"q{i}", "answer": "1"} for i in (7, 3, 12)]
+    pathlib.Path("a.json").write_text(json.dumps({"metadata": {"dataset_key": "svamp"}, "data": rows}))
+    pathlib.Path("new.json.tmp").write_text("mine")
+    code, out, _ = run("make", "svamp", "--input", "a.json", "--out", "new.json")
+    assert code == 0 and "numbered anew" not in out and value("new.json")["data"] == rows and pathlib.Path("new.json.tmp").read_text() == "mine"
+    code, out, _ = run("make", "svamp", "--input", "a.json", "a.json", "--out", "two.json")
+    assert code == 0 and "samples are numbered anew, 0 to 5" in out and [s["sample_index"] for s in value("two.json")["data"]] == list(range(6))
+
+
 @pytest.mark.parametrize("key", ["coin_flip", "multiarith", "date_understanding"])
 def test_real_files_come_back_byte_for_byte(run, key):
     path = real("dataset", f"{key}.json")
@@ -544,6 +555,46 @@ def test_servers_that_fail_keep_what_there_is(run, monkeypatch, answer, code, me
     assert found == 75 and "Connection refused" in err and "1 of 6" in err and len(stub.asked) == (10 if code == 75 else 8)
 
 
+def test_a_prompt_that_is_refused_does_not_stop_the_others(run, monkeypatch):
+    """A filter refuses question 2 (400, or null for an answer): the rest is asked, the row is named, and the same command asks for it again."""
+    dataset("d.json", "multiarith", SUMS)
+    for no in ((400, {}, {"error": "content policy"}), reply(None, "content_filter")):
+        with Stub(lambda prompt, n: no if "What is 2" in prompt else sums(prompt, n)) as stub:
+            code, _, err = run(*teach(stub.url))
+            assert code == 2 and "sample 2, completion 0, reasoning: " in err and "5 of 6 completions are kept" in err and len(stub.asked) == 11
+        assert len(value(DONE)["data"]) == 5
+        with Stub(sums) as stub:
+            code, out, err = run(*teach(stub.url))
+            assert code == 0 and "5 of 6 completions are there" in err and "accuracy 100.00" in out and len(stub.asked) == 2
+        os.remove(DONE)
+    with Stub(lambda prompt, n: (400, {}, {"error": "no such model"})) as stub:  # all of them: not even tried
+        dataset("d.json", "multiarith", [(f"What is {i} + {i}?", str(2 * i)) for i in range(40)])
+        code, _, err = run(*teach(stub.url))
+        assert code == 2 and "no such model" in err and len(stub.asked) < 16 and not pathlib.Path(DONE).exists()
+
+
+def test_waits_are_never_shorter_than_the_back_off_nor_endless(run, monkeypatch):
+    dataset("d.json", "multiarith", SUMS[:1])
+    waits = []
+    monkeypatch.setattr(cot.Server, "first_wait_sec", 1.0)
+    monkeypatch.setattr(cot.threading.Event, "wait", lambda self, seconds=None: waits.append(seconds))
+    # no limit, one of ages, a reply that was cut, a time-out on the server's side
+    first = {1: (429, {"Retry-After": "0"}, b""), 2: (429, {"Retry-After": "99999999999"}, b""), 3: (429, {"Retry-After": "9999"}, b""),
+             4: (200, {}, b'{"choi'), 5: (408, {}, b"")}
+    with Stub(lambda prompt, n: first.get(n) or sums(prompt, n)) as stub:
+        assert run(*teach(stub.url))[0] == 0
+    assert [wait for wait in waits if wait] == [1.0, 2.0, 3600.0, 8.0, 16.0]
+
+
+@pytest.mark.parametrize("body", [{"choices": [{"text": ["parts"]}]}, {"choices": [{"text": 5}]}, {"choices": [{"text": "5", "finish_reason": {}}]}, [],
+                                  {"choices": []}, {"choices": 3}])
+def test_replies_that_are_none_are_said(run, body):
+    dataset("d.json", "multiarith", SUMS)
+    with Stub(lambda prompt, n: (200, {}, body)) as stub:
+        code, _, err = run(*teach(stub.url, "--workers", 1))
+    assert code == 2 and "HTTP 200" in err and len(stub.asked) == 1
+
+
 def test_a_key_that_no_header_can_hold_is_not_shown(run, monkeypatch):
     dataset("d.json", "multiarith", SUMS)
     for key in (f"{KEY}\nX: y", f"{KEY}é"):
@@ -642,7 +693,7 @@ def test_filter_keeps_only_what_is_correct(run):
     code, out, _ = run("filter", "--completions", "c.json", "--out", "f.json")
     assert code == 0 and "3 of 5 completions are correct; 1 of 3 questions have none" in out and "1 with 0, 1 with 1, 1 with 2" in out
     assert {i: [row["completion_index"] for row in rows] for i, rows in value("f.json")["data"].items()} == {"0": [0, 2], "7": [], "10": [0]}
-    assert value("f.json")["metadata"] == value("c.json")["metadata"]
+    assert value("f.json")["metadata"] == {**value("c.json")["metadata"], "completions": 3}  # of a question, before the wrong ones went
     run("filter", "--completions", "c.json", "--out", "g.json", "--compat")
     assert [row["completion"] for row in value("g.json")["data"]["0"]] == [" 5."]
     assert run("filter", "--completions", "c.json", "--out", "g.json")[0] == 2
@@ -702,6 +753,22 @@ def test_export_for_our_trainers(taught, monkeypatch):
     before = pathlib.Path("ft.jsonl").read_bytes()
     code, _, err = taught("ft", "natural", "encoder_decoder", "--out", "ft.jsonl")
     assert code == 2 and "exists and differs" in err and pathlib.Path("ft.jsonl").read_bytes() == before
+
+
+def test_export_leaves_out_rationales_that_hold_the_mark_and_knows_how_many_completions_there_are(taught, run):
+    whole = value("c.json")
+    whole["data"]["0"][1]["reasoning_completion"] = "0 --> 0,\nso"
+    pathlib.Path("c.json").write_text(json.dumps(whole))
+    code, out, _ = taught("ft_cot", "token", "encoder_decoder", "--out", "a.json", "--val_share", 0)
+    assert code == 0 and "1 with '-->' in the rationale; 2 of 4 questions have none left" in out and len(value("a.json")["train"]) == 2
+    code, out, _ = taught("ft_cot", "natural", "decoder", "--out", "b.json", "--val_share", 0)
+    assert code == 0 and "in the rationale" not in out and "several lines" not in out and len(value("b.json")["train"]) == 3
+    code, _, err = taught("ft_cot", "token", "decoder", "--out", "x.json", "--k", 3)
+    assert code == 2 and "--k 3: c.json has 2 completions of a question" in err
+    whole["data"] = {"0": whole["data"]["0"][:1]}
+    pathlib.Path("c.json").write_text(json.dumps({**whole, "metadata": {**whole["metadata"], "completions": 2}}))
+    assert taught("ft_cot", "token", "decoder", "--to", "earlier", "--root", "saved")[0] == 0
+    assert list(pathlib.Path("saved").rglob("F_*.json"))[0].name == "F_zs_cot_t70_multiarith_2aug.json"  # not as many as happen to be right
 
 
 def test_held_out_by_a_hash_of_the_question():
@@ -782,7 +849,10 @@ def test_best_on_eval_never_looks_at_test(run):
     assert code == 0 and out.splitlines()[-1] == "temperature=0.00_n=1: best on eval is step 20", err
     assert [pathlib.Path(row[0]).name.split("step=")[1] for row in table(out)[1:-1]] == ["10.json", "20.json", "30.json", "100.json", "20.json"]
     assert table(out)[-2][0].endswith("run/test_temperature=0.00_n=1_step=20.json") and table(out)[-2][3:5] == ["4", "25.00"]
+    assert "different numbers" not in err
     os.remove("run/test_temperature=0.00_n=1_step=20.json")
+    predictions("run/temperature=0.00_n=1_step=30.json", [["7"]])
+    assert "WARNING: temperature=0.00_n=1: the steps were evaluated on different numbers of questions" in run("evaluate", "--best_on_eval", "run")[2]
     code, out, err = run("evaluate", "--best_on_eval", "run")
     assert code == 0 and "best on eval is step 20" in out and "WARNING: no test_temperature=0.00_n=1_step=20.json" in err and "checkpoint-20" in err
 
@@ -799,7 +869,8 @@ def test_saved_dir(run):
     completions("saved/completion_data/B_big__C_zs_cot/D_multiarith.json", [(0, 0, "a", "5", "r", "5"), (1, 0, "b", "5", "r", "6")])
     code, out, err = run("evaluate", "--saved_dir", "saved", "--csv", "t.csv", "--figure", "t.svg")
     assert code == 0, err
-    assert table(out) == [["model", "method", "multiarith", "svamp"], ["big", "zs_cot", "50.00", "-"], ["t5", "ft_cot", "0.00", "100.00"]]
+    assert table(out)[:-1] == [["model", "method", "multiarith", "svamp"], ["big", "zs_cot", "50.00", "-"], ["t5", "ft_cot", "0.00", "100.00"]]
+    assert out.splitlines()[-1] == "multiarith: the files have 1, 2 completions, --csv shows which"
     assert pathlib.Path("t.csv").read_text().splitlines() == [
         "model,method,dataset,epoch,n,accuracy,contains_answer,correct_format,complete", "big,zs_cot,multiarith,,2,0.5,0.5,1.0,",
         "t5,ft_cot,multiarith,2,1,1.0,1.0,1.0,", "t5,ft_cot,multiarith,10,1,0.0,0.0,1.0,", "t5,ft_cot,svamp,1,1,1.0,1.0,1.0,"]
@@ -809,6 +880,9 @@ def test_saved_dir(run):
     for key in ("multiarith", "svamp"):
         pathlib.Path(f"splits/{key}__default.json").write_text(json.dumps({"train": [1], "test": [0]}))
     assert table(run("evaluate", "--saved_dir", "saved", "--split", "splits", "--part", "test")[1])[1][2] == "100.00"
+    completions(f"again/{folder}/D_svamp__T_ft_cot__E_001.json", [wrong], epoch=1, key="svamp", **student)
+    code, _, err = run("evaluate", "--saved_dir", ".")  # which of two would the cell be of?
+    assert code == 2 and f"{folder}/D_svamp__T_ft_cot__E_001.json: a cell of the table that again/{folder}/D_svamp" in err
     pathlib.Path(f"{folder}/D_svamp__T_ft_cot__E_001.json").rename(f"{folder}/D_svamp__T_ft_cot__E_002.json")
     code, _, err = run("evaluate", "--saved_dir", "saved")
     assert code == 2 and "D_svamp__T_ft_cot__E_002.json: its metadata belong to B_t5__C_ft_cot/D_svamp__T_ft_cot__E_001.json" in err
@@ -838,6 +912,7 @@ FILES = {
     "pred.json": '[{"generations": [{"lm_postprocess": "1"}], "orig_d": {"answer": "1"}}, 3]',
     "raw.json": '[{"question": "a"}, {"Body": 3, "Question": "b"}, {"sQuestion": "c", "lSolutions": [1, 2]}, {"question": "d", "answer": "e"}, '
                 '{"question": "\\ud800", "answer": "1"}, {"question": "f", "answer": "1", "rationale": 3}]',
+    "null.json": "null", "double.json": teacher_file("svamp", {"0": [{"completion": "1"}] * 2}), "none.answers.json": teacher_file("svamp", {}),
     "blank.txt": "", "blank.jsonl": "\n", "one.json": '{"train": [1], "test": []}',
 }
 EXPORT = "export --dataset good.json --method ft --style token --family decoder --out new.json --split"
@@ -873,6 +948,16 @@ EXPORT = "export --dataset good.json --method ft --style token --family decoder 
         "good.json: expected {'train'", "--completions FILE: needed for --method ft_cot, and for no other", "--val_share: expected",
         "other.json, data['0']: another"]),
     (f"{EXPORT.replace('ft ', 'ft_cot ')} one.json --completions moved.json", ["moved.json: of addsub, and good.json is svamp"]),
+    ("split --dataset null.json --out new.json --seed 5", ["null.json: holds null", "--seed 5: the random split is the published one"]),
+    ("split --dataset good.json --out new.json --seed -1 --train_n 2", ["--seed -1: expected 0 to"]),
+    (f"{EXPORT} null.json", ["null.json: holds null"]),
+    ("filter --completions null.json --out new.json", ["null.json: holds null"]),
+    ("filter --completions none.answers.json --out new.json", ["none.answers.json: no completions in it"]),
+    ("filter --completions double.json --out new.json", ["double.json, data['0']: completion_index 0 is there 2 times"]),
+    ("make coin_flip --out good.json/x.json", ["good.json"]),
+    ("teach --dataset good.json --method zs --server http://h/v1/completions --model m --root good.json", ["good.json"]),
+    ("teach --dataset good.json --method zs --server http://h/ä/v1/completions --model m", ["--server: expected"]),
+    ("teach --dataset good.json --method zs --server http://h/v1/completions --model m --timeout_sec nan", ["--timeout_sec"]),
     ("evaluate index.json", ["index.json, data['1']: sample_index is another one"]),
     (f"{EXPORT.replace('decoder', 'openai')} far.json", ["--family openai: not for ft_token --to rawtune"]),
     (f"{EXPORT} far.json --to earlier", ["--out FILE.json or FILE.jsonl: needed for --to rawtune"]),
