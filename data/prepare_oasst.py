@@ -42,7 +42,8 @@ KINDS = {"conversations": (0, 25), "pairs": (25, 65), "prompts": (65, 100)}  # a
 ROLES = {"prompter": "user", "assistant": "assistant"}
 TEXT = "a string without half characters (lone \\ud800-\\udfff escapes)"
 EXPECTED = {"role": " or ".join(ROLES), "text": TEXT, "message_id": TEXT, "parent_id": TEXT, "replies": "a list of messages or null",
-            "rank": "a number (0 is best) or null", "labels": "an object whose 'quality' is a number or null"}
+            "rank": "a number (0 is best) or null", "labels": "an object whose 'quality' is a number or null",
+            **dict.fromkeys(("deleted", "synthetic", "review_result"), "true, false or null")}
 BELOW = "below one of these"
 
 
@@ -72,7 +73,8 @@ def faults(node, min_quality):
     good = {"role": node.get("role") in list(ROLES), "text": is_text(node.get("text")), "rank": node.get("rank") is None or is_number(node["rank"]),
             "replies": isinstance(node.get("replies"), (list, type(None))),
             "labels": not min_quality or quality(node) is None or is_number(quality(node)),
-            **{name: node.get(name) is None or is_text(node[name]) for name in ("message_id", "parent_id")}}
+            **{name: node.get(name) is None or is_text(node[name]) for name in ("message_id", "parent_id")},
+            **{name: isinstance(node.get(name), (bool, type(None))) for name in ("deleted", "synthetic", "review_result")}}
     return [f"{name!r} {str(node.get(name))[:60]!r}, expected {EXPECTED[name]}" for name in good if not good[name]]
 
 
@@ -223,7 +225,7 @@ def main(argv=None):
                         "pairs, prompts")
     records.add_arguments(parser)
     args = parser.parse_args(argv)
-    problems, places, notes, splits = [], {}, [], {split: [] for split in records.SPLITS}
+    problems, places, notes, splits, roots = [], {}, [], {split: [] for split in records.SPLITS}, {}
     records.check_out(args.out, problems)
     files, shares = records.check_splits(args, problems)
     if not 0 <= args.min_quality <= 1:
@@ -239,6 +241,7 @@ def main(argv=None):
             order = np.arange(len(trees))
             np.random.default_rng(0).shuffle(order)
             taken = [trees[i] for i in order[KINDS[args.to][0] * len(trees) // 100: KINDS[args.to][1] * len(trees) // 100]]
+        roots[split] = [records.normal(tree["root"]["text"]) for tree in trees] if split != "train" else []
         ready = [tree for tree in taken if tree["state"] is None or tree["state"] in args.tree_state]
         for tree in [] if problems else ready:
             root = prune(tree["root"], args, messages)
@@ -252,7 +255,7 @@ def main(argv=None):
                   + ("; replies not compared: " + ", ".join(f"{n} {why}" for why, n in unranked.items())) * bool(unranked)]
     wanted = [split for split in records.SPLITS if split in files or shares.get(split)]
     field = {"conversations": "messages", "pairs": "prompt", "prompts": "thread"}[args.to]
-    return records.finish(args, splits, wanted, shares, [field], notes, problems)
+    return records.finish(args, splits, wanted, shares, [field], notes, problems, roots)
 
 
 if __name__ == "__main__":

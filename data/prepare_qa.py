@@ -4,7 +4,7 @@
     {"messages": [{"role": "user", "content": "Which county is Leeds in?"}, {"role": "assistant", "content": "Yorkshire"}], "references": [...]}
     {"prompt": "Why is the sky blue?", "chosen": "Air scatters blue light most.", "rejected": "The sea is blue."}
 
-SciQ's 1000 validation questions. Expected: 805 train, 92 eval, 103 test, nothing dropped; 113 without a passage.
+SciQ's 1000 validation questions. Expected: 805 train, 92 eval, 103 test, nothing dropped; 113 without a passage, 2 that name a choice twice.
     python data/prepare_qa.py --layout sciq --train SciQ_valid.csv --eval_share 0.1 --test_share 0.1 --choices --out data/sciq.json
 Of the other sets there is nothing here to count on:
     python data/prepare_qa.py --layout squad --train train-v2.0.json --eval dev-v2.0.json --no_answer unanswerable --out data/squad.jsonl
@@ -17,8 +17,7 @@ squad: a question without an answer is dropped and counted, or gets the text of 
 higher score is chosen, or the assistant's turn; equal scores say nothing and are dropped and counted; quotes are not used.
 
 White space around a text is not part of it. Records are the same if prompt and answer are equal but for case and white space: the first
-stays. What must not be in two splits is the article (squad: its title, or the passage where there is none), or else the question: it stays
-in the later one (train, eval, test); hold-outs go by a hash of it, so no question's fate depends on the other lines.
+stays. What must not be in two splits is the article (squad: its title and its passages), or else the question: it stays in the later one (train, eval, test); hold-outs go by a hash of it, so no question's fate depends on the other lines.
 """
 
 import argparse
@@ -36,7 +35,7 @@ NESTED = {"squad": ["data", "paragraphs", "qas"], "triviaqa": ["Data"], "webgpt"
 CITATION = r"[ \t]*\[\d+(?:\s*[,–-]\s*\d+)*\]"  # " [1]", "[2, 3]", "[1-3]"
 
 # ------------------------------------------------------------------------------------------------ questions
-# (row, args, counts) -> (key, prompt, answers), or None for what is dropped and counted. A ValueError says what is wrong with the row.
+# (row, args, counts) -> (keys, prompt, answers), or None for what is dropped and counted. A ValueError says what is wrong with the row.
 
 
 def text(row, name):
@@ -56,12 +55,12 @@ def squad(row, args, counts):
     if impossible not in (None, True, False) or impossible is not None and impossible != (not answers):
         raise ValueError(f"is_impossible is {impossible!r}, and there are {len(answers)} answers")
     context, question, answers = text(row, "context"), text(row, "question"), [text(answer, "text") for answer in answers]
-    title = text(row, "title") if row.get("title") else context
+    keys = (text(row, "title"), context) if row.get("title") else (context,)
     if not answers:
         counts["without an answer " + ("dropped" if args.no_answer is None else f"kept, answered {args.no_answer!r}")] += 1
         if args.no_answer is None:
             return None
-    return title, f"{context}\n\n{question}", answers or [args.no_answer.strip()]
+    return keys, f"{context}\n\n{question}", answers or [args.no_answer.strip()]
 
 
 def triviaqa(row, args, counts):
@@ -71,7 +70,7 @@ def triviaqa(row, args, counts):
     aliases = answer.get("Aliases") or []
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise ValueError("'Aliases' is no list of strings")
-    return question, question, [text(answer, "Value"), *filter(None, map(str.strip, aliases))]
+    return (question,), question, [text(answer, "Value"), *filter(None, map(str.strip, aliases))]
 
 
 def webgpt(row, args, counts):
@@ -89,7 +88,7 @@ def webgpt(row, args, counts):
     if answers[0] == answers[-1] and args.to == "pairs":
         counts["with equal answers dropped"] += 1
         return None
-    return question, question, answers
+    return (question,), question, answers
 
 
 def sciq(row, args, counts):
@@ -101,19 +100,20 @@ def sciq(row, args, counts):
         def order(choice):  # by a hash, so it depends on nothing but the seed and the question
             return hashlib.sha256(f"{args.choices}\n{question}\n{choice}".encode()).digest()
         choices = sorted({answer, *(text(row, f"distractor{i}") for i in (1, 2, 3))}, key=order)
+        counts["with fewer than four different choices"] += len(choices) < 4
         prompt += "\n\n" + "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices))
-    return question, prompt, [answer]
+    return (question,), prompt, [answer]
 
 
 LAYOUTS = {"squad": squad, "triviaqa": triviaqa, "webgpt": webgpt, "sciq": sciq}
 
 
 def to_item(row, args, counts):
-    """-> (key, (prompt, answer), record), or None."""
+    """-> (keys, (prompt, answer), record), or None."""
     found = LAYOUTS[args.layout](row, args, counts)
     if not found:
         return None
-    key, prompt, answers = found
+    keys, prompt, answers = found
     record = {"prompt": prompt, "completion": answers[0]}
     if args.to == "messages":
         record = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answers[0]}]}
@@ -124,8 +124,8 @@ def to_item(row, args, counts):
     question = row["question"] if isinstance(row.get("question"), dict) else {}
     ids = [row.get("id"), row.get("QuestionId"), row.get("question_id"), question.get("id")]
     record.update({"id": name for name in ids if isinstance(name, (str, int)) and name != ""})
-    json.dumps([key, record], ensure_ascii=False).encode()  # a ValueError for half a surrogate pair, which no UTF-8 file can hold
-    return records.normal(key), (records.normal(prompt), records.normal("\n".join(answers[:1 + ("rejected" in record)]))), record
+    json.dumps([keys, record], ensure_ascii=False).encode()  # a ValueError for half a surrogate pair, which no UTF-8 file can hold
+    return tuple(map(records.normal, keys)), (records.normal(prompt), records.normal("\n".join(answers[:1 + ("rejected" in record)]))), record
 
 
 def main(argv=None):
@@ -153,7 +153,7 @@ def main(argv=None):
     for split, path in files.items():
         rows, counts, malformed = records.read(path, problems), collections.Counter(), []
         lists = list(dict.fromkeys(records.list_of(where, path) for where, _ in rows))
-        if len(lists) > 1:
+        if len(lists) > 1 or {*lists} & {*records.SPLITS} - {split}:
             problems.append(f"{path}: has the lists {', '.join(lists)}; expected one, a file for each split")
         rows = records.flatten(rows, NESTED[args.layout], problems)
         for where, row in tqdm(rows, desc=str(path), unit=" questions", delay=5):

@@ -77,6 +77,8 @@ def has(row, name):
 def text_of(row, name):
     """A value as a text: numbers, true and false as JSON writes them; missing, null, nan and white space are Empty."""
     found = look_up(row, name)
+    if isinstance(found, float) and math.isinf(found):
+        raise ValueError(f"{name!r} is {found}, expected a text or a number")
     if isinstance(found, (dict, list)):
         raise ValueError(f"{name!r} is {'an object' if isinstance(found, dict) else 'a list'}, expected a text or a number; its parts: "
                          + (", ".join(f"{name}.{part}" for part in list(found if isinstance(found, dict) else range(len(found)))[:3]) or "none"))
@@ -103,7 +105,7 @@ def to_target(row, args, labels):
     label = text_of(row, args.target)
     labels[label] += 1
     try:
-        target = float(label) if args.positive is None else float(label == args.positive)
+        target = float(label.replace("_", " _")) if args.positive is None else float(label == args.positive)  # "1_0" is no number
     except ValueError:
         target = math.nan
     if not math.isfinite(target):
@@ -151,8 +153,13 @@ def check_templates(args, problems):
                  if not re.search(FIELD, template)]
     columns = {name: re.findall(FIELD, " ".join(part)) for name, part in {**templates, "system": args.system or []}.items()}
     columns.update({name: [value] for name in ("target", "group", "split_column") if (value := getattr(args, name))})
-    taken = {"messages", *(form or []), "split", *(["skill"] if args.group else [])}
+    taken = {*(form or []), "split", *(["skill"] if args.group else [])}
     problems += [f"--keep {name}: the record has a key of that name already" for name in args.keep if name in taken]
+    telling = {"messages", "instruction", *{"text": ("prompt", "completion", "message_id"), "input": ("chosen", "replies", "reply")}.get((form or [""])[0], ())}
+    problems += [f"--keep {name}: by this key the scripts would take the record for one of another format" for name in args.keep if name in telling]
+    for name, part in templates.items():
+        if any(set("{}") & set(re.sub(FIELD, "", template)) for template in part):
+            print(f"WARNING: --{name}: braces without a column in them are written as they are", file=sys.stderr)
     problems += [f"--where {word}: expected COLUMN=VALUE" for word in args.where if not word.partition("=")[2].strip()]
     return form, {**columns, "keep": args.keep, "where": [word.partition("=")[0] for word in args.where]}
 
@@ -205,7 +212,8 @@ def main(argv=None):
     for split, path in files.items():
         rows, counts = read_rows(path, args, columns, problems), collections.Counter()
         lists = list(dict.fromkeys(part for _, part, _ in rows))
-        by_list = len(lists) > 1 and not args.split_column
+        # also a single list, such as "eval", that says it is something else than the flag
+        by_list = not args.split_column and (len(lists) > 1 or SPLIT_WORDS.get(*lists or [None], split) != split)
         by_row |= by_list
         if by_list and (len(files) > 1 or not SPLIT_WORDS.keys() >= set(lists)):
             problems.append(f"{path}: has the lists {', '.join(lists)}; expected one list, or a single file with lists named train, eval, test")

@@ -14,7 +14,7 @@ at most 5 places away is asked and answered first; that is for sft_causal.py, th
 
 Dropped and counted: pairs of which one or both sides are empty, and pairs that are the same as an earlier one of any set but for case and
 white space. --eval_share holds pairs out by a hash of each, both directions together; a pair that shares either of its texts with one
-that is held out is dropped, and an earlier turn comes from its record's own side.
+that is held out is dropped, and an earlier turn in train is of train alone, in eval of either side.
 """
 
 import argparse
@@ -83,9 +83,19 @@ def languages_of(name, problems):
     return codes
 
 
+def code_of(word):
+    """"EN", "en-US" and "English" -> "en"; None where it names no language that is known."""
+    word = word.casefold()
+    return next((code for code, name in zip(LANGUAGES, ASK["en"][0].casefold().split()) if word == name or re.fullmatch(rf"{code}([-_]\w+)?", word)), None)
+
+
 def lines_of(path):
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # U+2028 and the like are text
-        yield from (line.rstrip("\r\n") for line in file)
+    """Lines of a text file, also .gz, without their ends. Raises ValueError, which names the file."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # U+2028 and the like are text
+            yield from (line.rstrip("\r\n") for line in file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
 
 
 def raw_pairs(name, paths, languages, problems):
@@ -94,8 +104,8 @@ def raw_pairs(name, paths, languages, problems):
     if len(paths) == 1:
         for number, line in enumerate(lines_of(paths[0]), 1):
             values = [value.strip() for value in line.split("\t")] if line.strip() else ["", ""]
-            if number == 1 and sorted(values) == sorted(languages):  # a header
-                turned = values[0] != languages[0]
+            if number == 1 and sorted(codes := [code_of(value) or "" for value in values]) == sorted(languages):  # a header
+                turned = codes[0] != languages[0]
             elif len(values) == 2:
                 yield tuple(reversed(values)) if turned else tuple(values)
             else:
@@ -117,10 +127,11 @@ def same(language, text):
 
 
 def read_set(name, paths, languages, max_rows, seen, problems):
-    """-> [(key, texts)], the key the same for both directions, and how many pairs were dropped why. seen: keys of this and earlier sets."""
+    """-> [(key, texts, place)], the key the same for both directions, the place that of the line, and how many pairs were dropped why.
+    seen: keys of this and earlier sets."""
     pairs, dropped = [], collections.Counter()
     try:
-        for texts in tqdm(raw_pairs(name, paths, languages, problems), name, unit=" pairs", delay=5):
+        for place, texts in enumerate(tqdm(raw_pairs(name, paths, languages, problems), name, unit=" pairs", delay=5)):
             key = hashlib.sha256("\n".join(sorted(map(same, languages, texts))).encode()).digest()
             why = "empty" if not any(texts) else "with one side only" if not all(texts) else "beyond --max_rows" if len(pairs) == max_rows else \
                 "repeated" if key in seen else None
@@ -128,19 +139,20 @@ def read_set(name, paths, languages, max_rows, seen, problems):
                 dropped[why] += 1
             else:
                 seen.add(key)
-                pairs.append((key, texts))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        problems.append(f"{name}: {' or '.join(paths)} cannot be read ({error}); expected UTF-8 text")
+                pairs.append((key, texts, place))
+    except ValueError as error:
+        problems.append(f"{name}: {error}")
     return pairs, dropped
 
 
 def split_pairs(sets, eval_share):
-    """{name: [(key, texts)]} -> {split: {name: pairs}}, number of pairs that train loses as eval has one of their texts. By a hash of each pair."""
+    """{name: (languages, pairs)} -> {split: {name: pairs}}, number of pairs that train loses as eval has one of their texts. By a hash of each pair."""
     splits, held, n_lost = {split: {name: [] for name in sets} for split in ("train", "eval")}, set(), 0
     for name, (languages, pairs) in sets.items():
-        for key, texts in pairs:
+        for pair in pairs:
+            key, texts, _ = pair
             is_eval = int.from_bytes(key[:8], "big") / 2 ** 64 < eval_share
-            splits["eval" if is_eval else "train"][name].append((key, texts))
+            splits["eval" if is_eval else "train"][name].append(pair)
             held.update(map(same, languages, texts) if is_eval else ())
     for name, (languages, _) in sets.items():
         kept = [pair for pair in splits["train"][name] if held.isdisjoint(map(same, languages, pair[1]))]
@@ -156,14 +168,17 @@ def ask(languages, texts, source, draw):
     return templates[int(draw * len(templates))].format(language=language, text=texts[source]), texts[1 - source]
 
 
-def to_records(name, languages, pairs, args):
-    """The pairs of one set and split -> records. What is drawn for a pair depends on the seed and on the pair alone."""
-    for i, (key, texts) in enumerate(pairs):
+def to_records(name, languages, pairs, around, args):
+    """The pairs of one set and split -> records. What is drawn for a pair depends on the seed, on the pair and on those around it.
+    around: the pairs that may be an earlier turn, for training those of training alone."""
+    at = {place: texts for _, texts, place in around}
+    for key, texts, place in pairs:
         rng = random.Random(f"{args.seed} {key.hex()}")
         sides = {"both": (0, 1), "forward": (0,), "random": (int(rng.random() < 0.5),)}[args.directions]
         for source in sides:
             words, history, which, its_words = (rng.random() for _ in range(4))
-            near = [other for _, other in pairs[max(0, i - NEAR): i + NEAR + 1] if other[source] != texts[source]]
+            near = [at[there] for there in range(place - NEAR, place + NEAR + 1) if there in at
+                    and not any(records.normal(a) == records.normal(b) for a, b in zip(at[there], texts))]  # it would give the answer away
             turns = [ask(languages, texts, source, words)]
             if history < args.multi_turn and near:
                 turns.insert(0, ask(languages, near[int(which * len(near))], source, its_words))
@@ -204,15 +219,16 @@ def main(argv=None):
         problems.append("nothing to read: expected --pairs NAME=FILE or --aligned NAME FILE FILE")
     count, sets, seen, notes = records.token_counter(args.tokenizer, problems), {}, set(), []
     for name, paths in given:
-        languages = languages_of(name, problems)
+        n_before, languages = len(problems), languages_of(name, problems)
         pairs, dropped = read_set(name, paths, languages, args.max_rows, seen, problems)
         sets[name] = languages, pairs
         notes.append(f"{name}: {len(pairs)} pairs; dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
-        if not pairs and not problems:
+        if not pairs and len(problems) == n_before:
             problems.append(f"{notes[-1]}; expected pairs")
     splits, n_lost = split_pairs(sets, args.eval_share)
     notes += [f"{n_lost} pairs of train dropped that share a text with eval"] if args.eval_share else []
-    made = {split: [record for name in sets for record in to_records(name, sets[name][0], splits[split][name], args)]
+    made = {split: [record for name, (languages, pairs) in sets.items()
+                    for record in to_records(name, languages, splits[split][name], splits["train"][name] if split == "train" else pairs, args)]
             for split in ("train", "eval")[: 1 + (args.eval_share > 0)] if not problems}
     problems += [f"{split}: no record is left; {'; '.join(notes)}" for split, part in made.items() if not part]
     if problems:

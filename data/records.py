@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -33,7 +34,7 @@ def add_tokenizer(parser):
 
 def check_out(path, problems):
     path = pathlib.Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         problems.append(f"--out {path}: exists; move it away or choose another name")
     elif path.suffix not in (".json", ".jsonl") or not path.parent.is_dir():
         problems.append(f"--out {path}: expected a name that ends in .json or .jsonl, in a folder that exists")
@@ -82,7 +83,7 @@ def read(path, problems, header=True):
 
 def _table(path, text, tabs, header, problems):
     if tabs:  # a quotation mark, U+2028 or a lone \r is text
-        table = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        table = [(n, line.removesuffix("\r").split("\t")) for n, line in enumerate(text.split("\n"), 1) if line.strip(" \r")]
     else:
         csv.field_size_limit(2**31 - 1)
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -110,9 +111,18 @@ def pieces(path, splits):
 
 
 def write(path, splits):
-    """`pieces` into a new file. Raises FileExistsError."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.writelines(pieces(path, splits))
+    """`pieces` into a new file: the whole of it, or none and exit code 2."""
+    aside = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(pieces(path, splits))
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists by now")
+        os.replace(aside, path)
+    except OSError as error:
+        sys.exit(stop([f"--out {path}: {error}"]))
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def token_counter(name, problems):
@@ -191,39 +201,46 @@ def hold_out(splits, shares):
     """Move shares of train's keys to eval and test."""
     train, splits["train"] = splits["train"], []
     for item in train:
-        place = place_of(item[0])
+        place = place_of(keys_of(item)[0])
         splits["eval" if place < shares["eval"] else "test" if place < sum(shares.values()) else "train"].append(item)
 
 
-def clean(splits):
-    """Drop repeats within a split and what a later split has, by key or prompt; -> {split: what was dropped, in words}.
-    splits: {split: [(key, (prompt, answer), record)]}, the first two made of normal texts."""
+def keys_of(item):
+    """By which an item is in one split only; the hold-out goes by the first."""
+    return item[0] if isinstance(item[0], tuple) else item[:1]
+
+
+def clean(splits, held={}):
+    """Drop repeats within a split and what a later split has, by a key or the prompt; -> {split: what was dropped, in words}.
+    splits: {split: [(key or keys, (prompt, answer), record)]}, the first two made of normal texts; held: {split: [key]} of what a split has
+    without a record."""
     notes, later = {}, {}
     for split in reversed(SPLITS):
         first = {}
         for item in splits[split]:
             first.setdefault(item[1], item)
-        where = {texts: later.get(key) or later.get(texts[0]) for texts, (key, _, _) in first.items()}
+        where = {texts: next(filter(None, map(later.get, (*keys_of(item), texts[0]))), None) for texts, item in first.items()}
         kept = [item for texts, item in first.items() if not where[texts]]
         also = collections.Counter(where.values())
         n_answers = collections.Counter(prompt for _, (prompt, _), _ in kept)
         torn = sum(n > 1 for n in n_answers.values())
         what = [f"{len(splits[split]) - len(first)} repeated", *(f"{also[name]} also in {name}" for name in SPLITS if also[name])]
         notes[split] = f"{', '.join(what)} dropped" + (f"; prompts with several answers: {torn}" if torn else "")
-        later.update((text, split) for key, (prompt, _), _ in kept for text in (key, prompt))
+        later.update((text, split) for item in kept for text in (*keys_of(item), item[1][0]))
+        later.update(dict.fromkeys(held.get(split, ()), split))
         splits[split] = kept
     return notes
 
 
-def finish(args, splits, wanted, shares, fields, notes, problems):
-    """Hold out, clean, write and show; -> exit code. fields: the keys whose lengths are shown; notes: lines about the files."""
-    count = None
+def finish(args, splits, wanted, shares, fields, notes, problems, held={}):
+    """Hold out, clean, write and show; -> exit code. fields: the keys whose lengths are shown; notes: lines about the files; held: as
+    `clean` has it."""
+    count = token_counter(args.tokenizer, problems)
     if not problems:
         hold_out(splits, shares)
-        dropped = clean(splits)
+        dropped = clean(splits, held)
         problems += [f"{split}: no record is left ({dropped[split]}; {'; '.join(notes)})" for split in wanted if not splits[split]]
         notes += [f"{split}: {dropped[split]}" for split in wanted]
-        count = token_counter(args.tokenizer, problems)
     if problems:
         return stop(problems)
     found = {split: [record for _, _, record in splits[split]] for split in wanted}
@@ -238,7 +255,7 @@ def finish(args, splits, wanted, shares, fields, notes, problems):
 
 def list_of(where, path):
     """("a.json, eval[3]", "a.json") -> "eval": the list of the file in which a record stands, or None."""
-    found = re.fullmatch(r", (.+)\[\d+\]", where[len(str(path)):])
+    found = re.fullmatch(r", (.+)\[\d+\]", where[len(str(pathlib.Path(path))):])  # as `read` writes it: "./a.json" is "a.json"
     return found and found[1]
 
 

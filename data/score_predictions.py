@@ -20,6 +20,7 @@ Expected for the two files of 1000 outputs that Gist tokens were published with 
 import argparse
 import json
 import pathlib
+import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -66,7 +67,8 @@ def read_predictions(args, problems):
             if missing:
                 problems.append(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(record)}")
                 break
-            found, references = record[args.prediction_column], [record[c] for c in args.reference_columns]
+            found, cells = record[args.prediction_column], [record[c] for c in args.reference_columns]
+            references = [cell for cell in cells if cell.strip()] or cells[:1]  # rows may have fewer references than columns
         else:
             generations = record.get("generations")
             found = (generations[0].get("lm_postprocess") if isinstance(generations, list) and generations and isinstance(generations[0], dict)
@@ -74,14 +76,18 @@ def read_predictions(args, problems):
             references = instance.get("output", record.get("demonstration"))
             references = [references] if isinstance(references, str) else references
         categories = about.get("Categories") or [None]
+        texts = [text for text in (found, *(references if isinstance(references, list) else ())) if isinstance(text, str)]
         if not isinstance(found, str):
             problems.append(f"{where}: no text 'prediction', 'Prediction' or 'generations'")
         elif not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
             problems.append(f"{where}: no references: expected a list 'output' in 'Instance', or 'demonstration'")
         elif not isinstance(categories, list) or not isinstance(categories[0], (str, type(None))) or not isinstance(about.get("Task"), (str, type(None))):
             problems.append(f"{where}: 'Task' is no text, or 'Categories' no list of texts")
+        elif re.search("[\ud800-\udfff]", " ".join(texts)):
+            problems.append(f"{where}: holds half a character (a lone \\ud800-\\udfff escape)")
         else:
-            rows.append((found, references, RENAMED.get(about.get("Task"), about.get("Task")), categories[0]))
+            task, category = ((name or "").strip() or None for name in (about.get("Task"), categories[0]))
+            rows.append((found, references, RENAMED.get(task, task), category))
     if not rows and not problems:
         problems.append(f"{path}: no predictions")
     return rows
@@ -147,7 +153,10 @@ def main(argv=None):
     except ImportError as error:
         problems.append(f"package 'rouge-score' is needed ({error}): pip install rouge-score")
     except (OSError, ValueError) as error:
-        problems.append(f"--gpt2_tokenizer {args.gpt2_tokenizer}: {error}")
+        problems.append(f"--gpt2_tokenizer {args.gpt2_tokenizer or 'gpt2'}: {error}")
+    names = {row[2] for row in rows} & {common.category_name(row[3]) for row in rows if row[3]}
+    if args.per_task or args.per_category or args.out:
+        problems += [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(names)]
     if problems:
         return records.stop(problems)
     scores = np.array([common.instruction_scores(found, references, scorer)
@@ -162,7 +171,7 @@ def main(argv=None):
     for flag, place in (("per_category", 3), ("per_task", 2)):
         groups = {}
         for row in rows:
-            category = "_".join((row[3] or "").lower().split())
+            category = common.category_name(row[3] or "")
             groups.setdefault(category if place == 3 else row[2], []).append(category)
         for name, members in sorted(groups.items()) if getattr(args, flag) else ():
             first = CATEGORIES.get(members[0], "rougeL")

@@ -242,6 +242,15 @@ def test_a_file_for_eval(prepare):
     assert "t.jsonl: 8 trees, 2 in this slice, 0 in another state" in shown and "e.jsonl: 2 trees, 0 in another state" in shown
 
 
+def test_all_kinds_hold_the_same_trees_out(prepare):
+    """A tree of eval that gives no pairs keeps its beginning out of train all the same."""
+    trees = [tree(name, node(f"?{name}", node("x", rank=0), node("y", rank=1))) for name in "ab"]
+    held = [tree("c", node("?A", node("z"))), tree("d", node("?d", node("x", rank=0), node("y", rank=1)))]
+    for kind in ("pairs", "conversations", "prompts"):
+        code, written, _, _ = prepare({"t.jsonl": trees, "e.jsonl": held}, "--to", kind, out=f"{kind}.json")
+        assert code == 0 and {record["tree"] for record in written["train"]} == {"b"}, kind
+
+
 def test_slices_are_the_earlier_systems(prepare):
     """NumPy's default_rng(0) over the positions of the trees; 25, 40 and 35 %, none in two."""
     order = np.random.default_rng(0).permutation(10)  # 10 trees: 2, 4, 4
@@ -289,6 +298,8 @@ def test_all_problems_at_once_with_their_places(prepare):
 
 
 @pytest.mark.parametrize("files, words, message", [
+    ([line("a", None, deleted="false")], [], "message 'a': 'deleted' 'false', expected true, false or null"),
+    ([line("a", None, review_result="false")], [], "message 'a': 'review_result' 'false', expected true, false or null"),
     ([*GOOD, line("b", "a", "d")], [], "trees.jsonl, line 3, message 'b': this id is also at trees.jsonl, line 2, message 'b'"),
     ([tree("t", node("?a", node("b", message_id="x"), node("c", message_id="x")))], [], "line 1, message 'x': this id is also at trees.jsonl"),
     ([line("a", "b"), line("b", "a", "c")], [], "trees.jsonl, line 1: its parents lead back to itself"),

@@ -175,7 +175,7 @@ def test_no_article_is_in_two_splits(prepare):
     sides, is_whole = titles(written, 5)
     assert code == 0 and is_whole and list(sides) == ["train", "eval", "test"]
     assert sum(map(len, sides.values())) == 60 and 10 <= len(sides["eval"]) <= 26 and 4 <= len(sides["test"]) <= 20
-    without = [{**part, "title": f"title {i}-{j}", "paragraphs": [{"context": f"Passage {i}.", "qas": [qa]}]}
+    without = [{**part, "title": f"title {i}-{j}", "paragraphs": [{"context": f"Passage {i}: {j}.", "qas": [qa]}]}
                for i, part in enumerate(data) for j, qa in enumerate(part["paragraphs"][0]["qas"])]
     sides, is_whole = titles(prepare("squad", {"train": ("b.json", without)}, "--eval_share", "0.3", "--test_share", "0.2", out="b.json.json")[1], 5)
     assert is_whole and sides["train"] & sides["eval"] & sides["test"]
@@ -208,6 +208,19 @@ def test_what_a_later_split_has_is_dropped(prepare):
     ids = {split: [record["id"] for record in part] for split, part in written.items()}
     assert code == 0 and ids == {"train": ["3", "5"], "eval": ["6", "10"], "test": ["8"]}
     assert "train: 1 repeated, 3 also in eval dropped; prompts with several answers: 1\neval: 0 repeated, 1 also in test dropped\ntest: 0" in shown
+
+
+def test_a_passage_is_in_one_split_whatever_its_title(prepare):
+    train = [article("Normans", "Of Normans.", ask("1", "who?", "a"), ask("2", "when?", "b")), article("Heat", "Of heat.", ask("3", "what?", "c"))]
+    for i, title in enumerate(("", "Normans_(2)")):
+        evals = [article(title, "of  normans.", ask("4", "where?", "d"))]
+        code, written, _, _ = prepare("squad", {"train": ("a.json", train), "eval": ("b.json", evals)}, out=f"{i}.json")
+        assert code == 0 and [record["id"] for record in written["train"]] == ["3"]
+
+
+def test_a_list_that_is_named_after_another_split_is_refused(prepare):
+    code, _, _, errors = prepare("sciq", {"train": ("a.json", {"test": [QUESTION]})})
+    assert code == 2 and "a.json: has the lists test; expected one, a file for each split" in errors
 
 
 def test_the_same_question_with_another_passage_is_in_one_split(prepare):
@@ -363,7 +376,7 @@ def test_sciq_as_published(prepare):
         pytest.skip(f"no {path}")
     words = ["--train", str(path), "--eval_share", "0.1", "--test_share", "0.1", "--choices"]
     code, written, shown, _ = prepare("sciq", {}, *words)
-    assert code == 0 and shown.splitlines()[0] == f"{path}: 1000 questions, 113 without a passage" and shown.count(": 0 repeated dropped\n") == 3
+    assert code == 0 and shown.splitlines()[0] == f"{path}: 1000 questions, 113 without a passage, 2 with fewer than four different choices" and shown.count(": 0 repeated dropped\n") == 3
     assert {split: len(part) for split, part in written.items()} == {"train": 805, "eval": 92, "test": 103}
     assert written["train"][0] == {"prompt": "Who proposed the theory of evolution by natural selection?\n\n"
                                              "(A) Scopes\n(B) shaw\n(C) darwin\n(D) Linnaeus", "completion": "darwin", "id": "11679"}

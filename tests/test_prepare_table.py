@@ -174,6 +174,40 @@ def test_lists_of_a_json_file_are_its_splits(prepare):
     assert (code, written, errors) == (2, None, "--eval_share: the data has eval records of its own\n")
 
 
+@pytest.mark.parametrize("path", ["./t.json", "sub//t.json", "sub/../t.json"])
+def test_lists_are_splits_however_the_path_is_written(prepare, tmp_path, path):
+    (tmp_path / "sub").mkdir()
+    content = {"train": [{"q": "a", "a": "1"}], "eval": [{"q": "b", "a": "2"}], "test": [{"q": "c", "a": "3"}]}
+    code, written, _, _ = prepare({"t.json": content, "sub/t.json": content}, "--train", path, *PAIR)
+    assert code == 0 and {split: [record["prompt"] for record in part] for split, part in written.items()} == {"train": ["a"], "eval": ["b"], "test": ["c"]}
+
+
+def test_a_single_list_is_the_split_that_its_name_says(prepare):
+    for name, split in (("eval", "eval"), ("validation", "eval"), ("test", "test"), ("train", "train"), ("data", "train")):
+        code, written, _, _ = prepare({"t.json": {"train": [], name: [{"q": "c", "a": "3"}], "test" if name != "test" else "eval": []}},
+                                      "--train", "t.json", *PAIR, out=f"{name}.json")
+        assert code == 0 and {s: len(part) for s, part in written.items()} == {split: 1}, name
+    code, _, _, errors = prepare({"t.json": {"test": [{"q": "c", "a": "3"}]}}, "--train", "t.json", "--eval", "t.json", *PAIR, out="x.json")
+    assert code == 2 and "t.json: has the lists test; expected one list" in errors
+
+
+def test_braces_that_name_nothing_are_said(prepare):
+    code, written, _, errors = prepare({"t.csv": "q,a\nx,y\n"}, *TRAIN, "--prompt", "{} {q}", "--completion", "{a} {foo")
+    assert code == 0 and written["train"] == [{"prompt": "{} x", "completion": "y {foo"}]
+    assert [line.split(": ")[1] for line in errors.splitlines()] == ["--prompt", "--completion"] and "WARNING" in errors
+
+
+def test_a_write_that_fails_leaves_nothing(prepare, tmp_path, monkeypatch):
+    """A full disk; a name that appears, or is a link to nowhere."""
+    monkeypatch.setattr(prepare_table.records, "pieces", lambda path, splits: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, written, _, errors = prepare({"t.csv": "q,a\nx,y\n"}, *TRAIN, *PAIR)
+    assert code == 2 and written is None and "--out out.json: [Errno 28]" in errors and [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    monkeypatch.undo()
+    (tmp_path / "link.json").symlink_to("nowhere.json")
+    code, _, _, errors = prepare({}, *TRAIN, *PAIR, out="link.json")
+    assert code == 2 and "--out link.json: exists" in errors
+
+
 def test_no_prompt_is_in_two_splits(prepare):
     """Held out by prompt, whatever the answer and the other rows; the negative control, distinct prompts, tears what had the same."""
     def rows(mark):
@@ -313,6 +347,14 @@ def test_all_problems_at_once_with_their_lines(prepare):
     ("t.csv", "q,a\nx,y\n", ["--input", "{q}", "--target", "a", "--positive", "Y"], "--positive 'Y': no target is that; there are 'y'"),
     ("t.csv", "q,a\nx,y\n", [*PAIR, "--keep", "split"], "--keep split: the record has a key of that name already"),
     ("t.csv", "q,a\nx,y\n", [*PAIR, "--keep", "skill", "--group", "a"], "--keep skill: the record has a key of that name already"),
+    ("t.csv", "instruction,a\nx,y\n", ["--prompt", "N {instruction}", "--completion", "{a}", "--keep", "instruction"],
+     "--keep instruction: by this key the scripts would take the record for one of another format"),
+    ("t.csv", "q,prompt\nx,y\n", ["--text", "{q}", "--keep", "prompt"], "--keep prompt: by this key"),
+    ("t.csv", "q,a,chosen\nx,1,y\n", ["--input", "{q}", "--target", "a", "--keep", "chosen"], "--keep chosen: by this key"),
+    ("t.csv", "q,a\nx,1_0\n", ["--input", "{q}", "--target", "a"], "t.csv, line 2: target '1_0' is no number"),
+    ("t.jsonl", '{"q": "x", "a": 1e400}\n', PAIR, "t.jsonl, line 1: 'a' is inf, expected a text or a number"),
+    ("t.tsv", "q\ta\nx\ty\n\t\n", PAIR, "t.tsv, line 3: 'q' is empty"),
+    ("t.csv", "q,a\n,y\n", [*PAIR, "--tokenizer", "./none"], "--tokenizer ./none: "),
     ("t.csv", "q,a\nx,\n", ["--prompt", "{q}", "--group", "a"], "t.csv, line 2: 'a' is empty"),
     ("t.csv", "q,a\nx,y\n", [*PAIR, "--where", "a=z"], "no record is left (0 repeated dropped; t.csv: 1 rows, 1 rows left out by --where a=z)"),
     ("t.csv", "q,a\nx,y\n", [*PAIR, "--where", "a="], "--where a=: expected COLUMN=VALUE"),

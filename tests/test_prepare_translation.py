@@ -129,6 +129,12 @@ def test_aligned_files_compressed_files_and_headers(prepare):
     assert "三" in written["train"][0]["prompt"] and "train: zh-en 2, de-ja 2;" in shown
 
 
+@pytest.mark.parametrize("header", ["EN\tDE", "en-US\tde_DE", "English\tGerman", "german\tenglish"])
+def test_headers_in_other_words(prepare, header):
+    code, written, _, _ = prepare({"a.tsv": f"{header}\nhello\thallo\n" if header[0] in "Ee" else f"{header}\nhallo\thello\n"}, *NEWS, "--directions", "forward")
+    assert code == 0 and [(record["source_lang"], record["completion"]) for record in written["train"]] == [("de", "hello")]
+
+
 def test_what_is_dropped_is_counted(prepare):
     """Empty pairs, lone sides, repeats, also of another set and the other way round; what is beyond --max_rows."""
     files = {"a.tsv": "a\tb\n\n \t \nlone\t\n\tlone\nA \tB\na\tother\n", "b.tsv": "b\ta\nc\td\ne\tf\ng\th\n",
@@ -164,9 +170,17 @@ def test_an_earlier_turn(prepare):
 
 
 def test_an_earlier_turn_never_gives_the_answer(prepare):
-    """A neighbour with the same source text is none; a pair without neighbours stays alone."""
-    code, written, shown, _ = prepare({"a.tsv": "Danke\tThanks\nDanke\tThank you\n"}, *NEWS, "--multi_turn", 1, "--directions", "both")
-    assert code == 0 and ["messages" in record for record in written["train"]] == [False, True, False, True]
+    """A neighbour that shares a text is none, on either side and in other letters; a pair without neighbours stays alone."""
+    for text in ("Danke\tThanks\nDanke\tThank you\n", "Guten Tag\tHello\nHallo\thello\n"):
+        code, written, _, _ = prepare({"a.tsv": text}, *NEWS, "--multi_turn", 1, "--directions", "both", out=f"{len(text)}.json")
+        assert code == 0 and len(written["train"]) == 4 and not any("messages" in record for record in written["train"])
+
+
+def test_an_earlier_turn_is_as_near_where_pairs_are_held_out(prepare):
+    written = prepare({"a.tsv": table(600)}, *NEWS, "--multi_turn", 1, "--eval_share", 0.05)[1]
+    for split, part in written.items():
+        gaps = [abs(int(b) - int(a)) for r in part for a, b in [[[w for w in m["content"].split() if w.isdigit()][-1] for m in r["messages"][::2]]]]
+        assert len(gaps) == len(part) > 10 and set(gaps) == {1, 2, 3, 4, 5}, split
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -179,8 +193,9 @@ def texts_of(record):
 
 
 def leaks(written):
-    train, held = (set().union(*map(texts_of, written[split])) for split in ("train", "eval"))
-    return train & held
+    """Texts of training that are those of an eval pair itself; what stands before that may be a pair of training."""
+    held = [{**record, "messages": record["messages"][-2:]} if "messages" in record else record for record in written["eval"]]
+    return set().union(*map(texts_of, written["train"])) & set().union(*map(texts_of, held))
 
 
 def test_no_pair_and_no_text_is_on_both_sides(prepare, monkeypatch):
@@ -252,6 +267,7 @@ def test_all_problems_at_once_with_their_places(prepare):
     ({"a.tsv": ""}, NEWS, "wmt_de-en: 0 pairs; dropped: none; expected pairs"),
     ({"a.tsv": "\n\nx\t\n"}, NEWS, "wmt_de-en: 0 pairs; dropped: 2 empty, 1 with one side only; expected pairs"),
     ({"a.tsv": "de\ten\n"}, NEWS, "wmt_de-en: 0 pairs"),
+    ({"a.tsv": "", "b.tsv": ""}, [*NEWS, "b_de-en=b.tsv"], "\nb_de-en: 0 pairs"),
     ({"a.tsv": "x\n" * 1000}, NEWS, "... and 60 more problems"),
     ({"a.tsv": table(3)}, ["--pairs", "wmt_de-en=a.tsv", "wmt_de-en=a.tsv"], "wmt_de-en: two sets of this name"),
     ({"a.tsv": table(3)}, ["--pairs", "wmt_de-en=a.tsv", "b_de-en=a.tsv"], "b_de-en: 0 pairs; dropped: 3 repeated; expected pairs"),

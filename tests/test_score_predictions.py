@@ -62,6 +62,13 @@ def test_tables_of_several_references(score, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "rouge").is_dir(), reason="needs ../shared")
+def test_empty_cells_of_a_table_are_no_references(score):
+    """But where all are empty: the answer that is expected is none."""
+    words = ["--prediction_column", "p", "--reference_columns", "r1", "r2"]
+    assert score("p.csv", "p,r1,r2\n,Paris,\n.,Rome,\nx,x,y\n", *words)[1]["exact_match"] == 33.3333
+    assert score("p.csv", "p,r1,r2\n,,\nx,y,\n", *words)[1]["exact_match"] == 50.0
+
+
 @pytest.mark.parametrize("name, mean, published", [("llama", 57.9853, 58.0104), ("flan_t5", 50.5539, 50.5839)])
 def test_published_rouge_l(score, name, mean, published):
     path = SHARED / "rouge" / f"alpaca_plus_{name}_pos_control_validation_seen.csv"
@@ -108,6 +115,11 @@ def test_baselines(score, tmp_path):
     ("p.csv", "a,b\n1,2\n", [], "--prediction_column: is needed"), ("p.csv", "a,b\n1,2\n", ["--prediction_column", "a", "--reference_columns", "c"], "no column 'c'; it has a, b"),
     ("p.jsonl", lines(), ["--prediction_column", "a"], "--prediction_column: has no effect"), ("p.jsonl", lines(), ["--bootstrap", "-1"], "--bootstrap -1"),
     ("p.jsonl", '{"prediction": "x", "Task": ["x"], "Instance": {"output": ["y"]}}\n', [], "line 1: 'Task' is no text"),
+    ("p.jsonl", '{"prediction": "x", "Task": " ", "Categories": [""], "Instance": {"output": ["y"]}}\n', ["--per_task", "--per_category"],
+     "--per_category: 1 of 1 rows name no category"),
+    ("p.jsonl", '{"prediction": "\\ud800", "Instance": {"output": ["y"]}}\n', [], "line 1: holds half a character"),
+    ("p.jsonl", lines().replace("task2_y", "word_analogy"), [], "task word_analogy is named like a category"),
+    ("p.jsonl", lines(), ["--track", "xlingual", "--gpt2_tokenizer", "./none"], "--gpt2_tokenizer ./none: "),
     ("p.jsonl", lines(), ["--gpt2_tokenizer", "x"], "belongs to --track xlingual"),
     (None, None, ["--baseline", "copy_demo", "--task_dir", "x", "--prediction_column", "x"], "belong to --predictions"),
     ("p.jsonl", lines(), ["--task_dir", "x"], "belong to --baseline"), (None, None, ["--predictions", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
