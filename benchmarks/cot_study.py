@@ -1,6 +1,6 @@
 """Does a rationale help a tiny student? Coin flips and last letters, from nothing: questions, a scripted teacher's rationales, a T5 from scratch.
 
-    python benchmarks/cot_study.py --out benchmarks/results/cot_cpu_2cores.json --figure docs/img/cot.png        # 1 hour on 2 cores
+    python benchmarks/cot_study.py --out benchmarks/results/cot_cpu_2cores.json --figure docs/img/cot.png        # 75 minutes on 2 cores
 
 Everything is a command of data/cot.py, data/prepare_tokenizer.py and seq2seq.py, in --folder (default: a temporary one). For each set and
 seed two students see the same questions in the same number of steps: one learns rationale and answer, one the answer alone. Two
@@ -69,7 +69,7 @@ def student(folder, key, method, seed, steps):
     line = next(line for line in shown.splitlines() if "test_temperature" in line and key in line)
     rows = [json.loads(line) for line in (folder / "models" / name / "metrics.jsonl").read_text().splitlines()]
     trained = sum(row["target_tokens"] / row["tokens_per_sec"] for row in rows if row["split"] == "train")
-    return float(line.split()[4]) / 100, trained, best
+    return round(float(line.split()[4]) / 100, 4), round(trained, 1), best
 
 
 def draw(found, path):
@@ -111,7 +111,7 @@ def main():
                 found[f"{key}/{method}"] = dict(zip(("accuracy", "seconds", "best_step"), map(list, zip(*results))))
                 print(f"{key:<26} {method:<13} accuracy {[round(a, 4) for a, *_ in results]}, {statistics.mean(s for _, s, _ in results):.0f} s", flush=True)
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps({"device": harness.device_name(), "command": " ".join(["python", "benchmarks/cot_study.py", *sys.argv[1:]]),
+        pathlib.Path(args.out).write_text(json.dumps({"device": harness.device_name(), "command": f"python benchmarks/cot_study.py --n {args.n} --steps {args.steps} --seeds {args.seeds} --sets {' '.join(args.sets)}",
                                                       "questions": args.n, "steps": args.steps, "flags": f"{TRAIN} {EVALUATE}", **found}, indent=2) + "\n")
     if args.figure:
         draw(found, args.figure)
