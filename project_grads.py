@@ -1929,6 +1929,8 @@ def estimate(args):
     log.info(f"{out}: {len(chosen)} subsets x {len(target.names)} target groups, step size {step_size:.4g}, {time.monotonic() - started:.1f} s")
 
 
+AGAINST = "the way to the anchor goes against the gradients: it overshot; give --calibrate or --step_size, or an anchor of a shorter run"
+N_STEP_SUBSETS, N_STEP_ROWS = 4, 64  # whose training loss chooses the step of --eval lift
 ANCHOR_STEP = ("step size from the way to the anchor: after AdamW often several times too large, so that the order of the subsets means more than the size "
                "of the changes; --calibrate fits it to a few true runs")
 
@@ -1990,7 +1992,8 @@ def linear(args, train, target, anchors, group, groups, chosen, dim):
             step_size = step_that_changes(a_little)
     elif delta is not None:  # Delta_all = step_size x of_all, as far as it lies along it
         step_size = float(fold(delta, dim) @ of_all / (of_all @ of_all))
-        log.warning(ANCHOR_STEP)
+        log.warning(ANCHOR_STEP if step_size > 0 else AGAINST + ". The order of the subsets is kept, with a tiny step; the sizes mean nothing")
+        step_size = step_size if step_size > 0 else step_that_changes(a_little)
     else:
         step_size = 1.0 if args.fit != "mean" else step_that_changes(a_little)
         log.warning("no --calibrate, --step_size or anchor with --base_model: the order of the subsets means something, the size of the changes does not")
@@ -2036,7 +2039,8 @@ def lifted(args, train, target, anchors, group, groups, chosen):
             used = {tuple(subset) for run, subset, _ in known if run == "calibration"}
         elif anchors:  # in the metric of the step: Delta_all = step_size x of_all, as far as it lies along it
             step_size = float((delta * of_all / metric).sum() / (of_all * of_all / metric).sum())
-            log.warning(ANCHOR_STEP)
+            if step_size <= 0:
+                common.fail(AGAINST)
         else:
             common.fail("--eval lift moves the weights by real steps: give --anchor_grads, --calibrate or --step_size")
         lengths = steps_for(chosen, counts, args)
@@ -2044,8 +2048,8 @@ def lifted(args, train, target, anchors, group, groups, chosen):
     if anchors:
         rows.append(("all", everything, group_means(anchors[1].loss[None], anchors[1], target.names)[0]))
 
-    def losses_of(i, step_size):
-        """(groups + 1,) after the weights have moved by the estimated step of subset i."""
+    def outputs_after(i, step_size, rows, which):
+        """(rows,) after the weights have moved by the estimated step of subset i."""
         if args.compat:
             used_rows = np.flatnonzero(np.isin(group, chosen[i]) & (train.n_tokens > 0))
             step = gradex_step(args, train, used_rows, sketch, norm * (args.scale if args.abs_scale <= 0 else 1))
@@ -2054,8 +2058,21 @@ def lifted(args, train, target, anchors, group, groups, chosen):
             whole = step_size * (lengths[i] * sign * metric * (share @ gradients) / share.sum() - (of_all if anchors else 0))
             step = dict(zip(names, whole.split([start[n].numel() for n in names])))
         move(here, start, step.items())
-        losses = outputs_of(here.model, target_rows, which, here.args, here.ids, here.device)[:, 0]
-        return group_means(losses[None], target, target.names)[0]
+        return outputs_of(here.model, rows, which, here.args, here.ids, here.device)[:, 0]
+
+    def losses_of(i, step_size):
+        return group_means(outputs_after(i, step_size, target_rows, which)[None], target, target.names)[0]
+    if anchors and not used and not args.step_size and not args.compat:  # training curves around walls that a straight step climbs
+        train_rows, rng, tried = of_rows(train, here), np.random.default_rng(0), range(min(N_STEP_SUBSETS, len(chosen)))
+        own = {i: np.sort(rng.permutation(np.flatnonzero(np.isin(group, chosen[i]) & (train.n_tokens > 0)))[:N_STEP_ROWS]) for i in tried}
+        errors, way = {}, step_size
+        for size in tqdm([way / 2**k for k in range(10)], desc="fitting the step size", delay=5):
+            errors[size] = float(np.mean([outputs_after(i, size, train_rows, own[i]).mean() for i in tried]))
+            if errors[size] > min(errors.values()):
+                break
+        step_size = min(errors, key=errors.get)
+        log.info(f"step size {step_size:.4g}: {step_size / way:.3g} of the way to the anchor, where the training loss of the first {len(tried)} subsets is least; "
+                 "--calibrate fits it to a few true runs")
     if used:  # a step that is right to first order can be too long for the real loss
         true = {subset: values for run, subset, values in read_table(args.calibrate.rpartition(":")[0], [])[1][::-1] if run not in ("base", "all")}
         ours = [i for i, subset in enumerate(chosen) if tuple(subset) in used]

@@ -213,6 +213,7 @@ class Study:
             anchored_adam = [*adam, "--anchor_grads", mount / "anchoradam_train", mount / "anchoradam_target"]
             ways |= {"anchor, AdamW's metric": ("anchoradam", anchored_adam),
                      "anchor, AdamW's metric, 3 true runs": ("anchoradam3", [*anchored_adam, *calibrate]),
+                     "anchor, AdamW's metric, weights moved": ("liftadam", [*anchored_adam, "--eval", "lift", *limit]),
                      "anchor, AdamW's metric, weights moved, 3 true runs": ("liftadam3", [*anchored_adam, *calibrate, "--eval", "lift", *limit])}
         if gradex:
             for dim in (100, 400):

@@ -401,14 +401,15 @@ def test_stores_of_other_things_are_refused(place, stores, capsys):
 
 @pytest.fixture(scope="module")
 def moved(place):
-    """Exact stores (training rows, evaluation rows) at the weights of models/llama moved a little: models/moved."""
+    """Exact stores (training rows, evaluation rows) at the weights of models/llama moved a little, as Adam's first step would: models/moved."""
     folder = place / "models" / "moved"
     shutil.copytree(place / "models" / "llama", folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(5)
+    gradient = torch.tensor(collect(place, "unmoved", "llama", "--sketch", "exact").read().mean(0))
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+        for p, g in zip(model.parameters(), gradient.split([p.numel() for p in model.parameters()])):
+            p.add_(0.02 * torch.randn_like(p) - 0.1 * g.view_as(p).sign())
     model.save_pretrained(folder)
     base = place / "models" / "llama"
     return tuple(collect(place, f"moved-{split}", "moved", "--sketch", "exact", "--base_model", base, split=split) for split in ("train", "eval"))
@@ -449,7 +450,33 @@ def test_an_estimate_around_an_anchor_by_hand(place, moved):
     assert run(place, "estimate", *flags, "--out", place / "b.csv") == 0  # the step size that the way to the anchor has
     weights = [dict(transformers.AutoModelForCausalLM.from_pretrained(place / "models" / n).named_parameters()) for n in ("moved", "llama")]
     way, of_all = grads.flat(weights[0], weights[0]) - grads.flat(weights[1], weights[0]), -torch.tensor(mean([0, 1, 2])).float()
-    assert json.loads((place / "b.csv.json").read_text())["step_size"] == pytest.approx(float(way @ of_all / (of_all @ of_all)), rel=1e-3)
+    way = float(way @ of_all / (of_all @ of_all))
+    assert json.loads((place / "b.csv.json").read_text())["step_size"] == pytest.approx(way, rel=1e-3)
+    # --eval lift: halved as long as that lowers the subsets' own training loss, here that of target rows that are the training rows
+    assert run(place, "estimate", *flags, "--eval", "lift", "--out", place / "own.csv") == 0
+    flags[3], flags[6] = train.path, moved[0].path
+    own = []
+    while len(own) < 2 or own[-1] < own[-2]:
+        name = place / f"own{len(own)}.csv"
+        assert run(place, "estimate", *flags, "--eval", "lift", "--step_size", way / 2 ** len(own), "--out", name) == 0
+        after = [np.average(values[list(subset)], weights=np.bincount(train.group)[list(subset)]) for run_, subset, values in grads.read_table(name, [])[1] if run_ == "estimate"]
+        own.append(np.mean(after))
+    assert json.loads((place / "own.csv.json").read_text())["step_size"] == pytest.approx(way / 2 ** int(np.argmin(own)), rel=1e-3), own
+    assert np.argmin(own) > 0, own  # else this shows nothing
+
+
+def test_a_way_to_the_anchor_against_the_gradients_is_said(place, moved, capsys, caplog):
+    """Base and anchor exchanged: the order of the subsets must not be turned round."""
+    train, target = collect(place, "NG", "llama", "--sketch", "exact"), collect(place, "NE", "llama", "--sketch", "exact", split="eval")
+    delta = np.load(moved[0].path / "delta.npy")
+    (place / "three.txt").write_text("0 1\n1 2\n")
+    flags = ["--grads", train.path, "--target_grads", target.path, "--anchor_grads", moved[0].path, moved[1].path, "--subsets", place / "three.txt"]
+    try:
+        np.save(moved[0].path / "delta.npy", -delta)
+        assert run(place, "estimate", *flags, "--out", place / "n.csv") == 0
+    finally:
+        np.save(moved[0].path / "delta.npy", delta)
+    assert "goes against the gradients" in capsys.readouterr().err + caplog.text and json.loads((place / "n.csv.json").read_text())["step_size"] > 0
 
 
 def test_rows_are_encoded_as_the_trainers_do(place, monkeypatch):
