@@ -215,7 +215,7 @@ def main(argv=None):
         # also a single list, such as "eval", that says it is something else than the flag
         by_list = not args.split_column and (len(lists) > 1 or SPLIT_WORDS.get(*lists or [None], split) != split)
         by_row |= by_list
-        if by_list and (len(files) > 1 or not SPLIT_WORDS.keys() >= set(lists)):
+        if by_list and (len(files) > 1 or len(lists) == 1 and split != "train" or not SPLIT_WORDS.keys() >= set(lists)):
             problems.append(f"{path}: has the lists {', '.join(lists)}; expected one list, or a single file with lists named train, eval, test")
             continue
         for where, part, row in tqdm(rows, desc=str(path), unit=" rows", delay=5):

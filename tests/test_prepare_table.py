@@ -189,6 +189,8 @@ def test_a_single_list_is_the_split_that_its_name_says(prepare):
         assert code == 0 and {s: len(part) for s, part in written.items()} == {split: 1}, name
     code, _, _, errors = prepare({"t.json": {"test": [{"q": "c", "a": "3"}]}}, "--train", "t.json", "--eval", "t.json", *PAIR, out="x.json")
     assert code == 2 and "t.json: has the lists test; expected one list" in errors
+    code, _, _, errors = prepare({"t.json": {"train": [{"q": "c", "a": "3"}]}}, "--eval", "t.json", *PAIR, out="x.json")
+    assert code == 2 and "t.json: has the lists train; expected one list" in errors
 
 
 def test_braces_that_name_nothing_are_said(prepare):
