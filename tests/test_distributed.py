@@ -138,6 +138,7 @@ def test_the_best_weights_are_exported_and_tested_under_zero3(tmp_path, run_main
     assert rows(tmp_path / "models" / "again", "test")[0]["test/loss"] == pytest.approx(rows(run, "test")[0]["test/loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_ends_two_ranks_with_code_2_and_every_problem_named(mount):
     (mount / "data" / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "completion": ""}\nnot json\n')
     processes = start([ROOT / "seq2seq.py", *flags(mount, data="bad", train_batch_size=7)], 2)

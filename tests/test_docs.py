@@ -283,7 +283,8 @@ def test_every_metric_of_clf_is_explained_and_none_besides(clf_mount, run_clf):
 
 
 @pytest.mark.parametrize("model, loss, changes", [("tiny", "cross_entropy", {"target_min": -1, "target_max": 3, "template": "Is it so? {input}"}),
-                                                  ("tiny", "pairwise", {}), ("llama", "cross_entropy", {}), ("llama", "pairwise", {})])
+                                                  *(pytest.param(*case, {}, marks=pytest.mark.slow) for case in (("tiny", "pairwise"), ("llama", "cross_entropy"))),
+                                                  ("llama", "pairwise", {})])
 def test_the_python_of_the_clf_page_scores_as_clf_does(model, loss, changes, clf_mount, run_clf):
     code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "clf.md").read_text(), re.MULTILINE | re.DOTALL)
     first = re.search(r"^folder, record = .*\n", code, re.MULTILINE)[0]

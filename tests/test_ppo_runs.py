@@ -399,7 +399,7 @@ def straight(shared, run_ppo):
     return straight
 
 
-@pytest.mark.parametrize("kind, stop", [("llama", 1), ("llama", 4), ("tiny", 3), ("lora", 1), ("rloo", 3)])
+@pytest.mark.parametrize("kind, stop", [("llama", 1), ("llama", 4), ("tiny", 3), pytest.param("lora", 1, marks=pytest.mark.slow), ("rloo", 3)])
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(shared, run_ppo, monkeypatch, straight, kind, stop):
     """R9: also behind the last rollout. The adaptive KL price, the scaling and the order of prompts go on where they were."""
     name, run = f"stopped {kind} {stop}", straight(kind)

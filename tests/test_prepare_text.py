@@ -121,6 +121,7 @@ def test_stopped_in_the_middle_of_an_epoch_of_a_prepared_corpus_resumes_to_the_b
     assert run_main(text_flags(corpus, "whole", **{**words, "data": "new"})) == 2  # a finished run, and of another corpus
 
 
+@pytest.mark.slow
 def test_memory_of_reading_does_not_grow_with_what_is_read(tmp_path):
     """300 MB of tokens, all read: the process holds a few MB of them at a time. (Without the pages given back: all.)"""
     code = f"""

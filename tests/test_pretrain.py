@@ -592,8 +592,8 @@ def test_held_out_loss_falls_below_the_unigram_entropy(corpus, run_main, change)
     assert json.loads((corpus / "models" / "run" / "rawtune.json").read_text())["task"] == change.get("objective", "span_corruption")
 
 
-@pytest.mark.parametrize("change", [{}, {"optimizer": "adafactor"}, *(pytest.param(change, marks=pytest.mark.slow) for change in (
-    {"objective": "ul2", "ds_config": "zero2"}, {"optimizer": "adamw_rms"}))], ids=str)
+@pytest.mark.parametrize("change", [{}, *(pytest.param(change, marks=pytest.mark.slow) for change in (
+    {"optimizer": "adafactor"}, {"objective": "ul2", "ds_config": "zero2"}, {"optimizer": "adamw_rms"}))], ids=str)
 def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted_to_the_bit(corpus, run_main, monkeypatch, change):
     words = {"max_steps": 12, "model_init_name": "dropout", **change}
     assert run_main(text_flags(corpus, "whole", **words)) == 0
@@ -609,8 +609,8 @@ def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted_to_the_bit(cor
 
 
 @pytest.mark.parametrize("change", [
-    {"precision": "bf16-mixed"}, {"ds_config": "zero3", "objective": "ul2"},
-    *(pytest.param(change, marks=pytest.mark.slow) for change in (
+    {"precision": "bf16-mixed"}, *(pytest.param(change, marks=pytest.mark.slow) for change in (
+        {"ds_config": "zero3", "objective": "ul2"},
         {"precision": "bf16-mixed", "optimizer": "adafactor"}, {"precision": "bf16", "ds_config": "zero1"}, {"gradient_checkpointing": True}))], ids=str)
 def test_precisions_and_memory_savers_follow_the_fp32_run(corpus, run_main, change):
     same = {key: value for key, value in change.items() if key in ("optimizer", "objective")}

@@ -20,7 +20,7 @@ def dropout_flags(mount, run, stage, **changes):
                                 "gradient_accumulation_steps": 2, "train_batch_size": 4, **changes})
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(mount, run_main, monkeypatch, stage):
     assert run_main(dropout_flags(mount, "straight", stage)) == 0
     with monkeypatch.context() as patch:

@@ -494,7 +494,7 @@ def test_tokenising_happens_before_any_process_group(mount, run_main, monkeypatc
     assert order == ["data", "group"]
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"ds_config": "zero2_offload"}, {"ds_config": "zero3_offload"}])
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, pytest.param({"ds_config": "zero2_offload"}, marks=pytest.mark.slow), {"ds_config": "zero3_offload"}])
 def test_memory_savers_do_not_change_the_result(mount, run_main, change):
     assert run_main(flags(mount, run="plain", ds_config="zero2")) == 0
     assert run_main(flags(mount, run="saved", **{"ds_config": "zero2", **change})) == 0

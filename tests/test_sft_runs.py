@@ -148,7 +148,7 @@ def test_packing_and_memory_savers_do_not_change_the_result(sft_mount, run_sft, 
     assert any(len(row) > 1 for step in packed for row in step) == ("packing" in changes)
 
 
-@pytest.mark.parametrize("precision, config", [("bf16", "zero1"), ("bf16-mixed", "zero0"), pytest.param("fp64", "auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision, config", [pytest.param("bf16", "zero1", marks=pytest.mark.slow), ("bf16-mixed", "zero0"), pytest.param("fp64", "auto", marks=pytest.mark.slow)])
 def test_precisions_follow_the_fp32_run(sft_mount, run_sft, precision, config):
     for name, changes in (("fp32", {}), ("other", {"precision": precision, "ds_config": config})):
         assert run_sft(words(sft_mount, name, max_steps=8, learning_rate=0.003, logging_steps=4, packing=True, **changes)) == 0

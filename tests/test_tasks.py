@@ -85,7 +85,7 @@ def write_task(mount, name="task", task=PAIR, n_train=40, n_eval=12, lines=False
     return parts
 
 
-@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("lines", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_datas_own_metric_keeps_the_best_weights_and_stops_early(mount, run_main, capsys, lines):
     write_task(mount, lines=lines)
     assert run_main(flags(mount, data="task", max_steps=300, eval_steps=10, train_batch_size=16, learning_rate=0.01, max_new_tokens=None,
