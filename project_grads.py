@@ -188,7 +188,7 @@ def parse_args(argv=None):
     sub.add_argument("--target_grads", required=True, help="store of the evaluation rows [path]")
     sub.add_argument("--groups", help="JSON file of `subsets --clusters` [path]")
     sub.add_argument("--subsets", "--load_sample_task_dir", help="text file, one subset of group numbers a line [path]")
-    sub.add_argument("--limit", "--subset_num", type=int, default=20, help="only the first subsets [count]")
+    sub.add_argument("--limit", "--subset_num", type=int, default=20, help="only the first subsets that differ [count]")
     sub.add_argument("--repeat", type=int, default=1, help="runs per subset, which differ in the order of the data only [count]")
     sub.add_argument("--train_all", action="store_true", help="first fine-tune on all groups and keep that model, the anchor")
     sub.add_argument("--parallel", type=int, default=1, help="runs at a time [count]")
@@ -2138,7 +2138,8 @@ def truth(args):
     train, target = open_stores([args.grads, args.target_grads], problems)
     check_together(train, target, problems)
     group, groups = grouping(train, args.groups, problems)
-    chosen = read_subsets(args.subsets, len(groups), args.limit, problems) if args.subsets else []
+    chosen = read_subsets(args.subsets, len(groups), None, problems) if args.subsets else []
+    chosen = [list(subset) for subset in dict.fromkeys(map(tuple, chosen))][: args.limit]  # drawn twice is run once; --repeat is another order
     for flag in ("--data", "--model_init", "--training_run_name", "--mount_dir", "--seed", "--overwrite", "--resume"):
         if hit := next((word for word in args.train_flags if word.startswith(flag)), None):
             problems.append(f"{hit} behind --: truth sets it itself")

@@ -58,7 +58,7 @@ def test_a_killed_collection_goes_on_to_the_same_rows(place, n_procs):  # noqa: 
 def test_true_runs_go_on_where_they_stopped_and_an_anchor_is_its_own_estimate(place):  # noqa: F811
     for out, split in (("G", "train"), ("E", "eval")):
         collect(place, out, "llama", "--raw_prompt", split=split)
-    (place / "pairs.txt").write_text("0 1\n1 2\n0 1 2\n")
+    (place / "pairs.txt").write_text("0 1\n1 0\n1 2\n0 1 2\n")  # one is there twice
     words = ["truth", "--grads", place / "G", "--target_grads", place / "E", "--subsets", place / "pairs.txt", "--limit", 2, "--train_all", "--mount_dir",
              place, "--out", place / "truth.csv", "--", "--max_steps", 4, "--train_batch_size", 8, "--learning_rate", 0.001, "--warmup_steps", 0]
     processes = start([SCRIPT, *words])
@@ -88,7 +88,7 @@ def test_true_runs_go_on_where_they_stopped_and_an_anchor_is_its_own_estimate(pl
         assert run(place, "estimate", "--grads", place / "G", "--target_grads", place / "E", "--anchor_grads", place / "GA", place / "EA", "--subsets",
                    place / "pairs.txt", "--eval", how, "--out", place / f"{how}.csv") == 0
         _, rows = grads.read_table(place / f"{how}.csv", [])
-        assert [r for r, _, _ in rows] == ["base", "all", "estimate", "estimate", "estimate"]
+        assert [r for r, _, _ in rows] == ["base", "all", *["estimate"] * 4]
         np.testing.assert_allclose(rows[-1][2], everything, rtol=1e-5)  # all groups: the anchor itself
         assert np.abs(rows[-2][2] - everything).max() > 1e-6
 
