@@ -34,7 +34,7 @@ def resume_flags(mount, run, stage):
                      gradient_accumulation_steps=2)
 
 
-GRID = [("t5", stage, split) for stage in range(4) for split in SPLITS] + [("llama", 0, "2x4"), ("llama", 2, "8x1"), ("llama", 3, "4x2")] + [
+GRID = [("t5", stage, split) for stage in range(4) for split in ("8x1", "2x4")] + [("t5", 3, "4x2"), ("llama", 0, "2x4"), ("llama", 2, "8x1"), ("llama", 3, "4x2")] + [
     ("pairs", 0, "2x4"), ("pairs", 1, "8x1"), ("pairs", 3, "4x2")]
 
 
@@ -69,7 +69,7 @@ def test_two_ranks_in_any_stage_and_split_give_the_losses_gradients_and_weights_
     assert_same_mathematics(grid / "models" / f"2-{task}-{stage}-{split}", reference(task))
 
 
-@pytest.mark.parametrize("task, stage, split", [("t5", s, p) for s in (1, 2, 3) for p in ("8x1", "2x4")] + [("llama", 3, "4x2"), ("pairs", 3, "2x4")])
+@pytest.mark.parametrize("task, stage, split", [("t5", 1, "8x1"), ("t5", 2, "4x2"), ("t5", 3, "2x4"), ("llama", 3, "4x2"), ("pairs", 3, "2x4")])
 def test_one_rank_in_any_stage_gives_the_same(grid, reference, run_clf, task, stage, split):
     assert run_clf(task_flags(grid, f"1-{task}-{stage}-{split}", task, split, ds_config=f"zero{stage}")) == 0
     assert_same_mathematics(grid / "models" / f"1-{task}-{stage}-{split}", reference(task))
