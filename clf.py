@@ -266,8 +266,6 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
         columns[split, "first"].write(np.int64(0).tobytes())
 
     def flush(block):
-        if not block:
-            return
         encoded = iter(encode(tokenizer, [text for _, _, texts, _, _ in block for text in texts], layout))
         for split, record, texts, target, key in block:
             rows = [next(encoded) for _ in texts]
@@ -284,28 +282,25 @@ def tokenize_data_set(files, folder, tokenizer, layout, args, problems):
             if split != "train":
                 kept[split].write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    bar = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None)
-    for file_split, path in files.items():
-        block, own_split = [], file_split or "train"
-        if args.no_train and len(files) == 1 and not any("split" in record for _, _, record in common.read_records(path, [])):
-            own_split = "eval"  # no line says where it belongs: all are to be scored
-        for where, split, record in common.read_records(path, problems, own_split):
-            if split not in splits:
-                problems.append(f"{where}: split {split!r}, expected train, eval or test")
-                continue
-            texts, target, key, wrong = to_texts(record, split, layout)
-            if wrong:
-                problems.append(f"{where}: {wrong}")
-                continue
-            if split == "train" and common.is_held_out(args, "text", key):
-                split = "eval"
-            block.append((split, record, texts, target, key))
-            if len(block) == 1000:
-                flush(block)
-                bar.update(len(block))
-                block = []
+    def examples():
+        for file_split, path in files.items():
+            own_split = file_split or "train"
+            if args.no_train and len(files) == 1 and not any("split" in record for _, _, record in common.read_records(path, [])):
+                own_split = "eval"  # no line says where it belongs: all are to be scored
+            for where, split, record in common.read_records(path, problems, own_split):
+                if split not in splits:
+                    problems.append(f"{where}: split {split!r}, expected train, eval or test")
+                    continue
+                texts, target, key, wrong = to_texts(record, split, layout)
+                if wrong:
+                    problems.append(f"{where}: {wrong}")
+                    continue
+                if split == "train" and common.is_held_out(args, "text", key):
+                    split = "eval"
+                yield split, record, texts, target, key
+
+    for block in common.in_blocks(examples(), 1000, "records"):
         flush(block)
-    bar.close()
     for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
     return dict(counts)

@@ -17,6 +17,7 @@ import functools
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import logging.handlers
@@ -885,6 +886,15 @@ class RaggedWriter:
         self.offsets.close()
 
 
+def in_blocks(examples, size, unit):
+    """Yield lists of up to `size` examples, to be tokenised together; with a progress bar on rank 0."""
+    examples = iter(examples)
+    with tqdm(desc="tokenising", unit=f" {unit}", delay=5, disable=rank() > 0 or None) as bar:
+        while block := list(itertools.islice(examples, size)):
+            yield block
+            bar.update(len(block))
+
+
 @contextlib.contextmanager
 def cache_folder(root, key, problems):
     """Yield (folder, is_new) under a lock. A new folder is filled aside and renamed when the block ends without problems.
@@ -1082,6 +1092,11 @@ def category_name(category):
     return "_".join(category.lower().split())
 
 
+def named_alike(tasks, categories):
+    """Problems of tasks that are named like a `category_name`."""
+    return [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(tasks & categories)]
+
+
 def read_tasks(args, files, problems):
     """Yield (where, split, task, instance) of the files of `find_tasks`, after the caps. task: as `load_task` gives it; instance: {"id",
     "input", "output": [references]}."""
@@ -1106,7 +1121,7 @@ def read_tasks(args, files, problems):
         n_used += len(instances)
         for i, instance in instances:
             yield f"{path}, Instances[{i}]", split, task, {"id": instance.get("id", f"{name}-{i}"), "input": instance["input"], "output": instance["output"]}
-    problems += [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(names & categories)]
+    problems += named_alike(names, categories)
     if n_used < n_all:
         log.info(f"{args.task_dir}: {n_used} of {n_all} instances count, by the caps and the first 100 of a test task")
     if n_short:

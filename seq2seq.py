@@ -266,8 +266,6 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
     lossy, eos, ends = [], tokenizer.eos_token_id, {tokenizer.eos_token_id, tokenizer.bos_token_id}
 
     def flush(block):
-        if not block:
-            return
         texts = [[text for example in block for text in example[i]] for i in (3, 4)]
         sources, targets = (tokenizer(part).input_ids for part in texts)
         back = tokenizer.batch_decode([[t for t in ids if t not in ends] for ids in targets], skip_special_tokens=False)
@@ -290,22 +288,20 @@ def tokenize_data_set(files, folder, tokenizer, args, problems):
             if split != "train":
                 kept[split].write(json.dumps({"prompt": prompts[0], "completion": completions[0], "orig_d": record}, ensure_ascii=False) + "\n")
 
-    bar, block = tqdm(desc="tokenising", unit=" records", delay=5, disable=common.rank() > 0 or None), []
-    for example in read_examples(files, tokenizer, args, problems, counts):
-        where, split, record, _, completions, _ = example
-        if split == "task":
-            task = record
-            problems += [f"{where}: {wrong}" for wrong in check_task(task)]
-        elif task and to_class(task, completions[0]) is None:
-            problems.append(f"{where}: completion {completions[0]!r}, expected {'one of ' + ', '.join(task['labels']) if task['labels'] else 'a number'}")
-        else:
-            block.append(example)
-        if len(block) == 1000:
-            flush(block)
-            bar.update(len(block))
-            block = []
-    flush(block)
-    bar.close()
+    def checked():
+        nonlocal task
+        for example in read_examples(files, tokenizer, args, problems, counts):
+            where, split, record, _, completions, _ = example
+            if split == "task":
+                task = record
+                problems.extend(f"{where}: {wrong}" for wrong in check_task(task))
+            elif task and to_class(task, completions[0]) is None:
+                problems.append(f"{where}: completion {completions[0]!r}, expected {'one of ' + ', '.join(task['labels']) if task['labels'] else 'a number'}")
+            else:
+                yield example
+
+    for block in common.in_blocks(checked(), 1000, "records"):
+        flush(block)
     for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
     return {**counts, "lossy_examples": lossy, "task": task}

@@ -580,16 +580,8 @@ def tokenize_data_set(files, folder, tokenizer, template, end, args, problems):
                 before, reply = conversation if isinstance(conversation, tuple) else (conversation[:-1], conversation[-1]["content"])
                 kept[split].write(json.dumps({"prompt": before, "completion": reply, "orig_d": record}, ensure_ascii=False) + "\n")
 
-    bar = tqdm(desc="tokenising", unit=" examples", delay=5, disable=common.rank() > 0 or None)
-    block = []
-    for example in read_examples(files, args, template, tokenizer, problems, counts):
-        block.append(example)
-        if len(block) == 500:
-            flush(block)
-            bar.update(len(block))
-            block = []
-    flush(block)
-    bar.close()
+    for block in common.in_blocks(read_examples(files, args, template, tokenizer, problems, counts), 500, "examples"):
+        flush(block)
     for file in [*writers.values(), *columns.values(), *kept.values()]:
         file.close()
     return dict(counts)

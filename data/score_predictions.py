@@ -88,6 +88,8 @@ def read_predictions(args, problems):
         else:
             task, category = ((name or "").strip() or None for name in (about.get("Task"), categories[0]))
             rows.append((found, references, RENAMED.get(task, task), category))
+    if args.per_task or args.per_category or args.out:
+        problems += common.named_alike({task for _, _, task, _ in rows}, {common.category_name(category) for *_, category in rows if category})
     if not rows and not problems:
         problems.append(f"{path}: no predictions")
     return rows
@@ -154,9 +156,6 @@ def main(argv=None):
         problems.append(f"package 'rouge-score' is needed ({error}): pip install rouge-score")
     except (OSError, ValueError) as error:
         problems.append(f"--gpt2_tokenizer {args.gpt2_tokenizer or 'gpt2'}: {error}")
-    names = {row[2] for row in rows} & {common.category_name(row[3]) for row in rows if row[3]}
-    if args.per_task or args.per_category or args.out:
-        problems += [f"task {name} is named like a category, and metrics are named after both: rename the task" for name in sorted(names)]
     if problems:
         return records.stop(problems)
     scores = np.array([common.instruction_scores(found, references, scorer)
