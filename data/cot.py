@@ -269,17 +269,6 @@ def check_new(path, suffix, problems):
     return path
 
 
-def write_aside(path, text):
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 # ------------------------------------------------------------------------------------------------ make
 
 
@@ -390,7 +379,7 @@ def make(args):
         indices = [None] * len(found)
     samples = [{"sample_index": i if index is None else index, "question": question, "answer": answer, **({"rationale": rationale} if rationale else {})}
                for i, (index, (question, answer, rationale, _)) in enumerate(zip(indices, found))]
-    write_aside(out, json.dumps({"metadata": {"dataset_key": args.dataset_key}, "data": samples}, indent=4, ensure_ascii=False) + "\n")
+    records.write_aside(out, json.dumps({"metadata": {"dataset_key": args.dataset_key}, "data": samples}, indent=4, ensure_ascii=False) + "\n")
     n_repeated = len(samples) - len({sample["question"] for sample in samples})
     notes += [f"questions that are repeated: {n_repeated}"] if n_repeated else []
     answers = collections.Counter(sample["answer"] for sample in samples).most_common(6)
@@ -450,7 +439,7 @@ def split(args):
             notes or ["both need one, and --train_n no more than there are"]))
     if problems:
         return records.stop(problems)
-    write_aside(out, json.dumps({"train": sorted(train), "test": test}, indent=4 if args.kind == "random" else None))
+    records.write_aside(out, json.dumps({"train": sorted(train), "test": test}, indent=4 if args.kind == "random" else None))
     in_train = {samples[i]["question"] for i in train}
     if n_both := sum(samples[i]["question"] in in_train for i in test):
         print(f"WARNING: {n_both} test questions are also in train, word for word", file=sys.stderr)
@@ -585,7 +574,7 @@ class Local:
                                  for (i, c), row in todo.items())
                 if prompts.exists() and prompts.read_text(encoding="utf-8") != wanted:
                     raise Stop(f"{prompts}: begun with other rows or flags; finish it with those, or delete it (its replies are lost then)", 2)
-                write_aside(prompts, wanted)
+                records.write_aside(prompts, wanted)
                 command = [sys.executable, str(CHAT), "--model_path", self.args.local, "--input", str(prompts), "--output", str(replies),
                            "--max_new_tokens", str(max_tokens), "--temperature", str(temperature), "--top_p", "1",
                            "--seed", str(seed_of(self.args.seed, step, *map(list, todo)))]
@@ -755,7 +744,7 @@ def fill_in(path, part, file, meta, wanted, teacher, few_shot):
         bar.close()
     finished = [rows[at] for at in sorted(rows) if "completion" in rows[at]]
     if todo and finished:
-        write_aside(path, completions_text(meta, finished))
+        records.write_aside(path, completions_text(meta, finished))
     if refused := getattr(teacher, "refused", []):
         records.stop([*refused, f"{path}: {sum('completion' in row for row in wanted)} of {len(wanted)} completions are kept; the same command asks again "
                       "for what was refused; to go on without, leave those samples out of a --split"])
@@ -802,7 +791,7 @@ def filter_correct(args):
     if problems:
         return records.stop(problems)
     right, asked = [row for row in rows if is_right(row, meta, args.compat)], {row["sample_index"] for row in rows}
-    write_aside(out, completions_text({**meta, "completions": n_completions(meta, rows)}, right, asked))
+    records.write_aside(out, completions_text({**meta, "completions": n_completions(meta, rows)}, right, asked))
     n_right = collections.Counter(row["sample_index"] for row in right)
     counts = collections.Counter(n_right[index] for index in asked)
     print(f"{out}: {len(right)} of {len(rows)} completions are correct; {counts[0]} of {len(asked)} questions have none",
@@ -888,7 +877,7 @@ def export(args):
         return records.stop([f"{out}: exists and differs; move it away or choose another name"])
     notes += ["the file was there already, the same"] if out.exists() else []
     if not out.exists():
-        write_aside(out, text)
+        records.write_aside(out, text)
     if args.to == "rawtune":
         records.show(out, splits, {name: lambda row, name=name: row[name] for name in ("prompt", "completion")}, count, args.tokenizer)
     else:

@@ -110,19 +110,29 @@ def pieces(path, splits):
     return ["{", ",\n".join(parts), "}\n"]
 
 
-def write(path, splits):
-    """`pieces` into a new file: the whole of it, or none and exit code 2."""
-    aside = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.{os.getpid()}.tmp")
+def write_aside(path, parts, is_new=False):
+    """The whole file or none of it; parts: texts, or one text; is_new: FileExistsError where there is one by the end. Raises OSError."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(pieces(path, splits))
-        if os.path.lexists(path):
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines([parts] if isinstance(parts, str) else parts)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new and os.path.lexists(path):
             raise FileExistsError(f"{path} exists by now")
         os.replace(aside, path)
-    except OSError as error:
-        sys.exit(stop([f"--out {path}: {error}"]))
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write(path, splits):
+    """`pieces` into a new file: the whole of it, or none and exit code 2."""
+    try:
+        write_aside(path, pieces(path, splits), is_new=True)
+    except OSError as error:
+        sys.exit(stop([f"--out {path}: {error}"]))
 
 
 def token_counter(name, problems):
