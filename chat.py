@@ -42,12 +42,7 @@ import time
 import traceback
 import urllib.parse
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import jinja2
@@ -58,7 +53,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from common import log
+from common_v1 import log
 
 SAMPLING = {  # what /set and the API change for one reply: type, smallest and largest value
     "temperature": (float, 0, 100), "top_k": (int, 0, 2**31), "top_p": (float, 0, 1), "repetition_penalty": (float, 0.01, 100),

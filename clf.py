@@ -30,12 +30,7 @@ import sys
 import time
 import types
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import numpy as np
@@ -45,7 +40,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from common import log
+from common_v1 import log
 
 DEMO = ("--model_init_name tiny-t5 --data clf_debug --training_run_name clf-demo --max_steps 400 --train_batch_size 64 "
         "--learning_rate 0.003 --warmup_steps 40 --eval_steps 100 --logging_steps 50 --metric_for_best auc")

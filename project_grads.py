@@ -40,12 +40,7 @@ import sys
 import time
 import types
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import numpy as np
@@ -55,7 +50,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
-from common import log
+from common_v1 import log
 
 HASH = "splitmix64-1"  # its version: rows of another are refused
 MAX_LOGODDS = 15.0  # |log p - log(1-p)| beyond this is fp32 noise
@@ -68,7 +63,7 @@ LOGIT_ELEMENTS = 2**27  # of one batch: 512 MB in fp32
 
 
 def add_model_flags(sub, *more):
-    """The flags of common.py that name a model, as the trainers have them, and names of the earlier system. more: further ones of common.py."""
+    """The flags of common_v1.py that name a model, as the trainers have them, and names of the earlier system. more: further ones of common_v1.py."""
     shared = common.Parser(add_help=False)
     common.add_shared_args(shared)
     wanted = ("model_init_name", "model_init_path", "revision", "trust_remote_code", "mount_dir", "cache_dir", "precision", "quantize",

@@ -32,12 +32,7 @@ import sys
 import time
 import types
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import numpy as np
@@ -51,7 +46,7 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, DynamicCache, EncoderDecoderCache)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import log
+from common_v1 import log
 
 DEMO = ("--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish --training_run_name ppo-demo --max_steps 600 "
         "--num_rollouts 128 --train_batch_size 64 --ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "

@@ -33,12 +33,7 @@ import time
 import types
 import zlib
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import numpy as np
@@ -49,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM
 
-from common import log
+from common_v1 import log
 
 DEMO = ("--model_init_name tiny-t5 --data dates --training_run_name dates-demo --max_steps 800 --train_batch_size 128 "
         "--learning_rate 0.004 --warmup_steps 100 --eval_steps 400 --eval_batch_size 200 --max_new_tokens 16 --logging_steps 50")

@@ -32,12 +32,7 @@ import sys
 import time
 import types
 
-import common  # first: it prepares the import of DeepSpeed
-
-if getattr(common, "__version__", None) != "0.1.0":
-    print(f"ERROR {__file__} belongs to common.py 0.1.0, but {common.__file__} is {getattr(common, '__version__', None)}: copy both from one place",
-          file=sys.stderr)
-    sys.exit(2)
+import common_v1 as common  # first: it prepares the import of DeepSpeed
 
 import deepspeed
 import jinja2
@@ -48,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig
 
-from common import log
+from common_v1 import log
 
 DEMO = ("--model_init_name tiny-llama --data instructions --training_run_name sft-demo --max_steps 1800 --train_batch_size 64 "
         "--learning_rate 0.006 --weight_decay 0.1 --warmup_steps 100 --eval_steps 900 --max_new_tokens 24 --logging_steps 50 --n_generate 300")

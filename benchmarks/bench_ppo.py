@@ -22,7 +22,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(harness.ROOT))
-import common
+import common_v1 as common
 import rl_ppo
 
 N, LIMIT, END = 64, 128, 2

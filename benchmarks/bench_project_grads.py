@@ -32,7 +32,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(harness.ROOT))
-import common  # noqa: E402
+import common_v1 as common  # noqa: E402
 import project_grads as grads  # noqa: E402
 
 B = 8

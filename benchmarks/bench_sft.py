@@ -195,7 +195,7 @@ def run_gpu(args):
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(4000)]
     texts = [" ".join(rng.choices(words, k=max(8, min(600, round(120 * math.exp(0.8 * rng.gauss(0, 1))))))) for _ in range(args.gpu_batch * args.steps + 1)]
     sys.path.insert(0, str(harness.ROOT))
-    import common
+    import common_v1 as common
     matmul = common.measured_tflops(torch.device("cuda"), torch.bfloat16)
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as temporary:

@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import common
+import common_v1 as common
 import seq2seq
 
 WORKER = {}  # what a worker process keeps from part to part

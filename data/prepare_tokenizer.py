@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sentencepiece
 from transformers import AutoTokenizer
 
-import common
+import common_v1 as common
 import seq2seq
 from prepare_text import text_files
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-import common
+import common_v1 as common
 import records
 
 METRICS = ("exact_match", "rouge1", "rougeL")

@@ -1,0 +1,354 @@
+"""README.md, docs/ and data/README.md: commands parse, links lead somewhere, flags and metrics are the real ones."""
+
+import argparse
+import json
+import re
+import runpy
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT, clf_flags, finish, flags, load_file, rows, start, write_llama
+
+import chat
+import clf
+import common_v1 as common
+import project_grads
+import rl_ppo
+import seq2seq
+import sft_causal
+
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "rl_ppo.py": rl_ppo, "project_grads.py": project_grads,
+           "chat.py": chat}
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAUNCHER_FLAGS = {"--num_gpus", "--include", "--no_ssh", "--node_rank", "--gpus-per-task", "--signal"}  # deepspeed, Slurm
+OLD_FLAGS = {"--overwrite_output_dir", "--pred_dir", "--save_best_metric", "--ft_head_first"}  # of the earlier system, beside the new ones
+
+
+TOOLS = [path for path in [*sorted((ROOT / "data").glob("*.py")), ROOT / "presets" / "sweeps" / "run.py"] if "def main(argv" in path.read_text()]
+
+
+OF_TASKS = {"tk-instruct-3b": "ni", "qog-def-pos": "ni", "qg": "ni", "flan-t5-xl": "flan"}  # presets that read task folders
+
+
+def commands(page):
+    """The command lines of a page's bash blocks, continuation lines joined, "a && b" split."""
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield from re.split(r"&&|\|\||;", line)
+
+
+def script_commands(script):
+    """(page, words after the script) of every command that runs it, launchers cut off."""
+    for page in PAGES:
+        for line in commands(page):
+            words = shlex.split(line, comments=True)
+            where = [i for i, word in enumerate(words) if word == script]
+            if where and words[0] not in ("cp", "#SBATCH"):
+                yield page.name, words[where[0] + 1:]
+
+
+def known_flags(monkeypatch, parse):
+    """Every flag that the real parser has; parse: what makes it, given any words."""
+    found = set()
+
+    def look(parser, argv=None, namespace=None):
+        found.update(parser._option_string_actions)
+        for action in parser._actions:
+            for sub in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+                found.update(sub._option_string_actions)
+        raise SystemExit
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        for kind in (common.Parser, argparse.ArgumentParser):
+            patch.setattr(kind, "parse_args", look)
+        parse(["--data", "x"])
+    return found
+
+
+def flags_of(page, monkeypatch):
+    """The flags that a page may name: docs/<script>.md those of its script, other pages those of all."""
+    parsers = {**{name: script.parse_args for name, script in SCRIPTS.items()}, **{path.name: load_file(path).main for path in TOOLS}}
+    own = f"{page.stem}.py"
+    return set().union(*(known_flags(monkeypatch, parse) for name, parse in parsers.items() if own not in parsers or name == own))
+
+
+@pytest.mark.parametrize("script, n, pages", [("seq2seq.py", 12, {"README.md", "seq2seq.md"}), ("clf.py", 10, {"README.md", "clf.md"}),
+                                              ("sft_causal.py", 8, {"README.md", "sft_causal.md"}), ("rl_ppo.py", 8, {"README.md", "rl_ppo.md"}),
+                                              ("project_grads.py", 18, {"README.md", "project_grads.md"}),
+                                              ("chat.py", 9, {"README.md", "chat.md"})])
+def test_every_command_parses(script, n, pages, monkeypatch, tmp_path):
+    found = list(script_commands(script))
+    assert len(found) > n and {page for page, _ in found} >= pages
+    monkeypatch.chdir(tmp_path)  # presets are found from anywhere
+    for page, words in found:
+        args = SCRIPTS[script].parse_args(words)
+        problems = []
+        if not getattr(args, "ensemble", None):  # which names no model
+            SCRIPTS[script].check_args(args, problems)
+        assert not problems, f"{page}: {script} {shlex.join(words)}: {problems}"
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_every_command_of_a_tool_parses(path, monkeypatch):
+    """Those of the pages and those of its own docstring."""
+    class Parsed(Exception):
+        pass
+
+    parse, module = argparse.ArgumentParser.parse_args, load_file(path)
+
+    def only_parse(parser, argv=None, namespace=None):
+        parse(parser, argv, namespace)
+        raise Parsed
+    name = str(path.relative_to(ROOT))
+    lines = [f"    {line.strip()}" for line in module.__doc__.replace("\\\n", " ").splitlines() if line.strip().startswith(f"python {name}")]
+    found = [words for _, words in script_commands(name)] + [shlex.split(line, comments=True)[2:] for line in lines]
+    assert found
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    for words in found:
+        with pytest.raises(Parsed):
+            module.main(words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_command_does_not_parse(script):
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].parse_args(["--data", "mydata", "--learning-rate", "1"])
+    assert stop.value.code == 2
+
+
+def test_the_earlier_systems_command_and_its_wrapper_stand_in_the_pages_as_they_were():
+    command = "clf.py --model_pretrain_name \"google/flan-t5-xl\" --data_name 1226verifier_ft_all --max_steps 2001 --eval_steps 2000 --save_steps 2000\n"
+    page = (ROOT / "docs" / "clf.md").read_text()
+    assert f"\npython3 {command}" in page and f"\ndeepspeed --num_gpus 4 {command}" in page
+    template = [clf.parse_args(words).template for page, words in script_commands("clf.py") if page == "README.md" and "--template" in words]
+    assert template == ["Classify whether the article is sports releated. Output yes or no.\\n\\narticle: {input}\\noutput:"]
+
+
+@pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "presets").iterdir() if p.is_file()))
+def test_preset_parses_and_a_later_flag_wins(preset):
+    script = {"flan-t5": seq2seq, "t5-pretrain": seq2seq, "ft-cot-t5": seq2seq, **dict.fromkeys(OF_TASKS, seq2seq), "rlhf-defaults": rl_ppo}.get(preset, sft_causal)
+    words = [f"@presets/{preset}", "--model_init_path", "some/model", *(["--task_dir", "x"] if preset in OF_TASKS else ["--data", "mydata"]), "--seed", "7",
+             *(["--reward_fn", "x.py:y"] if script is rl_ppo else [])]
+    assert script.parse_args(words).data_name == [OF_TASKS.get(preset, "mydata")]
+    args, problems = script.parse_args([*words, "--learning_rate", "0.125"]), []
+    script.check_args(args, problems)
+    assert (args.learning_rate, args.seed, problems) == (0.125, 7, [])
+    assert isinstance(script.parse_args(words).learning_rate, float) and script.parse_args(words).learning_rate != 0.125
+
+
+def test_presets_are_layered_from_left_to_right():
+    """galactica-125m over sft-defaults: what it names wins, the rest stays; and the other way round."""
+    base, own = (sft_causal.parse_args([f"@presets/{name}", "--model_init_path", "m", "--data", "d"]) for name in ("sft-defaults", "galactica-125m"))
+    both = sft_causal.parse_args(["@presets/sft-defaults", "@presets/galactica-125m", "--model_init_path", "m", "--data", "d"])
+    turned = sft_causal.parse_args(["@presets/galactica-125m", "@presets/sft-defaults", "--model_init_path", "m", "--data", "d"])
+    assert (both.learning_rate, both.weight_decay, both.train_batch_size * both.gradient_accumulation_steps) == (5e-5, 0.01, 8)
+    assert both.max_grad_norm == base.max_grad_norm == 2.0 and own.max_grad_norm == 1.0
+    assert turned.learning_rate == base.learning_rate == 1e-5
+
+
+def test_what_the_readme_says_of_scores_happens(clf_mount, run_clf):
+    """Its data file, its commands in their order, with a tiny model and 2 steps; the files and keys that it names."""
+    section = re.search(r"^## Scores instead of text\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    content, = re.findall(r"^```json\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    preference, = re.findall(r'`(\{"prompt".*?\})`', section)
+    lines, data = section.replace("\\\n", " ").splitlines(), clf_mount / "data"
+    json.loads(content)
+    (data / "mytexts.json").write_text(content)
+    (data / "articles.jsonl").write_text('{"input": "..."}\n')
+    (data / "mypreferences.json").write_text(f'{{"train": [{preference}], "eval": [{preference}]}}')
+    found = [shlex.split(line)[2:] for line in lines if line.startswith("python clf.py")]
+    assert len(found) == 3
+    for words in found:
+        tiny = [str(clf_mount / "models" / "tiny") if word == "google/flan-t5-base" else word for word in words]
+        assert run_clf([*tiny, "--mount_dir", clf_mount, "--max_steps", 2, "--train_batch_size", 2]) == 0
+    row = json.loads((clf_mount / "models" / "sports" / "preds.json").read_text())[0]
+    named, = re.findall(r'`(\{"orig_d".*?\})`', section.replace("{...}", "{}"))
+    assert row.keys() == json.loads(named).keys() and row["dataset"] == "mytexts"
+    assert len(json.loads((clf_mount / "models" / "sports_articles_eval" / "preds.json").read_text())) == 1
+    assert json.loads((clf_mount / "models" / "reward" / "rawtune.json").read_text())["task"] == "preference"
+
+
+def test_what_the_readme_says_of_assistants_happens(tmp_path, run_sft):
+    """Its data file and its commands in their order, with a tiny model and 2 steps."""
+    write_llama(tmp_path / "models" / "tiny")
+    section = re.search(r"^## An assistant from instructions or conversations\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    content, = re.findall(r"^```json\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mychats.json").write_text(content)
+    found = [shlex.split(line)[2:] for line in section.replace("\\\n", " ").splitlines() if line.startswith("python sft_causal.py")]
+    assert len(found) == 3
+    models = tmp_path / "models"
+    for words in found:
+        tiny = [{"HuggingFaceTB/SmolLM2-135M": str(models / "tiny"), "models/merged": str(models / "merged")}.get(word, word) for word in words]
+        merging = "--merge_lora" in words
+        assert run_sft([*tiny, "--mount_dir", tmp_path, *([] if merging else ["--max_steps", 2, "--train_batch_size", 2, "--max_new_tokens", 4])]) == 0
+    assert (models / "adapter" / "adapter_model.safetensors").exists() and not (models / "adapter" / "model.safetensors").exists()
+    for name in ("assistant", "merged"):
+        assert (models / name / "model.safetensors").exists() and "<|im_end|>" in (models / name / "chat_template.jinja").read_text()
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "sft_causal.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "page.py").write_text(code.replace('"models/sft-demo"', repr(str(models / "merged"))))
+    assert isinstance(runpy.run_path(tmp_path / "page.py")["reply"], str)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            heads = [re.sub(r"[^\w\- ]", "", head.lower()) for head in heads]
+            assert anchor in [head.replace(" ", "-") for head in heads], f"{page.name}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_flag_in_backticks_exists(page, monkeypatch):
+    # blocks are left out: test_every_command_parses
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    code = " ".join(re.findall(r"`([^`]+)`", text))
+    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", code))
+    assert page.name == "README.md" or len(named) > 10  # the pattern still finds them
+    assert named - flags_of(page, monkeypatch) - LAUNCHER_FLAGS - OLD_FLAGS == set()
+
+
+def test_every_metric_is_explained(mount, run_main):
+    """A run with two data sets and a test part logs no number that docs/seq2seq.md does not name."""
+    shutil.copy(mount / "data" / "ragged.json", mount / "data" / "other.json")
+    assert run_main(flags(mount, data=["ragged", "other"], max_steps=1)) == 0
+    run = mount / "models" / "run"
+    logged = {name for split in ("train", "eval", "test") for row in rows(run, split) for name in row}
+    logged |= {"mfu", "mfu_of_matmul"}  # on a GPU
+    logged = {re.sub("/(ragged|other)/", "/<dataset>/", name) for name in logged}
+    explained = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "seq2seq.md").read_text()))
+    assert {"loss", "eval/<dataset>/exact_match", "test/token_f1"} <= logged
+    assert logged <= explained
+
+
+def test_every_metric_of_sft_is_explained_and_none_besides(tmp_path, run_sft):
+    """Runs with two data sets and a test part log the names of the tables in docs/sft_causal.md, no more, no less."""
+    write_llama(tmp_path / "models" / "llama")
+    (tmp_path / "data").mkdir()
+    records = [{"prompt": f"the cat reads {i}", "completion": "a long book"} for i in range(8)]
+    for name in ("one", "two"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps({"train": records[:4], "eval": records[4:6], "test": records[6:]}))
+    words = {"model_init_name": "llama", "data": ["one", "two"], "max_steps": 1, "train_batch_size": 8}
+    assert run_sft(flags(tmp_path, **words)) == 0
+    section = re.search(r"^## Metrics\n(.*?)^## ", (ROOT / "docs" / "sft_causal.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    tables = re.findall(r"^\| (training|evaluation) rows \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", section, re.MULTILINE)
+    tables = {kind: set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in body.splitlines()))) for kind, body in tables}
+    logged = {split: {name for row in rows(tmp_path / "models" / "run", split) for name in row} - {"step", "epoch", "split", "time"}
+              for split in ("train", "eval", "test")}
+    assert logged["train"] | {"mfu", "mfu_of_matmul"} == tables["training"]
+    for split in ("eval", "test"):
+        assert {re.sub(rf"^{split}/((one|two)/)?", "", name) for name in logged[split]} == tables["evaluation"]
+    assert {"eval/two/perplexity", "eval/two/exact_match"} <= logged["eval"]
+
+
+def clf_metric_tables():
+    """docs/clf.md: {"train" | "score" | "pairwise": names in the first column of that table of metrics}."""
+    section = re.search(r"^## Metrics\n(.*?)^## ", (ROOT / "docs" / "clf.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert "`eval/<name>`" in section and "`test/<name>`" in section and "`eval/<dataset>/<name>`" in section
+    assert all(f"`{name}`" in section for name in ("step", "epoch", "split", "time"))
+    tables = re.findall(r"^\| (\w+)[^\n]*rows \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)", section, re.MULTILINE)
+    names = [(head, re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in body.splitlines()))) for head, body in tables]
+    assert [head for head, _ in names] == ["training", "evaluation", "pairwise"] and all(len(set(found)) == len(found) for _, found in names)
+    return {kind: set(found) for kind, (_, found) in zip(("train", "score", "pairwise"), names)}
+
+
+def test_every_metric_of_clf_is_explained_and_none_besides(clf_mount, run_clf):
+    """Runs with two data sets, a test part and a stored threshold log the names of docs/clf.md's tables, no more, no less."""
+    for name in ("scores", "pairs"):
+        shutil.copy(clf_mount / "data" / f"{name}.json", clf_mount / "data" / f"{name}2.json")
+
+    def logged(run, split):
+        found = {name for row in rows(clf_mount / "models" / run, split) for name in row} - {"step", "epoch", "split", "time"}
+        if split != "train":
+            assert all(name.startswith(f"{split}/") for name in found)
+        return {re.sub(rf"^{split}/((scores|pairs)2?/)?", "", name) for name in found}
+    tables = clf_metric_tables()
+    assert run_clf(clf_flags(clf_mount, data=["scores", "scores2"], max_steps=1)) == 0
+    assert run_clf(clf_flags(clf_mount, "pairwise", data=["pairs", "pairs2"], max_steps=1, loss="pairwise")) == 0
+    assert run_clf(clf_flags(clf_mount, "again", model_init_name="run", no_train=True)) == 0
+    assert logged("run", "train") | {"mfu", "mfu_of_matmul"} == tables["train"]
+    assert logged("pairwise", "train") <= tables["train"]
+    assert logged("run", "eval") | logged("run", "test") == tables["score"]
+    assert logged("again", "eval") == logged("run", "test")  # what the page says of *_at_threshold
+    assert logged("pairwise", "eval") == logged("pairwise", "test") == tables["pairwise"] | {"texts_per_sec", "eval_seconds", "peak_memory_gb"}
+    with_two = {name for name in rows(clf_mount / "models" / "run", "eval")[0] if "/scores2/" in name}
+    assert {"eval/scores2/loss", "eval/scores2/auc"} <= with_two
+
+
+@pytest.mark.parametrize("model, loss, changes", [("tiny", "cross_entropy", {"target_min": -1, "target_max": 3, "template": "Is it so? {input}"}),
+                                                  *(pytest.param(*case, {}, marks=pytest.mark.slow) for case in (("tiny", "pairwise"), ("llama", "cross_entropy"))),
+                                                  ("llama", "pairwise", {})])
+def test_the_python_of_the_clf_page_scores_as_clf_does(model, loss, changes, clf_mount, run_clf):
+    code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "clf.md").read_text(), re.MULTILINE | re.DOTALL)
+    first = re.search(r"^folder, record = .*\n", code, re.MULTILINE)[0]
+    data = "pairs" if loss == "pairwise" else "scores"
+    assert run_clf(clf_flags(clf_mount, model_init_name=model, data=data, loss=loss, **changes)) == 0
+    run = clf_mount / "models" / "run"
+    for row in json.loads((run / "preds.json").read_text())[:3]:
+        record = row["orig_d"]
+        texts = [record] if loss != "pairwise" else [{**record, "reply": reply} for reply in
+                                                     record.get("replies") or [record["chosen"], record["rejected"]]]
+        for i, text in enumerate(texts):
+            (clf_mount / "page.py").write_text(code.replace(first, f"folder, record = {str(run)!r}, {text!r}\n"))
+            found = runpy.run_path(clf_mount / "page.py")
+            if loss == "pairwise":
+                assert found["score"] == pytest.approx(row["pred_score"][i], abs=1e-5)
+                assert found["reward"] == pytest.approx(row["reward"][i], abs=1e-5)
+            else:
+                assert found["score"] == pytest.approx(row["pred_score"], abs=1e-5)
+                assert changes.get("target_min", 0) < found["score"] < changes.get("target_max", 1)
+
+
+def ppo_section():
+    return re.search(r"^## A reward instead of examples\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+
+
+def test_every_metric_of_rl_ppo_is_explained_and_none_besides(tmp_path, run_ppo):
+    write_llama(tmp_path / "models" / "llama")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text(ppo_section().split("```json\n")[1].split("```")[0])
+    reward = f"{ROOT / 'data' / 'rewards.py'}:last_number"
+    assert run_ppo(flags(tmp_path, model_init_name="llama", data="mine", reward_fn=reward, heldout_reward_fn=reward, num_rollouts=8)) == 0
+    logged = {name for split in ("train", "eval") for row in rows(tmp_path / "models" / "run", split) for name in row}
+    section = re.search(r"^## Metrics\n(.*?)^## ", (ROOT / "docs" / "rl_ppo.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    explained = set(re.findall(r"`([a-z_/]+)`", section)) - {"train", "clip_fraction"}
+    assert (logged | {"mfu", "mfu_of_matmul"}) - {"step", "epoch", "split", "time", "eval/peak_memory_gb"} == explained
+
+
+@pytest.mark.slow
+def test_what_the_readme_says_of_rewards_happens(clf_mount, run_clf, run_ppo):
+    """Its prompts and its commands in their order, with tiny models and 1 rollout of 8 replies."""
+    assert run_clf(clf_flags(clf_mount, "reward", data="pairs", loss="pairwise", model_init_name="llama", max_steps=1)) == 0
+    (clf_mount / "models" / "llama").rename(clf_mount / "models" / "assistant")
+    (clf_mount / "data" / "myprompts.jsonl").write_text(ppo_section().split("```json\n")[1].split("```")[0])
+    found = [shlex.split(line)[2:] for line in ppo_section().splitlines() if line.startswith("python rl_ppo.py")]
+    assert len(found) == 2
+    for words in found:
+        assert run_ppo([*words, "--mount_dir", clf_mount, "--max_steps", 4, "--train_batch_size", 8, "--num_rollouts", 8, "--max_new_tokens", 4]) == 0
+    assert (clf_mount / "models" / "solver" / "model.safetensors").exists() and (clf_mount / "models" / "pleaser" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_first_command_of_the_readme_reaches_its_promise(tmp_path):
+    """`python seq2seq.py` in a copy of the repository, so that the user's models/dates-demo stays as it is."""
+    assert "pip install -r requirements.txt && python seq2seq.py\n" in (ROOT / "README.md").read_text()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("seq2seq.py", "common_v1.py"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "ds_configs", copy / "ds_configs")
+    shutil.copytree(ROOT / "models" / "tiny-t5", copy / "models" / "tiny-t5")
+    shutil.copytree(ROOT / "data", copy / "data", ignore=shutil.ignore_patterns(".cache"))
+    codes, output = finish(start(["seq2seq.py"], cwd=copy), timeout=600)  # one thread: two wait for each other on a busy machine
+    assert codes == [0], output[-3000:]
+    run = copy / "models" / "dates-demo"
+    assert rows(run, "test")[-1]["test/exact_match"] >= 0.95
+    predictions = json.loads(next(run.glob("test_temperature=0.00_n=1_step=*.json")).read_text())
+    assert len(predictions) == 400 and set(predictions[0]) >= {"prompt", "generations", "demonstration", "orig_d"}
