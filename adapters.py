@@ -1,0 +1,309 @@
+"""LoRA and bottleneck adapters, also over a base in 4 or 8 bits; LoRA in PEFT's format.
+
+python adapters.py models/my-lora-run models/merged      # base and LoRA as one plain model
+"""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+import common  # first: it prepares the import of DeepSpeed
+
+# isort: split
+import safetensors.torch
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+# ends of layer names in the families that we know: T5; Llama and its kin, OPT, BART; GPT-2; NeoX
+ATTENTION = ("q", "k", "v", "q_proj", "k_proj", "v_proj", "c_attn", "query_key_value")
+BOTTLENECKS = {  # behind self-attention and behind the feed-forward network
+    "mh_adapter": (
+        *("SelfAttention.o", "self_attn.o_proj", "self_attn.out_proj"),
+        *("attn.c_proj", "attention.out_proj", "attention.dense"),
+    ),
+    "output_adapter": (
+        *("DenseReluDense.wo", "mlp.down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h"),
+    ),
+}
+NOT_READ = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
+
+
+def ends_with(path, names):
+    return f".{path}".endswith(tuple(f".{name}" for name in names))
+
+
+def sizes(linear):
+    """(n_in, n_out); GPT-2's Conv1D holds its weight transposed."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
+
+
+def new_linear(n_in, n_out, like, dtype, seed=None, bias=False):
+    """Of zeros, or with torch's (and PEFT's) start from a seed of its own: the same beside any
+    other layers, on every rank and at every stage."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    linear = torch.nn.Linear(n_in, n_out, bias, device=like.weight.device, dtype=dtype)
+    if seed is None:
+        for weight in linear.parameters():
+            torch.nn.init.zeros_(weight)
+    return linear
+
+
+class LoraLinear(torch.nn.Module):
+    """y = base(x) + scale B A dropout(x) (Hu et al. 2021); B starts with zeros."""
+
+    def __init__(self, base_layer, rank, scale, dropout, dtype, seed):
+        super().__init__()
+        n_in, n_out = sizes(base_layer)
+        self.base_layer = base_layer
+        self.scale = scale
+        self.dropout = torch.nn.Dropout(dropout)
+        self.lora_A = new_linear(n_in, rank, base_layer, dtype, seed)
+        self.lora_B = new_linear(rank, n_out, base_layer, dtype)
+
+    @property
+    def weight(self):  # T5's feed-forward asks for its dtype
+        return self.lora_A.weight
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        x = self.dropout(x.to(self.weight.dtype))
+        update = self.lora_B(self.lora_A(x))
+        update = update * self.scale
+        return y + update.to(y.dtype)
+
+
+class BottleneckLinear(torch.nn.Module):
+    """h + up(relu(down(dropout(h)))), h = base(x) (Houlsby et al. 2019); up starts with zeros."""
+
+    def __init__(self, base_layer, part, reduction_factor, dropout, dtype, seed):
+        super().__init__()
+        _, n_out = sizes(base_layer)
+        width = max(1, n_out // reduction_factor)
+        self.base_layer = base_layer
+        layers = {
+            "dropout": torch.nn.Dropout(dropout),
+            "down": new_linear(n_out, width, base_layer, dtype, seed, bias=True),
+            "up": new_linear(width, n_out, base_layer, dtype, bias=True),
+        }
+        self.part = part  # which gives the weights their names in the file
+        self.add_module(part, torch.nn.ModuleDict(layers))
+
+    @property
+    def weight(self):  # T5's feed-forward asks for its dtype
+        return getattr(self, self.part)["down"].weight
+
+    def forward(self, x):
+        layers = getattr(self, self.part)
+        h = self.base_layer(x)
+        inner = layers["dropout"](h.to(self.weight.dtype))
+        inner = layers["down"](inner).relu()
+        return h + layers["up"](inner).to(h.dtype)
+
+
+def quantized(linear, kind, dtype):
+    """A linear layer with its weight in 4 (nf4) or 8 bits (int8), by bitsandbytes."""
+    import bitsandbytes as bnb  # optional package
+
+    weight = linear.weight.data
+    if isinstance(linear, Conv1D):
+        weight = weight.T.contiguous()
+    n_out, n_in = weight.shape
+    has_bias = linear.bias is not None
+    if kind == "nf4":  # Dettmers et al. 2023, with double quantisation
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        # stored as dtype: T5 casts its states to a weight's, and would cast them to uint8
+        options["quant_storage"] = dtype
+        new = bnb.nn.Linear4bit(n_in, n_out, has_bias, dtype, **options)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options)
+    else:
+        new = bnb.nn.Linear8bitLt(n_in, n_out, has_bias, has_fp16_weights=False, threshold=6.0)
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    new.bias = linear.bias
+    if torch.cuda.is_available():  # the move to a device is what quantises
+        return new.to(torch.cuda.current_device())
+    return new.to("cpu")
+
+
+def sha256_of_weights(folder):
+    """Over the weights' files; nobody is to take an adapter for that of other weights."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
+    return digest.hexdigest()
+
+
+class Adapter:
+    """An adapter and its place in a model. config: what its folder says besides the weights."""
+
+    FILES = {
+        "lora": ("adapter_config.json", "adapter_model.safetensors"),
+        "bottleneck": ("bottleneck_config.json", "bottleneck.safetensors"),
+    }
+
+    def __init__(self, source, base, model_config, args):
+        self.base = base
+        self.folder = pathlib.Path(source) if base != source else None
+        self.quantize = args.quantize
+        self.seed = args.seed
+        self.paths = None  # of the layers that a folder's weights are for
+        self.kind = "none"  # a base that is quantised and only evaluated
+        self.config = {}
+        if self.folder:
+            is_lora = (self.folder / "adapter_config.json").exists()
+            self.kind = "lora" if is_lora else "bottleneck"
+            self.read_folder()
+        elif args.lora_rank:
+            self.kind = "lora"
+            self.config = self.lora_config(model_config, args)
+        elif args.train_adapter:
+            self.kind = "bottleneck"
+            self.config = {
+                "base_model_name_or_path": str(base),
+                "reduction_factor": args.reduction_factor,
+                "dropout": args.lora_dropout,
+                "parts": args.adapter_parts,
+            }
+
+    @property
+    def prefix(self):
+        return "base_model.model." if self.kind == "lora" else ""  # PEFT's
+
+    def read_folder(self):
+        config_name, weights_name = self.FILES[self.kind]
+        self.config = json.loads((self.folder / config_name).read_text())
+        unknown = [name for name in NOT_READ if self.config.get(name)]
+        if self.config.get("peft_type", "LORA") != "LORA" or unknown:
+            common.fail(f"{self.folder}: only plain LoRA can be read, not {' '.join(unknown)}")
+        about = self.folder / "rawtune.json"
+        expected = about.exists() and json.loads(about.read_text())["base"]["sha256"]
+        if expected and expected != sha256_of_weights(self.base):
+            common.fail(f"{self.base} has other weights than those {self.folder} was trained on")
+        self.weights = {}
+        for name, weight in safetensors.torch.load_file(self.folder / weights_name).items():
+            self.weights[name.removeprefix(self.prefix)] = weight
+        self.paths = {name.partition(".lora_A.")[0] for name in self.weights}
+
+    def about(self):
+        """What rawtune.json says of it."""
+        base = {"path": str(self.base), "sha256": sha256_of_weights(self.base)}
+        return {"base": base, "adapter": self.kind, "quantize": self.quantize or None}
+
+    def lora_config(self, model_config, args):
+        """PEFT's names."""
+        is_all = args.lora_targets == ["all-linear"]
+        targets = args.lora_targets or list(ATTENTION)
+        return {
+            "base_model_name_or_path": str(self.base),
+            "peft_type": "LORA",
+            "task_type": "SEQ_2_SEQ_LM" if model_config.is_encoder_decoder else "CAUSAL_LM",
+            "r": args.lora_rank,
+            "lora_alpha": args.lora_alpha or 2 * args.lora_rank,
+            "lora_dropout": args.lora_dropout,
+            "target_modules": "all-linear" if is_all else targets,
+            "fan_in_fan_out": model_config.model_type == "gpt2",
+            "bias": "none",
+            "inference_mode": True,
+        }
+
+    def wrap(self, layer, path, dtype):
+        """The layer with an adapter where one belongs, else as it is."""
+        config = self.config
+        seed = common.derive_seed(self.seed, path)
+        if self.kind == "lora":
+            ends = config["target_modules"]
+            is_target = (
+                path in self.paths if self.paths else ends == "all-linear" or ends_with(path, ends)
+            )
+            if not is_target:
+                return layer
+            root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+            scale = config["lora_alpha"] / root
+            return LoraLinear(layer, config["r"], scale, config["lora_dropout"], dtype, seed)
+        for part in config.get("parts", ()):
+            if ends_with(path, BOTTLENECKS[part]):
+                factor = config["reduction_factor"]
+                return BottleneckLinear(layer, part, factor, config["dropout"], dtype, seed)
+        return layer
+
+    def put_in(self, model):
+        """Collective. Quantise, freeze, and wrap the layers; -> their number."""
+        lm_head = model.get_output_embeddings()
+        dtype = model.dtype
+        n_wrapped = 0
+        model.requires_grad_(False)
+        for path, layer in list(model.named_modules()):
+            if not isinstance(layer, (torch.nn.Linear, Conv1D)) or layer is lm_head:
+                continue
+            if self.quantize and not layer.weight.is_meta:
+                layer = quantized(layer, self.quantize, dtype)
+            wrapped = self.wrap(layer, path, dtype)
+            n_wrapped += wrapped is not layer
+            model.set_submodule(path, wrapped)
+        return n_wrapped
+
+    def save(self, weights, folder):
+        """Rank 0."""
+        config_name, weights_name = self.FILES[self.kind]
+        common.write_json(folder / config_name, self.config)
+        named = {}
+        for name, weight in weights.items():
+            named[f"{self.prefix}{name}"] = weight.contiguous()
+        safetensors.torch.save_file(named, folder / weights_name, {"format": "pt"})
+
+
+def install(model, source, base, args):
+    """Collective. The adapter of the folder `source`, which training continues, else the flags'."""
+    if not common.has_weights(base):
+        common.fail(f"{base} has no weights: an adapter would be of weights that nobody keeps")
+    model.adapter = Adapter(source, base, model.config, args)
+    kind = model.adapter.kind
+    n_wrapped = model.adapter.put_in(model)
+    if n_wrapped == 0 and kind != "none":
+        common.fail(
+            f"{kind} adapters fit no layer of this {model.config.model_type}: --lora_targets"
+        )
+    if model.adapter.folder:
+        unexpected = model.load_state_dict(model.adapter.weights, strict=False).unexpected_keys
+        if unexpected:
+            common.fail(f"{source} has weights that fit no layer: {', '.join(unexpected[:4])}")
+    common.log(f"{base}: {kind} adapters in {n_wrapped} layers, base {args.quantize or 'as it is'}")
+
+
+@torch.no_grad()
+def merge(run, out):
+    """A plain model of a LoRA folder and its base: computed in fp32, saved in the base's type."""
+    args = common.Parser(__doc__, {}).parse_args(["--model_init_path", run])
+    problems = []
+    _, config, tokenizer = common.open_model(args, problems)
+    if pathlib.Path(out).exists() or not (pathlib.Path(run) / "adapter_config.json").exists():
+        problems.append(f"expected a folder with LoRA, not {run}, and a new one, not {out}")
+    if problems:
+        common.fail(problems)
+    auto_class = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        auto_class = transformers.AutoModelForSeq2SeqLM
+    common.untie_head(auto_class, config)
+    base = common.adapter_base(run)
+    model = auto_class.from_pretrained(base, config=config, dtype=torch.float32)
+    install(model, run, base, args)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLinear):
+            update = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+            linear = layer.base_layer
+            linear.weight += update.T if isinstance(linear, Conv1D) else update
+            model.set_submodule(path, linear)
+    model.to(config.dtype or torch.float32).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    common.log(f"{out} holds {base} with {run} merged in")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        common.fail("usage: python adapters.py RUN OUT")
+    merge(*sys.argv[1:])

@@ -1,0 +1,1439 @@
+"""What the scripts share: processes, flags, run folders, data, models, DeepSpeed, checkpoints.
+
+Loops, losses, collators and metrics are in the scripts; nothing here calls back into them.
+A step is an optimizer step. Collective: every rank must call it.
+"""
+
+import argparse
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import datetime
+import difflib
+import errno
+import gzip
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+
+# idle OpenMP threads must sleep: spinning ones slow two runs on one machine twentyfold
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# batches of ever new shapes would leave the GPU's memory in pieces
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# isort: split
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or importing DeepSpeed begins with a warning
+
+# isort: split
+import deepspeed
+import deepspeed.ops
+
+HERE = pathlib.Path(__file__).resolve().parent
+COMPLETE = "COMPLETE"  # written last: a folder without this file is unfinished
+EXIT_SAVED = 75  # saved after a signal or --max_hours: the same command continues
+WINDOW = 64  # batches among which examples of like length are grouped
+WEIGHT_ENDINGS = (".safetensors", ".bin")
+FOREIGN_ENDINGS = (".h5", ".msgpack", ".pth", ".gguf", ".part", ".incomplete")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,  # with fp32 masters and fp32 sums of gradients
+    "bf16-mixed": torch.float32,  # autocast
+    "fp16": torch.float16,
+}
+PRECISION_ALIASES = {
+    "32": "fp32",
+    "32-true": "fp32",
+    "bf16-true": "bf16",
+    "16-true": "fp16",
+    "16-mixed": "fp16",  # with fp32 masters and a loss scale
+}
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size():
+    """Processes of this run on this machine, as torchrun, deepspeed and srun say it."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        if name in os.environ:
+            return int(re.match(r"\d+", os.environ[name])[0])  # Slurm: 4(x2)
+    return world_size()
+
+
+def use_slurm_ranks():
+    """srun alone starts the processes: put its numbers where torch and DeepSpeed look for them."""
+    env = os.environ
+    env["RANK"] = env["SLURM_PROCID"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+    first_host = re.match(r"([^\[,]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])  # gpu[07-09,12]
+    env.setdefault("MASTER_ADDR", first_host[1] + (first_host[2] or ""))
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def use_one_process():
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
+    with socket.socket() as probe:  # a free port, so that two runs on one machine do not meet
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def adopt_launcher():
+    """Find out which process of how many this is. What an earlier launcher left in the environment
+    counts for nothing unless RANK is there."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        use_slurm_ranks()
+    if "RANK" not in os.environ or world_size() == 1:
+        use_one_process()
+    missing = {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing:
+        fail(f"RANK is set but not {', '.join(sorted(missing))}: set them, or unset RANK")
+
+
+def launch(main, args):
+    """Run main(args) and leave with its exit code; without a launcher as rank 0 of 1."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        adopt_launcher()
+        code = main(args) or 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as error:
+        code = error.code
+    except KeyboardInterrupt:  # before training began; then Run handles it
+        code = 130
+    except Exception as error:
+        traceback.print_exc()
+        code = 1
+        # cuBLAS, NCCL and the CPU's allocator have errors of their own for it
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            code = 2
+            print_error(
+                "out of memory. Halve --train_batch_size and double --gradient_accumulation_steps "
+                "(the same mathematics), or --gradient_checkpointing, or a higher ZeRO stage; in "
+                "evaluation a smaller --eval_batch_size"
+            )
+    atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end may abort in a thread of gloo (pytorch#190489)
+
+
+def setup_distributed(args):
+    """Collective. Start nccl, or gloo without GPUs; returns this process's device."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    # torchrun sets 1 thread, with which an optimizer that is offloaded to the CPU crawls
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // local_world_size()))
+    patience = datetime.timedelta(hours=2)  # rank 0 alone writes checkpoints
+    if torch.cuda.is_available():
+        device = choose_gpu()
+        # cuDNN's attention may give NaN in backward, and plans anew for every shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        deepspeed.init_distributed("nccl", verbose=False, timeout=patience)
+        return device
+    # a build of this op that is killed leaves a lock on which all later runs wait
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if sys.platform == "linux":
+        keep_freed_memory()
+    deepspeed.init_distributed("gloo", verbose=False, timeout=patience)
+    return torch.device("cpu")
+
+
+def choose_gpu():
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 1:  # srun may show each of its processes one GPU, which has the number 0
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks here too
+    if local_rank() >= n_gpus:
+        fail(f"process {local_rank()} of this machine has no GPU: it has {n_gpus}", only_here=True)
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def keep_freed_memory():
+    """glibc gives freed memory back to the system: its page faults took a tenth of a step."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(ctypes.c_int(M_MMAP_MAX), ctypes.c_int(0))
+    libc.mallopt(ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(2**31 - 1))
+
+
+def gather(rows):
+    """Collective. The union of all ranks' dictionaries."""
+    of_ranks = [None] * world_size()
+    dist.all_gather_object(of_ranks, rows)
+    union = {}
+    for of_rank in of_ranks:
+        union.update(of_rank)
+    return union
+
+
+def on_one_process(build):
+    """Collective. {name: array} of build(), which runs on one process per node; the others map its
+    arrays from a temporary folder."""
+    if world_size() == 1:
+        return build()
+    host = socket.gethostname()
+    hosts = gather({rank(): host})
+    is_first = rank() == min(other for other in hosts if hosts[other] == host)
+    name = [secrets.token_hex(8)]
+    dist.broadcast_object_list(name)
+    # with the host's name, because nodes may share their temporary folder
+    folder = pathlib.Path(tempfile.gettempdir(), f"rawtune-{name[0]}-{host}")
+    if is_first:
+        arrays = build()
+        folder.mkdir()
+        for key, array in arrays.items():
+            np.save(folder / f"{key}.npy", array)
+    dist.barrier()
+    if not is_first:
+        arrays = {}
+        for path in folder.glob("*.npy"):
+            arrays[path.stem] = np.load(path, mmap_mode="r")
+    dist.barrier()
+    if is_first:
+        shutil.rmtree(folder)  # what is mapped stays readable
+    return arrays
+
+
+def derive_seed(*keys):
+    """63 bits from any keys: the same on every machine, unrelated for different keys."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def log(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def print_error(text):
+    print(f"ERROR {text}", file=sys.stderr, flush=True)
+
+
+def fail(problems, only_here=False):
+    """Print what the user has to mend and leave with exit code 2. A problem is a text, or (where,
+    text) of a record; equal texts become one line."""
+    if rank() and not only_here:
+        time.sleep(20)  # rank 0 finds the same and speaks; then the launcher ends us
+    if isinstance(problems, str):
+        problems = [problems]
+    places = collections.defaultdict(list)
+    for problem in problems:
+        where, text = ("", problem) if isinstance(problem, str) else problem
+        places[text].append(where)
+    for text, wheres in list(places.items())[:40]:
+        if len(wheres) > 1:
+            print_error(f"{len(wheres)} records, first {wheres[0]}: {text}")
+        else:
+            print_error(f"{wheres[0]}: {text}".removeprefix(": "))
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+# name: (default, help, *choices). These eight come first in -h: everybody needs them.
+ESSENTIAL_FLAGS = {
+    "model_init_name": ("", "folder under models/"),
+    "model_init_path": ("", "folder or hub id; wins over --model_init_name"),
+    "data_name": (
+        ["data"],
+        "or --data: files under data/, or paths; NAME:0.05 draws that share anew each epoch, "
+        "NAME:500 so many examples",
+    ),
+    "training_run_name": ("", "folder under models/ to write; else <model>_<data>_<seed>"),
+    "train_batch_size": (16, "examples in one forward step of all processes together"),
+    "max_steps": (0, "training length in optimizer steps; 0: --num_epochs decides"),
+    "num_epochs": (4.0, "training length in epochs"),
+    "learning_rate": (5e-5, "peak, reached after warm-up"),
+}
+TRAINING_FLAGS = {
+    "mount_dir": ("", "where models/ and data/ are; else ./mount if it exists, else ."),
+    "eval_fraction": (0.0, "share of the training prompts held out for evaluation"),
+    "gradient_accumulation_steps": (1, "forward steps per optimizer step"),
+    "max_hours": (0.0, f"save and leave with exit code {EXIT_SAVED} after this time"),
+    "seed": (0, "of data order, dropout, sampling and new weights"),
+    "lr_scheduler_type": (
+        "linear",
+        "shape after warm-up; constant has no warm-up",
+        *("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
+    ),
+    "warmup_steps": (-1, "-1: min(2000, max_steps / 10)"),
+    "weight_decay": (0.0, "AdamW's, on matrices only"),
+    "max_grad_norm": (1.0, "clip the gradient to this norm; 0: off"),
+}
+SYSTEM_FLAGS = {
+    "precision": ("auto", "fp32, bf16, bf16-mixed, fp16; auto: bf16 where the GPU has it"),
+    "ds_config": ("auto", "name in ds_configs/ or a JSON; auto: the lowest ZeRO stage that fits"),
+    "gradient_checkpointing": (False, "recompute activations: less memory, 30 %% slower"),
+    "compile": (False, "torch.compile; not with ZeRO-3"),
+    "deterministic": (False, "the same bits on GPUs too, slower"),
+}
+ADAPTER_FLAGS = {
+    "lora_rank": (0, "train LoRA matrices of this rank and freeze the rest"),
+    "lora_alpha": (0.0, "the update counts alpha / rank; 0: 2 x rank"),
+    "lora_dropout": (0.0, "on the input of LoRA and of bottlenecks"),
+    "lora_targets": ([], "ends of layer names, or all-linear; none: by family"),
+    "train_adapter": (False, "train bottleneck adapters (Houlsby et al. 2019), freeze the rest"),
+    "reduction_factor": (128, "hidden size / width of a bottleneck"),
+    "adapter_parts": (
+        ["mh_adapter", "output_adapter"],
+        "behind attention, behind the feed-forward network",
+        *("mh_adapter", "output_adapter"),
+    ),
+    "quantize": ("", "the frozen base in 4 or 8 bits (package bitsandbytes)", "nf4", "int8"),
+}
+OUTPUT_FLAGS = {
+    "eval_steps": (0, "evaluation interval; 0: once per epoch"),
+    "eval_batch_size": (32, "rows of one evaluation batch of one process"),
+    "metric_for_best": ("", "keep and export the checkpoint that is best by this metric"),
+    "early_stopping_patience": (0, "stop after so many evaluations without a better one"),
+    "no_train": (False, "evaluate only"),
+    "save_steps": (-1, "checkpoint interval; -1: once per epoch, 0: only at the end"),
+    "save_total_limit": (2, "newest checkpoints kept, besides the best"),
+    "overwrite": (False, "start anew; the old folder becomes <run>.old-<time>"),
+    "logging_steps": (10, "interval of metric rows"),
+    "wandb_project": ("", "log to this W&B project too"),
+}
+# may differ when a run goes on, because the mathematics stays the same
+FREE_FLAGS = {
+    *("local_rank", "mount_dir", "training_run_name", "overwrite", "wandb_project", "ds_config"),
+    *("max_hours", "save_steps", "save_total_limit", "eval_steps", "eval_batch_size"),
+    *("compile", "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"),
+    "logging_steps",
+}
+LENGTH_FLAGS = {"max_steps", "num_epochs"}  # may differ when a finished run is extended
+HINTS = {  # what others call our flags, or what earlier versions had
+    "lr": "--learning_rate",
+    "batch_size": "--train_batch_size",
+    "resume": "the same command without it? An unfinished run goes on by itself",
+    "data_format": "records? data/prepare_ni.py, in the next version, makes them of task folders",
+}
+POSITIVE_FLAGS = (
+    *("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"),
+    *("num_epochs", "logging_steps", "save_total_limit", "reduction_factor"),
+)
+
+
+def add_flag(group, name, default, text, *choices):
+    names = [f"--{name}"]
+    if name == "data_name":
+        names = ["--data_name", "--data"]
+    if default is False:
+        group.add_argument(*names, action="store_true", help=text)
+        return
+    is_list = isinstance(default, list)
+    group.add_argument(
+        *names,
+        default=default,
+        type=str if is_list else type(default),
+        nargs="+" if is_list else None,
+        choices=choices or None,
+        metavar="X",
+        help=f"{text} [{default}]" if default else text,
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse from tables of flags, with @file presets; an unknown flag names the nearest one."""
+
+    def __init__(self, description, own_flags):
+        super().__init__(
+            description=description,
+            usage=argparse.SUPPRESS,
+            allow_abbrev=False,
+            fromfile_prefix_chars="@",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        tables = {
+            "essential": ESSENTIAL_FLAGS,
+            "of this script": own_flags,
+            "training": TRAINING_FLAGS,
+            "precision and ZeRO": SYSTEM_FLAGS,
+            "adapters": ADAPTER_FLAGS,
+            "evaluation and output": OUTPUT_FLAGS,
+        }
+        for title, flags in tables.items():
+            group = self.add_argument_group(title)
+            for name, spec in flags.items():
+                if flags is own_flags or name not in own_flags:  # a script's own default wins
+                    add_flag(group, name, *spec)
+        self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            name = unknown[0].lstrip("-").split("=")[0]
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1, 0.1)
+            self.error(f"unknown argument {unknown[0]}: did you mean {HINTS.get(name, near[0])}?")
+        return args
+
+    def error(self, message):
+        presets = [path.name for path in (HERE / "presets").glob("*") if path.is_file()]
+        fail(f"{message} (all flags: -h; presets: {', '.join(sorted(presets))})")
+
+
+def resolve_precision(args, problems):
+    if args.precision == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        args.precision = "bf16" if has_bf16 else "fp32"
+    args.precision = PRECISION_ALIASES.get(args.precision, args.precision)
+    if args.precision not in DTYPES:
+        problems.append(f"--precision {args.precision}: expected auto, {', '.join(DTYPES)}")
+    elif args.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        problems.append("--precision fp16: this machine has none; use bf16 or fp32")
+
+
+def check_shared_args(args, problems):
+    """Append what cannot work to problems; resolve --precision."""
+    for name in POSITIVE_FLAGS:
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            problems.append(f"--{name} {value}: expected a positive number")
+    if not 0 <= args.eval_fraction < 1:
+        problems.append(f"--eval_fraction {args.eval_fraction}: expected a share below 1")
+    if args.train_batch_size % world_size():
+        problems.append(
+            f"--train_batch_size {args.train_batch_size} counts the examples of all "
+            f"processes together and cannot be divided by {world_size()}"
+        )
+    if not args.model_init_name and not args.model_init_path:
+        problems.append("no model: --model_init_name (under models/) or --model_init_path")
+    if args.lora_rank and args.train_adapter:
+        problems.append("--lora_rank and --train_adapter exclude each other")
+    if args.early_stopping_patience and not args.metric_for_best:
+        problems.append("--early_stopping_patience needs --metric_for_best")
+    resolve_precision(args, problems)
+
+
+# ------------------------------------------------------------------------------------- run folder
+
+
+def mount(args):
+    if args.mount_dir:
+        return pathlib.Path(args.mount_dir)
+    return pathlib.Path("mount" if os.path.isdir("mount") else ".")
+
+
+def find_input(args, kind, name, endings, problems):
+    """models/<name> or data/<name><ending>, under the mount, here or beside the script; or a path.
+    Without endings a folder is meant."""
+    places = [pathlib.Path(name)]
+    for root in (HERE, pathlib.Path("."), mount(args)):
+        places += [root / kind / f"{name}{ending}" for ending in endings or [""]]
+    for path in reversed(places):
+        if path.is_file() if endings else path.is_dir():
+            return path
+    folder = mount(args) / kind
+    names = [path.name for path in folder.glob("*")]
+    near = difflib.get_close_matches(name, names, 12, 0.1)
+    problems.append(f"{folder / name} not found; there is: {', '.join(near)}")
+    return None
+
+
+def write_json(path, value):
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = pathlib.Path(f"{path}.tmp")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    aside.write_text(text + "\n", "utf-8", errors="backslashreplace")  # half characters of a model
+    os.replace(aside, path)
+
+
+def run_name(args):
+    if args.training_run_name:
+        return args.training_run_name
+    model = (args.model_init_path or args.model_init_name).strip("/")
+    data = "+".join(args.data_name)
+    ending = "eval" if args.no_train else args.seed
+    return f"{model}_{data}_{ending}".replace("/", "_")
+
+
+class Run:
+    """A run folder, and where its training stands: the bookkeeping around a loop, not the loop."""
+
+    def __init__(self, args, free_flags, identity, problems):
+        """identity: what must not change when a run goes on besides flags, as the data's hashes."""
+        self.args = args
+        self.dir = mount(args) / "models" / run_name(args)
+        self.tracker = None
+        self.resume_from = None
+        self.saved_step = None
+        self.signal = None
+        self.deadline = math.inf
+        if args.max_hours:
+            self.deadline = time.monotonic() + 3600 * args.max_hours
+        self.state = {"step": 0, "last_eval": -1, "loss_sum": 0.0, "n_targets": 0, "bad_evals": 0}
+        self.state.update(log_bytes=0, best=None, best_score=None, best_step=None)
+        # their product counts, not how it is made; the layout counts for the bits of a resumed run
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        layout = {"batch": batch, "world_size": world_size(), "format": 2}
+        self.record = {**vars(args), **identity, **layout}
+        if self.dir.exists() and not args.overwrite:
+            self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
+
+    @property
+    def step(self):
+        return self.state["step"]
+
+    def look_at_earlier_run(self, free_flags, problems):
+        """Refuse to mix two runs in one folder, or take up the one that is there."""
+        path = self.dir / "args.json"
+        if not path.exists():
+            problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
+            return
+        earlier = json.loads(path.read_text())
+        if earlier.get("format") != 2:
+            problems.append(f"{self.dir} is a run of version 1: choose another --training_run_name")
+            return
+        if self.args.no_train and earlier["no_train"]:
+            return  # evaluated again, perhaps with other flags
+        self.resume_from = latest_checkpoint(self.dir)
+        if self.resume_from:
+            self.state = json.loads((self.resume_from / "state.json").read_text())
+        if (self.dir / COMPLETE).exists():
+            free_flags = free_flags | LENGTH_FLAGS
+        changed = []
+        for key, value in self.record.items():
+            if key not in free_flags and earlier.get(key) != value:
+                changed.append(f"{key} was {earlier.get(key)}")
+        if changed:
+            problems.append(
+                f"{self.dir} is another run ({'; '.join(changed)}): make it the same to go on, or "
+                "begin a new one with another --training_run_name, or --overwrite, perhaps from "
+                f"--model_init_path {self.resume_from}"
+            )
+
+    def start(self, script, device, max_steps=0, steps_per_epoch=1):
+        """Collective. Make the folder and write down what runs."""
+        self.device = device
+        self.max_steps = max_steps
+        self.steps_per_epoch = steps_per_epoch
+        if self.resume_from:
+            self.saved_step = self.step
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if not self.args.no_train:  # there is nothing to save
+                signal.signal(number, self.on_signal)
+        dist.barrier()  # nobody is still looking at what an earlier run has left
+        if rank() == 0 and not self.is_exported():
+            self.prepare_folder(script)
+        dist.barrier()
+        self.restart_clock()
+
+    def prepare_folder(self, script):
+        """Rank 0."""
+        if self.args.overwrite and self.dir.exists():
+            os.rename(self.dir, f"{self.dir}.old-{int(time.time())}")
+        (self.dir / "code").mkdir(parents=True, exist_ok=True)
+        for leftover in self.dir.glob("checkpoint-*.tmp"):  # of a killed process
+            shutil.rmtree(leftover)
+        (self.dir / COMPLETE).unlink(missing_ok=True)  # an extended run is unfinished again
+        libraries = (torch, transformers, deepspeed)
+        versions = {library.__name__: library.__version__ for library in libraries}
+        write_json(self.dir / "args.json", {**self.record, **versions, "command": sys.argv})
+        for source in (script, __file__):
+            shutil.copy(source, self.dir / "code")
+        # what is computed again is logged again: rows stay unique by (step, split)
+        (self.dir / "metrics.jsonl").touch()
+        os.truncate(self.dir / "metrics.jsonl", self.state["log_bytes"])
+        if self.args.wandb_project:
+            self.start_wandb()
+
+    def start_wandb(self):
+        import wandb  # optional package; WANDB_ENTITY and the like are its own business
+
+        self.tracker = wandb.init(
+            project=self.args.wandb_project,
+            id=os.environ.get("WANDB_RUN_ID", self.dir.name),
+            name=self.dir.name,
+            config=self.record,
+            resume="allow",
+        )
+
+    def on_signal(self, number, frame):
+        """The first one asks for saving. A second Ctrl-C quits, but only 5 seconds later: launchers
+        repeat the first one at once."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.signal_time = number, now
+        elif number == signal.SIGINT and now - self.signal_time > 5:
+            os._exit(130)
+
+    def restart_clock(self):
+        self.clock = time.perf_counter()
+        self.timed_targets = 0
+
+    def log(self, split, metrics):
+        """One line of metrics.jsonl and of the screen; W&B's names are those of metrics.jsonl."""
+        if rank() == 0:
+            row = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "split": split}
+            shown = []
+            for name, value in metrics.items():
+                row[name if split == "train" else f"{split}/{name}"] = value
+                shown.append(f"{name} {value:.4g}")
+            with open(self.dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+                self.state["log_bytes"] = file.tell()
+            log(f"step {self.step:>6} {split:<5} {'  '.join(shown)}")
+            if self.tracker:
+                self.tracker.log(row, step=self.step)
+        self.restart_clock()
+
+    def stepped(self, loss, n_targets, **others):
+        """Count an optimizer step; every --logging_steps a row with the mean loss since then."""
+        state = self.state
+        state["step"] += 1
+        state["loss_sum"] += loss * n_targets
+        state["n_targets"] += n_targets
+        self.timed_targets += n_targets
+        if self.step % self.args.logging_steps and self.step != self.max_steps:
+            return
+        metrics = {
+            "loss": state["loss_sum"] / state["n_targets"],
+            "tokens_per_sec": self.timed_targets / (time.perf_counter() - self.clock),
+            "target_tokens": state["n_targets"],
+            **others,
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+        self.log("train", metrics)
+        state.update(loss_sum=0.0, n_targets=0)
+
+    def evaluated(self, metrics, low_is_better=("loss",)):
+        """Log an evaluation, keep which was the best, and write that into the checkpoint."""
+        self.log("eval", metrics)
+        self.state["last_eval"] = self.step
+        name = self.args.metric_for_best
+        if name and name not in metrics:
+            fail(f"--metric_for_best {name}: expected one of {', '.join(metrics)}")
+        if name and self.step:
+            self.compare_to_best(name, metrics, low_is_better)
+        path = self.dir / f"checkpoint-{self.step}" / "state.json"
+        if rank() == 0 and path.exists():
+            write_json(path, self.state)
+
+    def compare_to_best(self, name, metrics, low_is_better):
+        """The lower loss breaks a tie, then the later step."""
+        state = self.state
+        sign = -1 if name.split("/")[-1] in low_is_better else 1
+        score = [sign * metrics[name], -metrics.get("loss", 0.0)]
+        earlier = state["best_score"]
+        state["bad_evals"] += 1
+        if earlier is None or score >= earlier:
+            state.update(best=metrics[name], best_score=score, best_step=self.step)
+            if score != earlier:
+                state["bad_evals"] = 0
+
+    def write_predictions(self, name, predictions):
+        """Rank 0. Those of an earlier --no_train are kept under another name."""
+        path = self.dir / name
+        if self.args.no_train and path.exists():
+            os.rename(path, path.with_suffix(f".old-{int(time.time())}.json"))
+        write_json(path, predictions)
+
+    def must_stop(self):
+        return self.signal is not None or time.monotonic() > self.deadline
+
+    def finished(self):
+        patience = self.args.early_stopping_patience
+        return self.step >= self.max_steps or 0 < patience <= self.state["bad_evals"]
+
+    def is_exported(self):
+        """Whether the run is finished and its folder holds the trained model."""
+        is_complete = (self.dir / COMPLETE).exists()
+        return self.resume_from is not None and self.finished() and is_complete
+
+    def eval_is_due(self):
+        interval = self.args.eval_steps or self.steps_per_epoch
+        is_due = self.step % interval == 0 or self.step >= self.max_steps
+        return is_due and self.state["last_eval"] != self.step
+
+    def save_is_due(self):
+        """A checkpoint comes before every evaluation; --save_steps 0 has those only that could be
+        the best."""
+        interval = self.args.save_steps
+        if interval == 0:
+            return self.finished() or (self.args.metric_for_best != "" and self.eval_is_due())
+        if interval < 0:
+            interval = self.steps_per_epoch
+        return self.finished() or self.eval_is_due() or self.step % interval == 0
+
+    def chosen(self):
+        """The checkpoint to export: the best, or the last where there is no --metric_for_best."""
+        return self.dir / f"checkpoint-{self.state['best_step'] or self.step}"
+
+    def plot_curves(self):
+        """Rank 0. curves.png, where matplotlib is installed."""
+        try:
+            from matplotlib.figure import Figure  # optional package
+        except ImportError:
+            return
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+        lines = (self.dir / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        for split, name in (("train", "loss"), ("eval", "eval/loss")):
+            points = [(row["step"], row[name]) for row in rows if row["split"] == split]
+            axes.plot(*zip(*points), marker=".", label=split)
+        axes.legend()
+        figure.savefig(self.dir / "curves.png")
+
+
+# ------------------------------------------------------------------------------------- data files
+
+DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SPLITS = ("train", "eval", "test")
+
+
+def parse_data_spec(spec, problems):
+    """'a' -> ('a', None); 'a:0.05' -> ('a', 0.05), a fraction; 'a:500' -> ('a', 500), examples."""
+    name, colon, amount = spec.rpartition(":")
+    if not colon or not re.fullmatch(r"\d+|\d*\.\d+|\d+\.", amount):
+        return spec, None
+    is_fraction = "." in amount
+    value = float(amount) if is_fraction else int(amount)
+    if value == 0 or (is_fraction and value > 1):
+        problems.append(f"--data {spec}: expected a fraction like :0.05 or a count like :500")
+    return name, value
+
+
+def unique_keys(pairs):
+    """For json: of a repeated key it would silently keep the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = collections.Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} is repeated")
+    return record
+
+
+def parse_json(text, where, problems):
+    """The value, or None where it is no JSON."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{where}: no JSON ({error}); objects line by line belong into a .jsonl")
+        return None
+
+
+def read_records(path, problems):
+    """Yield (where, split, record) of a file of JSON lines, of a list, or of lists by split."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        # utf-8-sig drops the mark that Windows writes at the start of a file
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return
+    is_lines = ".jsonl" in path.name
+    lists = {"train": []}
+    if is_lines:
+        for number, line in enumerate(text.split("\n"), start=1):
+            value = parse_json(line, f"{path}, line {number}", problems) if line.strip() else None
+            lists["train"].append(value)
+    else:
+        lists = parse_json(text, path, problems) or {}
+        if isinstance(lists, list):
+            lists = {"train": lists}
+    for name, records in lists.items():
+        for i, record in enumerate(records if isinstance(records, list) else ["no list"]):
+            where = f"{path}, line {i + 1}" if is_lines else f"{path}, {name}[{i}]"
+            if record is None:
+                continue
+            if not isinstance(record, dict):
+                problems.append((where, f"{record!r:.40}: expected an object"))
+                continue
+            split = record.pop("split", name)
+            if split in SPLITS:
+                yield where, split, record
+            else:
+                hint = "; eval is meant?" if split in ("validation", "valid", "dev") else ""
+                problems.append((where, f"split {split!r}, expected {', '.join(SPLITS)}{hint}"))
+
+
+def text_problem(text, name, record):
+    """What is wrong with a text of a record, or None."""
+    if text is None:
+        keys = ", ".join(record)
+        return f"{name!r} is missing; there is {keys}: data/prepare_table.py can rename them"
+    if not isinstance(text, str) or not text.strip():
+        return f"{name!r} is {str(text)[:40]!r}, expected text"
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        return f"{name!r} holds bytes that are no UTF-8, or half a character"
+    return None
+
+
+def is_held_out(args, key):
+    """Whether --eval_fraction takes an example: by its prompt, so that repeats stay together."""
+    return derive_seed("held out", key) % 10**6 < args.eval_fraction * 10**6
+
+
+def tokenizer_sha256(tokenizer):
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def sha256_of(arrays):
+    """Of {name: array}."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def tokenize(tokenizer, texts):
+    """[(n,) token ids] of a list of texts, in blocks, with a progress bar where it takes long."""
+    rows = []
+    blocks = range(0, len(texts), 1000)
+    for start in tqdm(blocks, "tokenising", delay=5, disable=rank() > 0 or None, leave=False):
+        rows += map(np.int32, tokenizer(texts[start : start + 1000]).input_ids)
+    return rows
+
+
+class Ragged:
+    """Rows of token ids in one array: ragged[i] -> (n,); .lengths: (rows,)."""
+
+    def __init__(self, name, arrays):
+        self.values = arrays[name]
+        self.lengths = arrays[f"{name}_lengths"]
+        self.ends = np.cumsum(self.lengths)
+
+    def __getitem__(self, i):
+        start = self.ends[i] - self.lengths[i]
+        return self.values[start : self.ends[i]]
+
+    @staticmethod
+    def arrays(name, rows):
+        """{name: array} of a list of (n,) ids, as the constructor reads them."""
+        values = np.concatenate([np.zeros(0, np.int32), *rows])
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return {name: values, f"{name}_lengths": lengths}
+
+
+# ------------------------------------------------------------------------------ order of examples
+
+
+def length_cells(ids, lengths, batch):
+    """Cut ids into arrays of `batch` that are alike in both lengths, (N, 2): runs of like target
+    length, each cut by source length."""
+    ids = ids[np.argsort(lengths[ids, 1], kind="stable")]
+    run = batch * max(1, round(math.sqrt(len(ids) / batch)))
+    cells = []
+    for start in range(0, len(ids), run):
+        members = ids[start : start + run]
+        members = members[np.argsort(lengths[members, 0], kind="stable")]
+        cells += np.split(members, range(batch, len(members), batch))
+    return cells
+
+
+class Order:
+    """Which examples step k has: a function of (seed, k, batch), the same for any number of ranks.
+    A batch is a cell of a random window of batches, so that little padding is needed."""
+
+    def __init__(self, args, sizes, amounts):
+        """Of each data set its size and how much of it an epoch takes, see parse_data_spec."""
+        self.seed = args.seed
+        self.epoch = None
+        self.batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.sizes = sizes
+        self.takes = []
+        for size, amount in zip(sizes, amounts):
+            take = max(1, round(amount * size)) if isinstance(amount, float) else amount
+            self.takes.append(size if take is None else take)
+        self.steps_per_epoch = max(1, math.ceil(sum(self.takes) / self.batch))
+
+    def start_epoch(self, epoch, lengths):
+        drawn = []
+        first_id = 0
+        for k, (size, take) in enumerate(zip(self.sizes, self.takes)):
+            rng = np.random.default_rng([self.seed, epoch, k])
+            drawn.append(rng.permutation(size)[:take] + first_id)
+            first_id += size
+        rng = np.random.default_rng([self.seed, epoch])
+        ids = rng.permutation(np.concatenate(drawn))
+        # sorting within a window only: batches stay random, yet hold examples of like length
+        n_full = len(ids) // self.batch * self.batch
+        batches = []
+        for start in range(0, n_full, WINDOW * self.batch):
+            end = min(start + WINDOW * self.batch, n_full)
+            batches += length_cells(ids[start:end], lengths, self.batch)
+        # shuffled again, or an epoch would go from short examples to long ones
+        self.batches = [batches[k] for k in rng.permutation(len(batches))]
+        self.batches.append(ids[n_full:])  # the short last step
+        self.epoch = epoch
+
+    def step_ids(self, step, lengths):
+        """(batch,) example numbers over all data sets; lengths: (N, 2) by example."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.start_epoch(epoch, lengths)
+        return self.batches[i]
+
+
+def deal(ids, sizes, n_pieces):
+    """Cut the examples of a step into runs of similar size and about equal token counts."""
+    ids = ids[np.argsort(-sizes[ids], kind="stable")]
+    n_tokens = np.cumsum(sizes[ids])
+    # an example belongs to the piece in which its middle token falls
+    middles = n_tokens - sizes[ids] / 2
+    piece = np.minimum(middles * n_pieces // n_tokens[-1], n_pieces - 1)
+    return [ids[piece == i] for i in range(n_pieces)]
+
+
+def my_batches(lengths, batch_size):
+    """This rank's evaluation batches, longest first; as many on each rank, some empty. A batch is
+    never split, so that its padding and every digit are the same for any number of ranks."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    # a rank without a batch still joins every collective call of the others
+    batches += [[]] * (-len(batches) % world_size())
+    mine = batches[rank() :: world_size()]
+    return tqdm(mine, "evaluating", delay=5, disable=rank() > 0 or None, leave=False)
+
+
+def ahead(function, first, last):
+    """Yield (step, function(step)); a thread computes the next one meanwhile."""
+    options = {"initial": first, "total": last, "delay": 5, "disable": rank() > 0 or None}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(function, first)
+        for step in tqdm(range(first, last), "training", **options):
+            result = pending.result()
+            pending = pool.submit(function, step + 1)
+            yield step, result
+
+
+def to_tensors(arrays):
+    """{name: int64 tensor}, in memory from which a GPU can copy while it computes."""
+    tensors = {}
+    for name, array in arrays.items():
+        tensor = torch.as_tensor(np.asarray(array, np.int64))
+        tensors[name] = tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return tensors
+
+
+def to_device(batch, device):
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def adapter_base(source):
+    """The model that an adapter folder belongs to; None for a plain model."""
+    for path in pathlib.Path(source).glob("*_config.json"):
+        base = json.loads(path.read_text()).get("base_model_name_or_path")
+        if base:
+            return base
+    return None
+
+
+def has_weights(base):
+    """Of a hub id we assume so."""
+    folder = pathlib.Path(base)
+    return not folder.is_dir() or any(path.suffix in WEIGHT_ENDINGS for path in folder.glob("*"))
+
+
+def check_weights(folder, problems):
+    """A folder without weights is trained from scratch: see to it that it was meant to be empty."""
+    for path in folder.glob("*"):
+        if path.suffix in WEIGHT_ENDINGS and path.stat().st_size < 1000:
+            problems.append(f"{path} holds no weights; a Git LFS pointer? git lfs pull")
+        elif path.suffix in FOREIGN_ENDINGS and not has_weights(folder):
+            problems.append(f"{path} cannot be read: weights are expected in safetensors files")
+
+
+def open_model(args, problems):
+    """(source, config, tokenizer) of the model that the flags name; no weights yet."""
+    source = args.model_init_path
+    if not source and args.model_init_name:
+        source = find_input(args, "models", args.model_init_name, [], problems)
+    if not source:
+        return None, None, None
+    base = adapter_base(source) or source
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=config)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        problems.append(f"model {source}: {str(error).strip().splitlines()[0]}")
+        return None, None, None
+    check_weights(pathlib.Path(base), problems)
+    vocabulary = len(tokenizer.get_vocab()) - len(tokenizer.get_added_vocab())
+    if vocabulary < 10:
+        problems.append(f"{source} has no tokenizer: tokenizer.json or spiece.model is missing")
+    n_rows = config.get_text_config().vocab_size
+    is_fixed = args.no_train or args.lora_rank or args.train_adapter or base != source
+    if len(tokenizer) > n_rows and is_fixed:
+        problems.append(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the embedding {n_rows} rows; "
+            "only training of all weights adds rows"
+        )
+    return str(source), config, tokenizer
+
+
+def untie_head(auto_class, config):
+    """transformers 5 ties every T5's head to its embedding, though v1.1 (Flan-T5) and mT5 have one
+    of their own, which ZeRO-3 would lose. Before a model is made. Returns whether it has one."""
+    is_v1_1 = getattr(config, "scale_decoder_outputs", True) is False
+    if config.model_type != "mt5" and not is_v1_1:
+        return False
+    model_class = auto_class._model_mapping[type(config)]
+    tied = dict(model_class._tied_weights_keys)
+    tied.pop("lm_head.weight", None)
+    model_class._tied_weights_keys = tied
+    return True
+
+
+class PartitionWhileLoading:
+    """While it lives, from_pretrained loads weights partitioned (ZeRO-3). transformers' own class
+    for this wants accelerate."""
+
+    def __init__(self, ds_config):
+        self.config = ds_config
+        set_hf_deepspeed_config(self)
+
+    def is_zero3(self):
+        return True
+
+
+def new_model(auto_class, config, args, has_own_head):
+    model = auto_class.from_config(config).to(DTYPES[args.precision])
+    if has_own_head:  # transformers starts it with a deviation of 1; t5x: variance 1 / fan-in
+        model.lm_head.weight.data.mul_(config.d_model**-0.5)
+    return model
+
+
+def pretrained_model(auto_class, base, config, args, ds_config):
+    """ds_config: where the weights are to be partitioned while they are loaded, else None."""
+    partitioning = PartitionWhileLoading(ds_config) if ds_config else None
+    try:
+        model, info = auto_class.from_pretrained(
+            base, config=config, dtype=DTYPES[args.precision], output_loading_info=True
+        )
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        fail(f"{base}: its weights cannot be loaded ({error})")
+    del partitioning  # from here on models are made whole again
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])[:5]
+        fail(f"{base}: weights are missing, such as {', '.join(missing)}")
+    return model
+
+
+def load_model(auto_class, source, config, args, ds_config, n_tokens):
+    """Collective. The model in --precision's dtype, with adapters; n_tokens: of its tokenizer."""
+    base = adapter_base(source) or source
+    has_own_head = untie_head(auto_class, config)
+    is_grown = n_tokens > config.get_text_config().vocab_size
+    is_partitioned = ds_config["zero_optimization"]["stage"] == 3 and not is_grown
+    torch.manual_seed(derive_seed(args.seed, "new weights"))
+    if has_weights(base):
+        ds_config = ds_config if is_partitioned else None
+        model = pretrained_model(auto_class, base, config, args, ds_config)
+    else:
+        log(f"{base} has no weights: training from scratch (seed {args.seed})")
+        model = new_model(auto_class, config, args, has_own_head)
+    if is_grown:
+        log(f"the embedding grows to the {n_tokens} tokens of the tokenizer")
+        model.resize_token_embeddings(n_tokens)
+    if args.lora_rank or args.train_adapter or args.quantize or base != source:
+        import adapters
+
+        adapters.install(model, source, base, args)
+    for module in model.modules():  # GELU as one kernel: 5 % of a step of T5 v1.1
+        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
+            module.act = torch.nn.GELU(approximate="tanh")
+        if args.compile and isinstance(module, GradientCheckpointingLayer):  # a layer's block
+            module.compile(dynamic=True)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    dist.barrier()  # DeepSpeed's own first meeting has a time-out of 10 minutes
+    return model.train()
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-log p of each target: logits (N, V) fp32, target_ids (N,) -> (N,). Overwrites the logits, by
+    exp and then by the gradient: F.cross_entropy holds four buffers of that size."""
+
+    @staticmethod
+    def forward(ctx, logits, target_ids):
+        target_logits = logits.gather(1, target_ids[:, None]).squeeze(1)
+        highest = logits.amax(1, keepdim=True)
+        exps = logits.sub_(highest).exp_()
+        sums = exps.sum(1)
+        ctx.save_for_backward(exps, sums, target_ids)
+        return sums.log() + highest.squeeze(1) - target_logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        exps, sums, target_ids = ctx.saved_tensors
+        exps.mul_((grad / sums)[:, None])
+        return exps.scatter_add_(1, target_ids[:, None], -grad[:, None]), None
+
+
+def whole(weight):
+    """A context in which a weight that ZeRO-3 has partitioned is whole; others always are."""
+    return deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id"))
+
+
+def whole_copy(model):
+    """Collective. A copy with whole weights of a model that ZeRO-3 has partitioned."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+        if hasattr(model, "adapter"):
+            model.adapter.put_in(twin)
+    copies = {}  # a weight that is tied has several names and one copy
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    for name, tensor in tensors:
+        if id(tensor) not in copies:
+            with whole(tensor):
+                copy = tensor.detach().clone()
+            is_weight = isinstance(tensor, torch.nn.Parameter)
+            copies[id(tensor)] = torch.nn.Parameter(copy, False) if is_weight else copy
+        owner, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(owner), leaf, copies[id(tensor)])
+    return twin.eval()
+
+
+@contextlib.contextmanager
+def generating(engine, settings):
+    """Collective. The model to call generate on. Under ZeRO-3 a whole copy: to gather every weight
+    again for every token takes ten times as long."""
+    engine.eval()
+    model = engine.module.model
+    if engine.zero_optimization_partition_weights():
+        model = whole_copy(model)
+    # generate fills gaps of its arguments from the model's own settings, so these are replaced
+    inherited = model.generation_config
+    model.generation_config = settings
+    is_mixed = engine.torch_autocast_enabled()
+    with torch.no_grad(), torch.autocast(engine.device.type, torch.bfloat16, enabled=is_mixed):
+        yield model
+    model.generation_config = inherited
+    engine.train()
+
+
+# -------------------------------------------------------------------------- DeepSpeed, optimizer
+
+
+def without_auto(config):
+    """Hugging Face's JSONs say "auto" where DeepSpeed's default or a flag of ours is meant."""
+    if not isinstance(config, dict):
+        return config
+    return {key: without_auto(value) for key, value in config.items() if value != "auto"}
+
+
+def make_ds_config(args, auto_class, model_config, problems):
+    """DeepSpeed's configuration: the JSON of --ds_config, in which batch, clipping and precision
+    are the flags'."""
+    name = args.ds_config
+    if name == "auto" and args.precision in DTYPES:
+        name = choose_stage(args, auto_class, model_config, problems)
+    path = pathlib.Path(name) if name.endswith(".json") else HERE / "ds_configs" / f"{name}.json"
+    try:
+        config = without_auto(json.loads(path.read_text()))
+        stage = config["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"--ds_config {name}: {path} cannot be used ({error!r})")
+        return None
+    if args.no_train and stage < 3:
+        stage = config["zero_optimization"]["stage"] = 0  # there is no optimizer to partition
+    if "optimizer" in config or "scheduler" in config:
+        problems.append(f"{path}: remove optimizer and scheduler; --learning_rate etc. decide")
+    if args.precision == "bf16" and stage == 0 and not args.no_train:
+        problems.append("--precision bf16 needs ZeRO stage 1 or more: --ds_config zero1")
+    if stage == 3 and (args.compile or args.quantize):
+        problems.append("--compile and --quantize do not go with ZeRO-3: --ds_config zero2")
+    # what the flags decide is written always, for DeepSpeed's defaults differ from ours
+    config.pop("train_batch_size", None)
+    config.update(
+        train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
+        gradient_accumulation_steps=1,  # the loops accumulate by hand; DeepSpeed is not to divide
+        gradient_clipping=args.max_grad_norm,
+        bf16={"enabled": args.precision == "bf16" and not (args.no_train and stage == 0)},
+        fp16={"enabled": args.precision == "fp16"},
+        data_types={"grad_accum_dtype": "fp32"},
+    )
+    if args.precision == "bf16":  # or gradients are rounded to bf16 where ranks add theirs
+        config.setdefault("communication_data_type", "fp32")
+    if args.precision == "bf16-mixed":
+        config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return config
+
+
+def choose_stage(args, auto_class, config, problems):
+    """The lowest ZeRO stage whose weights, gradients and AdamW state fill less than 80 % of memory
+    (Rajbhandari et al. 2020, table 1); activations need the rest."""
+    untie_head(auto_class, config)
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    n_params = sum(weight.numel() for weight in model.parameters())
+    n = world_size()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
+    remedy = "more processes"
+    if torch.cuda.is_available():  # on CPUs an offload goes to the same memory
+        memory = torch.cuda.get_device_properties(0).total_memory
+        remedy = "more GPUs, or --ds_config zero3_offload"
+    weight = DTYPES[args.precision].itemsize
+    gradient = 4 if weight == 4 else 6  # bf16's are added up in fp32
+    state = 12  # AdamW's two means and, beside bf16 or where flattened by ZeRO, fp32 masters
+    if args.lora_rank or args.train_adapter or args.no_train:
+        gradient = state = 0  # next to nothing
+    if args.quantize:
+        weight = {"nf4": 0.6, "int8": 1.1}[args.quantize]
+    bytes_per_param = {
+        "zero0": weight + gradient + state,
+        "zero1": weight + gradient + state / n,
+        "zero2": weight + (gradient + state) / n,
+        "zero3": (weight + gradient + state) / n,
+    }
+    if args.precision == "bf16" and not args.no_train:
+        del bytes_per_param["zero0"]  # it has no fp32 copy of the weights
+    for name, n_bytes in bytes_per_param.items():
+        if n_params * n_bytes < 0.8 * memory:
+            return name
+    problems.append(
+        f"{n_params / 1e9:.2f} G parameters in {args.precision} do not fit {n} x "
+        f"{memory / 1e9:.1f} GB: {remedy}"
+    )
+    return "zero3"
+
+
+def param_groups(model, weight_decay):
+    """AdamW's groups: decay on matrices, none on vectors. ZeRO-3 keeps a shape in ds_shape."""
+    groups = {weight_decay: [], 0.0: []}
+    for weight in model.parameters():
+        is_matrix = len(getattr(weight, "ds_shape", weight.shape)) > 1
+        if weight.requires_grad:
+            groups[weight_decay if is_matrix else 0.0].append(weight)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+
+
+def make_adamw(model, args, ds_config):
+    """torch's AdamW; of states that are offloaded to the CPU DeepSpeed's, where it can be built."""
+    groups = param_groups(model, args.weight_decay)
+    if "offload_optimizer" in ds_config["zero_optimization"]:
+        try:
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=args.learning_rate)
+        except Exception as error:  # of the compiler, of the loader: each has its own
+            log(f"torch's AdamW on the CPU, for DeepSpeed's cannot be built: {error}")
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
+
+def lr_at(step, args, max_steps):
+    """Learning rate of the update from step to step + 1, in closed form."""
+    peak, kind = args.learning_rate, args.lr_scheduler_type
+    warmup = args.warmup_steps
+    if warmup < 0:
+        warmup = min(2000, max_steps // 10)
+    if kind == "constant":  # without warm-up
+        return peak
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "constant_with_warmup":
+        return peak
+    if kind == "inverse_sqrt":  # Raffel et al. 2020
+        return peak * math.sqrt(max(1, warmup) / (step + 1))
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    if kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress)
+
+
+def step_totals(engine, loss_sum, wants_stop):
+    """Collective, between backward and step: the loss of all ranks, how many of them want to stop,
+    the gradient's norm before clipping or None. The one time that the GPU is waited for."""
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    totals[0] = loss_sum
+    totals[1] = wants_stop
+    dist.all_reduce(totals)
+    has_own_norm = engine.zero_optimization() or engine.fp16_enabled()  # after the step
+    if not has_own_norm:
+        grads = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+        totals[2] = torch.nn.utils.get_total_norm(grads)
+    loss_sum, n_stop, norm = totals.tolist()
+    return loss_sum, n_stop, None if has_own_norm else norm
+
+
+def check_step(engine, args, step, loss, norm):
+    """Stop where a step has spoiled the weights, or was silently skipped. fp16 skips on purpose."""
+    is_applied = engine.was_step_applied()
+    if args.precision == "fp16":
+        if not is_applied:
+            log(f"step {step + 1}: skipped, fp16 has overflowed; its loss scale is halved")
+    elif not (math.isfinite(loss) and math.isfinite(norm) and is_applied):
+        fail(
+            f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. Checkpoints hold "
+            "nothing of it: begin a run from one of them with a lower --learning_rate, or with "
+            "--precision fp32"
+        )
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def latest_checkpoint(run_dir):
+    checkpoints = complete_checkpoints(run_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
+def complete_checkpoints(run_dir):
+    """checkpoint-<step>/ folders, oldest first; not those that a kill left unfinished."""
+    complete = [path.parent for path in run_dir.glob(f"checkpoint-*[0-9]/{COMPLETE}")]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def full_state_dict(model):
+    """Collective. {name: whole CPU tensor} on rank 0, a tied weight once, of adapters theirs only;
+    {} on the other ranks."""
+    state = {}
+    only_trained = hasattr(model, "adapter")
+    for name, weight in model.named_parameters():
+        if only_trained and not weight.requires_grad:
+            continue
+        with whole(weight):
+            if rank() == 0:
+                state[name] = weight.detach().to("cpu", copy=True)
+    return state
+
+
+def sync_to_disk(folder):
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+                raise
+        os.close(handle)
+
+
+def write_checkpoint(folder, engine, model, tokenizer, run, about):
+    """Collective. A Hugging Face (or PEFT) folder, engine/ to resume from, and state.json."""
+    only_trained = hasattr(model, "adapter")
+    weights = full_state_dict(model)
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        if only_trained:
+            model.adapter.save(weights, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "rawtune.json", about)
+        write_json(folder / "state.json", run.state)
+    dist.barrier()  # the folder is there before any rank writes into it
+    engine.save_checkpoint(
+        str(folder / "engine"),
+        tag="state",
+        save_latest=False,
+        exclude_frozen_parameters=only_trained,
+    )
+    sync_to_disk(folder)  # every rank: each node has pages of its own
+    dist.barrier()
+
+
+def prune_checkpoints(run):
+    """Rank 0. Keep the newest --save_total_limit, and the best."""
+    for path in complete_checkpoints(run.dir)[: -run.args.save_total_limit]:
+        if path != run.chosen():
+            # renamed first: a kill while deleting must not leave half a checkpoint
+            aside = path.rename(path.with_suffix(".tmp"))
+            shutil.rmtree(aside)
+
+
+def save_checkpoint(engine, model, tokenizer, run, about):
+    """Collective. checkpoint-<step>/, unless it is there. Written aside, synced, marked COMPLETE
+    and renamed, so that a kill at any moment leaves all of it or a .tmp."""
+    if run.saved_step == run.step:
+        return
+    folder = run.dir / f"checkpoint-{run.step}"
+    aside = folder.with_suffix(".tmp")
+    try:
+        write_checkpoint(aside, engine, model, tokenizer, run, about)
+        if rank() == 0:
+            (aside / COMPLETE).touch()
+            os.rename(aside, folder)
+            prune_checkpoints(run)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        fail(
+            f"{aside} could not be written ({error}); earlier checkpoints are whole: make room "
+            "and give the same command again",
+            only_here=True,
+        )
+    run.saved_step = run.step
+    dist.barrier()  # nobody trains on before it is certain that the checkpoint is there
+
+
+def load_checkpoint(engine, checkpoint, weights_only=False):
+    """Collective. Weights, and to train on optimizer and masters, into a fresh engine."""
+    path, _ = engine.load_checkpoint(
+        str(checkpoint / "engine"),
+        tag="state",
+        load_module_strict=False,  # the frozen base of adapters is not there
+        load_module_only=weights_only,
+    )
+    if path is None:
+        fail(f"DeepSpeed loaded nothing from {checkpoint}: delete that folder and try again")
+
+
+def export(run):
+    """Rank 0. The run folder becomes a Hugging Face folder with the chosen weights."""
+    run.plot_curves()
+    for stale in run.dir.glob("*.safetensors*"):  # of this run before it was extended
+        stale.unlink()
+    for path in run.chosen().iterdir():
+        if path.is_file() and path.name not in ("state.json", COMPLETE):
+            shutil.copy(path, run.dir)
+    (run.dir / COMPLETE).touch()
+    log(f"done: {run.dir} holds the model of {run.chosen().name}, metrics.jsonl and predictions")
