@@ -27,7 +27,7 @@ BOTTLENECKS = {  # behind self-attention and behind the feed-forward network
         *("DenseReluDense.wo", "mlp.down_proj", "fc2", "mlp.c_proj", "mlp.dense_4h_to_h"),
     ),
 }
-NOT_READ = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
+NOT_READ = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 def ends_with(path, names):
@@ -130,12 +130,14 @@ def quantized(linear, kind, dtype):
 
 
 def sha256_of_weights(folder):
-    """Over the weights' files; nobody is to take an adapter for that of other weights."""
+    """Of a folder, so that nobody takes an adapter for that of other weights; None of a hub id."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+    paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    paths = paths or sorted(pathlib.Path(folder).glob("pytorch_model*.bin"))
+    for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
-    return digest.hexdigest()
+    return digest.hexdigest() if paths else None
 
 
 class Adapter:
@@ -151,7 +153,6 @@ class Adapter:
         self.folder = pathlib.Path(source) if base != source else None
         self.quantize = args.quantize
         self.seed = args.seed
-        self.paths = None  # of the layers that a folder's weights are for
         self.kind = "none"  # a base that is quantised and only evaluated
         self.config = {}
         if self.folder:
@@ -187,7 +188,6 @@ class Adapter:
         self.weights = {}
         for name, weight in safetensors.torch.load_file(self.folder / weights_name).items():
             self.weights[name.removeprefix(self.prefix)] = weight
-        self.paths = {name.partition(".lora_A.")[0] for name in self.weights}
 
     def about(self):
         """What rawtune.json says of it."""
@@ -207,8 +207,6 @@ class Adapter:
             "lora_dropout": args.lora_dropout,
             "target_modules": "all-linear" if is_all else targets,
             "fan_in_fan_out": model_config.model_type == "gpt2",
-            "bias": "none",
-            "inference_mode": True,
         }
 
     def wrap(self, layer, path, dtype):
@@ -217,13 +215,9 @@ class Adapter:
         seed = common.derive_seed(self.seed, path)
         if self.kind == "lora":
             ends = config["target_modules"]
-            is_target = (
-                path in self.paths if self.paths else ends == "all-linear" or ends_with(path, ends)
-            )
-            if not is_target:
+            if ends != "all-linear" and not ends_with(path, ends):
                 return layer
-            root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-            scale = config["lora_alpha"] / root
+            scale = config["lora_alpha"] / config["r"]
             return LoraLinear(layer, config["r"], scale, config["lora_dropout"], dtype, seed)
         for part in config.get("parts", ()):
             if ends_with(path, BOTTLENECKS[part]):
@@ -263,15 +257,19 @@ def install(model, source, base, args):
         common.fail(f"{base} has no weights: an adapter would be of weights that nobody keeps")
     model.adapter = Adapter(source, base, model.config, args)
     kind = model.adapter.kind
+    if kind == "none" and not args.no_train:
+        common.fail("--quantize freezes the base: add --lora_rank or --train_adapter")
     n_wrapped = model.adapter.put_in(model)
     if n_wrapped == 0 and kind != "none":
         common.fail(
             f"{kind} adapters fit no layer of this {model.config.model_type}: --lora_targets"
         )
     if model.adapter.folder:
-        unexpected = model.load_state_dict(model.adapter.weights, strict=False).unexpected_keys
-        if unexpected:
-            common.fail(f"{source} has weights that fit no layer: {', '.join(unexpected[:4])}")
+        model.load_state_dict(model.adapter.weights, strict=False)
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        different = sorted(trained ^ set(model.adapter.weights))
+        if different:
+            common.fail(f"{source}: its weights and its layers differ: {', '.join(different[:4])}")
     common.log(f"{base}: {kind} adapters in {n_wrapped} layers, base {args.quantize or 'as it is'}")
 
 

@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 if not torch.cuda.is_available():
@@ -348,7 +348,6 @@ LENGTH_FLAGS = {"max_steps", "num_epochs"}  # may differ when a finished run is 
 HINTS = {  # what others call our flags, or what earlier versions had
     "lr": "--learning_rate",
     "batch_size": "--train_batch_size",
-    "resume": "the same command without it? An unfinished run goes on by itself",
     "data_format": "records? data/prepare_ni.py, in the next version, makes them of task folders",
 }
 POSITIVE_FLAGS = (
@@ -463,11 +462,11 @@ def mount(args):
 def find_input(args, kind, name, endings, problems):
     """models/<name> or data/<name><ending>, under the mount, here or beside the script; or a path.
     Without endings a folder is meant."""
-    places = [pathlib.Path(name)]
-    for root in (HERE, pathlib.Path("."), mount(args)):
+    places = []
+    for root in (mount(args), pathlib.Path("."), HERE):
         places += [root / kind / f"{name}{ending}" for ending in endings or [""]]
-    for path in reversed(places):
-        if path.is_file() if endings else path.is_dir():
+    for path in [*places, pathlib.Path(name)]:
+        if path.exists() and path.is_dir() == (not endings):
             return path
     folder = mount(args) / kind
     names = [path.name for path in folder.glob("*")]
@@ -490,6 +489,8 @@ def run_name(args):
     model = (args.model_init_path or args.model_init_name).strip("/")
     data = "+".join(args.data_name)
     ending = "eval" if args.no_train else args.seed
+    if "WANDB_SWEEP_ID" in os.environ:  # or the trials of a sweep would share a folder
+        ending = os.environ["WANDB_RUN_ID"]
     return f"{model}_{data}_{ending}".replace("/", "_")
 
 
@@ -532,8 +533,9 @@ class Run:
             return
         if self.args.no_train and earlier["no_train"]:
             return  # evaluated again, perhaps with other flags
-        self.resume_from = latest_checkpoint(self.dir)
-        if self.resume_from:
+        checkpoints = complete_checkpoints(self.dir)
+        if checkpoints:
+            self.resume_from = checkpoints[-1]
             self.state = json.loads((self.resume_from / "state.json").read_text())
         if (self.dir / COMPLETE).exists():
             free_flags = free_flags | LENGTH_FLAGS
@@ -660,12 +662,11 @@ class Run:
         state = self.state
         sign = -1 if name.split("/")[-1] in low_is_better else 1
         score = [sign * metrics[name], -metrics.get("loss", 0.0)]
-        earlier = state["best_score"]
-        state["bad_evals"] += 1
-        if earlier is None or score >= earlier:
+        is_first = state["best_score"] is None
+        is_better = is_first or score > state["best_score"]
+        state["bad_evals"] = 0 if is_better else state["bad_evals"] + 1
+        if is_better or score == state["best_score"]:
             state.update(best=metrics[name], best_score=score, best_step=self.step)
-            if score != earlier:
-                state["bad_evals"] = 0
 
     def write_predictions(self, name, predictions):
         """Rank 0. Those of an earlier --no_train are kept under another name."""
@@ -692,8 +693,8 @@ class Run:
         return is_due and self.state["last_eval"] != self.step
 
     def save_is_due(self):
-        """A checkpoint comes before every evaluation; --save_steps 0 has those only that could be
-        the best."""
+        """A checkpoint comes before every evaluation. --save_steps 0: only at the end, and where
+        the best is looked for."""
         interval = self.args.save_steps
         if interval == 0:
             return self.finished() or (self.args.metric_for_best != "" and self.eval_is_due())
@@ -712,7 +713,7 @@ class Run:
         except ImportError:
             return
         figure = Figure(layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss")
         lines = (self.dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         for split, name in (("train", "loss"), ("eval", "eval/loss")):
@@ -775,13 +776,16 @@ def read_records(path, problems):
             value = parse_json(line, f"{path}, line {number}", problems) if line.strip() else None
             lists["train"].append(value)
     else:
-        lists = parse_json(text, path, problems) or {}
-        if isinstance(lists, list):
+        n_before = len(problems)
+        lists = parse_json(text, path, problems)
+        if len(problems) > n_before:
+            return
+        if not isinstance(lists, dict):
             lists = {"train": lists}
     for name, records in lists.items():
         for i, record in enumerate(records if isinstance(records, list) else ["no list"]):
             where = f"{path}, line {i + 1}" if is_lines else f"{path}, {name}[{i}]"
-            if record is None:
+            if record is None and is_lines:  # a blank line, or one that is reported
                 continue
             if not isinstance(record, dict):
                 problems.append((where, f"{record!r:.40}: expected an object"))
@@ -812,8 +816,8 @@ def is_held_out(args, key):
 
 
 def tokenizer_sha256(tokenizer):
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def sha256_of(arrays):
@@ -857,8 +861,8 @@ class Ragged:
 
 
 def length_cells(ids, lengths, batch):
-    """Cut ids into arrays of `batch` that are alike in both lengths, (N, 2): runs of like target
-    length, each cut by source length."""
+    """Cut ids into arrays of `batch` that are alike in both lengths, (N, 2): sort by target length,
+    cut into a few runs, sort each of these by source length and cut it into batches."""
     ids = ids[np.argsort(lengths[ids, 1], kind="stable")]
     run = batch * max(1, round(math.sqrt(len(ids) / batch)))
     cells = []
@@ -962,11 +966,14 @@ def to_device(batch, device):
 
 
 def adapter_base(source):
-    """The model that an adapter folder belongs to; None for a plain model."""
-    for path in pathlib.Path(source).glob("*_config.json"):
+    """The model that an adapter folder belongs to, also beside it where both have moved; None for a
+    plain model."""
+    folder = pathlib.Path(source)
+    for path in folder.glob("*_config.json"):
         base = json.loads(path.read_text()).get("base_model_name_or_path")
         if base:
-            return base
+            beside = folder.parent / pathlib.Path(base).name
+            return str(beside) if beside.is_dir() and not os.path.isdir(base) else base
     return None
 
 
@@ -1026,54 +1033,52 @@ def untie_head(auto_class, config):
     return True
 
 
-class PartitionWhileLoading:
-    """While it lives, from_pretrained loads weights partitioned (ZeRO-3). transformers' own class
-    for this wants accelerate."""
+class Zero3:
+    """What from_pretrained asks, to load weights partitioned; transformers' own class for it wants
+    accelerate."""
 
     def __init__(self, ds_config):
         self.config = ds_config
-        set_hf_deepspeed_config(self)
 
     def is_zero3(self):
         return True
 
 
-def new_model(auto_class, config, args, has_own_head):
-    model = auto_class.from_config(config).to(DTYPES[args.precision])
-    if has_own_head:  # transformers starts it with a deviation of 1; t5x: variance 1 / fan-in
-        model.lm_head.weight.data.mul_(config.d_model**-0.5)
-    return model
-
-
-def pretrained_model(auto_class, base, config, args, ds_config):
-    """ds_config: where the weights are to be partitioned while they are loaded, else None."""
-    partitioning = PartitionWhileLoading(ds_config) if ds_config else None
+def load_weights(auto_class, base, config, args, ds_config):
+    """New ones from the seed where a folder has none. ds_config: where ZeRO-3 partitions them while
+    they are loaded, else None."""
+    has_own_head = untie_head(auto_class, config)
+    torch.manual_seed(derive_seed(args.seed, "new weights"))
+    dtype = DTYPES[args.precision]
+    if not has_weights(base):
+        log(f"{base} has no weights: training from scratch (seed {args.seed})")
+        model = auto_class.from_config(config).to(dtype)
+        if has_own_head:  # transformers starts it with a deviation of 1; t5x: variance 1 / fan-in
+            model.lm_head.weight.data.mul_(config.d_model**-0.5)
+        return model
+    zero3 = Zero3(ds_config)  # transformers keeps a weak reference
+    if ds_config:
+        set_hf_deepspeed_config(zero3)
     try:
         model, info = auto_class.from_pretrained(
-            base, config=config, dtype=DTYPES[args.precision], output_loading_info=True
+            base, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         fail(f"{base}: its weights cannot be loaded ({error})")
-    del partitioning  # from here on models are made whole again
+    unset_hf_deepspeed_config()  # from here on models are made whole again
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])[:5]
-        fail(f"{base}: weights are missing, such as {', '.join(missing)}")
+        fail(f"{base}: weights are missing, such as {sorted(info['missing_keys'])[:5]}")
     return model
 
 
-def load_model(auto_class, source, config, args, ds_config, n_tokens):
-    """Collective. The model in --precision's dtype, with adapters; n_tokens: of its tokenizer."""
+def load_model(auto_class, source, config, args, ds_config, tokenizer):
+    """Collective. The model in --precision's dtype, with adapters."""
     base = adapter_base(source) or source
-    has_own_head = untie_head(auto_class, config)
+    n_tokens = len(tokenizer)
     is_grown = n_tokens > config.get_text_config().vocab_size
     is_partitioned = ds_config["zero_optimization"]["stage"] == 3 and not is_grown
-    torch.manual_seed(derive_seed(args.seed, "new weights"))
-    if has_weights(base):
-        ds_config = ds_config if is_partitioned else None
-        model = pretrained_model(auto_class, base, config, args, ds_config)
-    else:
-        log(f"{base} has no weights: training from scratch (seed {args.seed})")
-        model = new_model(auto_class, config, args, has_own_head)
+    ds_config = ds_config if is_partitioned else None
+    model = load_weights(auto_class, base, config, args, ds_config)
     if is_grown:
         log(f"the embedding grows to the {n_tokens} tokens of the tokenizer")
         model.resize_token_embeddings(n_tokens)
@@ -1081,9 +1086,9 @@ def load_model(auto_class, source, config, args, ds_config, n_tokens):
         import adapters
 
         adapters.install(model, source, base, args)
-    for module in model.modules():  # GELU as one kernel: 5 % of a step of T5 v1.1
+    for module in model.modules():
         if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
-            module.act = torch.nn.GELU(approximate="tanh")
+            module.act = torch.nn.GELU(approximate="tanh")  # one kernel: 5 % of a step of T5 v1.1
         if args.compile and isinstance(module, GradientCheckpointingLayer):  # a layer's block
             module.compile(dynamic=True)
     if args.gradient_checkpointing:
@@ -1157,22 +1162,22 @@ def generating(engine, settings):
 # -------------------------------------------------------------------------- DeepSpeed, optimizer
 
 
-def without_auto(config):
+def without_auto(pairs):
     """Hugging Face's JSONs say "auto" where DeepSpeed's default or a flag of ours is meant."""
-    if not isinstance(config, dict):
-        return config
-    return {key: without_auto(value) for key, value in config.items() if value != "auto"}
+    return {key: value for key, value in pairs if value != "auto"}
 
 
 def make_ds_config(args, auto_class, model_config, problems):
     """DeepSpeed's configuration: the JSON of --ds_config, in which batch, clipping and precision
     are the flags'."""
     name = args.ds_config
-    if name == "auto" and args.precision in DTYPES:
+    if args.precision not in DTYPES:
+        return None
+    if name == "auto":
         name = choose_stage(args, auto_class, model_config, problems)
     path = pathlib.Path(name) if name.endswith(".json") else HERE / "ds_configs" / f"{name}.json"
     try:
-        config = without_auto(json.loads(path.read_text()))
+        config = json.loads(path.read_text(), object_pairs_hook=without_auto)
         stage = config["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"--ds_config {name}: {path} cannot be used ({error!r})")
@@ -1221,13 +1226,13 @@ def choose_stage(args, auto_class, config, problems):
         remedy = "more GPUs, or --ds_config zero3_offload"
     weight = DTYPES[args.precision].itemsize
     gradient = 4 if weight == 4 else 6  # bf16's are added up in fp32
-    state = 12  # AdamW's two means and, beside bf16 or where flattened by ZeRO, fp32 masters
+    state = 12  # AdamW's two means, and ZeRO's fp32 masters
     if args.lora_rank or args.train_adapter or args.no_train:
         gradient = state = 0  # next to nothing
     if args.quantize:
         weight = {"nf4": 0.6, "int8": 1.1}[args.quantize]
     bytes_per_param = {
-        "zero0": weight + gradient + state,
+        "zero0": weight + gradient + state * 2 / 3,  # no masters
         "zero1": weight + gradient + state / n,
         "zero2": weight + (gradient + state) / n,
         "zero3": (weight + gradient + state) / n,
@@ -1321,11 +1326,6 @@ def peak_memory_gb(device):
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-
-
-def latest_checkpoint(run_dir):
-    checkpoints = complete_checkpoints(run_dir)
-    return checkpoints[-1] if checkpoints else None
 
 
 def complete_checkpoints(run_dir):

@@ -17,7 +17,6 @@ Without a GPU and --gpu-only the figure is "not run".
 import argparse
 import json
 import pathlib
-import shutil
 import statistics
 import tempfile
 
@@ -48,7 +47,8 @@ def prepare(args, folder):
     t5.save_pretrained(model)
     AutoTokenizer.from_pretrained(model).save_pretrained(model)
     (folder / "data").mkdir()
-    shutil.copy(args.text, folder / "data" / "bench.txt")
+    harness.run_script("data/prepare_text.py", ["--input", args.text, "--tokenizer", str(model), "--eval_fraction", "0.01",
+                                                "--out", str(folder / "data" / "bench")])
 
 
 def run_ours(args, folder, data, model, run, every):
@@ -57,7 +57,7 @@ def run_ours(args, folder, data, model, run, every):
         "--training_run_name", run, "--overwrite", "--max_steps", str(3 * every), "--train_batch_size", str(args.batch),
         "--gradient_accumulation_steps", str(args.accumulation), "--logging_steps", str(every), "--precision", args.precision,
         "--eval_steps", "1000000", "--save_steps", "0", *(["--compile"] if args.compile else []),
-        *(["--eval_fraction", "0.01"] if str(data).endswith("bench") or data == "bench" else []), "--input_length", str(N_INPUT)])
+        "--input_length", str(N_INPUT)])
     rows = harness.metric_rows(folder / "models" / run)[1:]
     seconds = sum(row["target_tokens"] / row["tokens_per_sec"] for row in rows)
     steps = 2 * every
@@ -154,7 +154,7 @@ def main():
             model = pathlib.Path(args.model_folder).resolve()
             results = harness.alternate(list(paths), args.rounds, lambda name: run_ours(args, folder, paths[name], model, name, every))
             about = {name: json.loads((path / "corpus.json").read_text()) for name, path in paths.items()}
-            harness.write_summary(args, results, corpora={name: {key: a[key] for key in ("bytes", "train tokens")} for name, a in about.items()})
+            harness.write_summary(args, results, corpora={name: {"train tokens": a["tokens"]["train"]} for name, a in about.items()})
             return
         prepare(args, folder)
         model = folder / "models" / "bench"

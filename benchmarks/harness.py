@@ -75,6 +75,16 @@ def medians(results):
             for peer, runs in results.items()}
 
 
+def ratios(results, ours, figure):
+    """{peer: [median, lowest, highest]} of a figure of ours / the peer's in the same round; printed."""
+    found = {}
+    for peer in results.keys() - {ours}:
+        of_rounds = sorted(mine[figure] / theirs[figure] for mine, theirs in zip(results[ours], results[peer]))
+        found[peer] = [statistics.median(of_rounds), of_rounds[0], of_rounds[-1]]
+        print(f"{ours} / {peer} = {found[peer][0]:.2f} (rounds: {of_rounds[0]:.2f} to {of_rounds[-1]:.2f})")
+    return found
+
+
 def write_summary(args, results, **figures):
     """Every run, the medians and how to get them again, to --out."""
     import deepspeed

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import harness
 import numpy as np
@@ -24,7 +25,9 @@ SEEDS = (0, 1, 2)
 FINE_TUNE = "--train_batch_size 32 --num_epochs 8 --warmup_steps 50 --eval_batch_size 128 --logging_steps 100 --save_total_limit 1"
 FEW = "--num_epochs 20 --warmup_steps 20 --eval_steps 20"  # of 300 records
 WAYS = {"full": "--learning_rate 1e-3", "lora": "--lora_rank 16 --lora_targets all-linear --learning_rate 5e-3",
-        "adapter": "--train_adapter --reduction_factor 4 --adapter_dropout 0 --learning_rate 5e-3"}
+        "adapter": "--train_adapter --reduction_factor 4 --learning_rate 5e-3"}
+METRICS = {"sst2": "--metrics accuracy --labels negative positive --metric_for_best accuracy --max_new_tokens 8",
+           "stsb": "--metrics spearman pearson --metric_for_best spearman --max_new_tokens 8"}  # as prepare_glue.py says
 
 
 def texts(data):
@@ -59,10 +62,10 @@ def run(folder, words):
 
 def unigram(folder):
     """Cross entropy of the held-out text under the frequencies of the training text [nats per token]."""
-    cache = next((folder / "data" / ".cache").glob("*/corpus.json")).parent
-    kind = json.loads((cache / "corpus.json").read_text())["dtype"]
-    counts = np.bincount(np.fromfile(cache / "train.ids", kind), minlength=4100) + 0.1
-    return float(-np.log(counts / counts.sum())[np.fromfile(cache / "eval.ids", kind)].mean())
+    corpus = folder / "data" / "corpus"
+    kind = json.loads((corpus / "corpus.json").read_text())["dtype"]
+    counts = np.bincount(np.fromfile(corpus / "train.ids", kind), minlength=4100) + 0.1
+    return float(-np.log(counts / counts.sum())[np.fromfile(corpus / "eval.ids", kind)].mean())
 
 
 def main():
@@ -79,14 +82,16 @@ def main():
         pieces = [" ".join(text.split()) for text in texts(data)]
         (folder / "data" / "text" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pieces if text))
         commands = [run(folder, ["data/prepare_tokenizer.py", "--input", "data/text", "--out", "models/scratch", "--vocab_size", "4000", "--size", "tiny"])]
-        words = ("--objective span_corruption --model_init_name scratch --data data/text --eval_fraction 0.02 --input_length 128 --train_batch_size 64 "
-                 f"--optimizer adamw_rms --learning_rate 0.02 --lr_scheduler_type cosine --warmup_steps 100 --max_steps {args.steps} --eval_steps 200 "
+        commands.append(run(folder, ["data/prepare_text.py", "--input", "data/text", "--tokenizer", "models/scratch", "--eval_fraction", "0.02", "--out",
+                                     "data/corpus"]))
+        words = ("--objective span_corruption --model_init_name scratch --data corpus --input_length 128 --train_batch_size 64 "
+                 f"--optimizer adafactor --learning_rate 0.02 --lr_scheduler_type cosine --warmup_steps 100 --max_steps {args.steps} --eval_steps 200 "
                  f"--save_steps 200 --logging_steps 50 --training_run_name pretrained").split()
+        start = time.perf_counter()
         commands.append(run(folder, ["seq2seq.py", *words]))
+        seconds = time.perf_counter() - start
         rows = [json.loads(line) for line in (folder / "models" / "pretrained" / "metrics.jsonl").read_text().splitlines()]
-        seconds = rows[-1]["time"] - rows[0]["time"]
-        evaluations = [{"minutes": round((row["time"] - rows[0]["time"]) / 60, 2), **{k: row[k] for k in ("step", "eval/loss", "eval/token_accuracy")}}
-                       for row in rows if row["split"] == "eval"]
+        evaluations = [{k: row[k] for k in ("step", "eval/loss", "eval/token_accuracy")} for row in rows if row["split"] == "eval"]
         found = {"held_out": evaluations, "unigram_nats_per_text_token": unigram(folder), "text_share_of_targets": 21 / 29, "minutes": seconds / 60}
         print(f"held-out loss {evaluations[-1]['eval/loss']:.3f} after {seconds / 60:.1f} minutes; were the sentinels free, "
               f"{evaluations[-1]['eval/loss'] * 29 / 21:.3f} per token of text; unigram {found['unigram_nats_per_text_token']:.3f}", flush=True)
@@ -102,8 +107,10 @@ def main():
                 for seed in SEEDS:
                     name = f"{task}-{start}-{way}-{seed}"
                     commands.append(run(folder, ["seq2seq.py", "--model_init_name", start, "--data", task, "--seed", str(seed), "--training_run_name", name,
-                                                 *FINE_TUNE.split(), *(FEW.split() if not files else []), *WAYS[way].split()]))
-                    values.append(json.loads((folder / "models" / name / "best.json").read_text())["value"])
+                                                 *FINE_TUNE.split(), *(FEW.split() if not files else []), *WAYS[way].split(),
+                                                 *METRICS[task.split("_")[0]].split()]))
+                    rows_of_run = [json.loads(line) for line in (folder / "models" / name / "metrics.jsonl").read_text().splitlines()]
+                    values.append(max(row[f"eval/{metric}"] for row in rows_of_run if row["split"] == "eval" and row["step"]))
                 found[f"{task}/{start}/{way}/{metric}"] = values
                 print(f"{task:<5} from {start:<10} {way:<8} {metric} {statistics.mean(values):.3f} {[round(v, 3) for v in values]}", flush=True)
     if args.out:

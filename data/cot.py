@@ -842,7 +842,7 @@ def export(args):
              + (f", {n_within} with {prefix!r} in the rationale" if (n_within := len(told) - len(fit) - n_without) else "")
              + f"; {sum(not found for found in taught.values())} of {len(taught)} questions have none left"]
     if args.to == "rawtune" and args.family == "encoder_decoder" and (n_lines := sum("\n" in row["reasoning_completion"] for row in fit if is_cot)):
-        notes.append(f"{n_lines} rationales have several lines, which T5's tokenizer turns into blanks: seq2seq.py wants --allow_lossy for them")
+        notes.append(f"{n_lines} rationales have several lines, which T5's tokenizer turns into blanks")
 
     def record(row, is_gold=False):
         prompt, label = render(template, args.family, row, compat=args.compat)

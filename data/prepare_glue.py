@@ -1,7 +1,7 @@
 """Make a data file for seq2seq.py, prompts and answers in T5's words, from the GLUE or SuperGLUE files that you have already.
 
-    {"prompt": "sst2 sentence: a gem", "completion": "positive", "label": 1}
-    {"prompt": "stsb sentence1: A cat. sentence2: A dog.", "completion": "1.2", "score": 1.25}
+    {"prompt": "sst2 sentence: a gem", "completion": "positive"}
+    {"prompt": "stsb sentence1: A cat. sentence2: A dog.", "completion": "1.2", "references": ["1.25"]}
 
 Expected, from parts of four sets; GLUE's dev set becomes "eval":
     python data/prepare_glue.py --task sst2 --data_dir SST-2 --out data/sst2.json   # 887 negative, 1113 positive; eval 209, 291
@@ -11,8 +11,9 @@ Expected, from parts of four sets; GLUE's dev set becomes "eval":
 
 GLUE: cola sst2 mrpc stsb qqp mnli qnli rte wnli; SuperGLUE: boolq cb copa superglue_rte wic. Prompts: Raffel et al. 2020,
 appendix D, https://arxiv.org/abs/1910.10683, columns in alphabetical order as in T5's code; STS-B's scores in steps of 0.2.
-A list "task" of one record (.jsonl: a first line with "split": "task") has the labels in the order of their integers and
-the metrics for seq2seq.py. A quotation mark is text, white space around a text is not. Repeats stay, also between splits.
+The last line says how seq2seq.py trains on it: the labels in the order of their integers, and the metrics. MNLI's second
+validation set goes to <out>_mismatched. A quotation mark is text, white space around a text is not. Repeats stay, also
+between splits.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import sys
 
 GLUE = {"train": "train.tsv", "eval": "dev.tsv"}
@@ -28,10 +30,10 @@ SUPERGLUE = {"train": "train.jsonl", "eval": "val.jsonl"}
 ENTAILED = {"entailment": "entailment", "not_entailment": "not_entailment"}
 FIELD = r"\{([^{}]+)\}"  # not str.format: column names may have dots, brackets and colons
 
-# A new data set is a new entry. files: split -> file, or {part: file}; a table has a header unless `columns` names its columns.
+# A new data set is a new entry. files: split -> file; a table has a header unless `columns` names its columns.
 # text: the prompt around the columns. label: the column with the label. words: label in the file -> completion, in the order
 # of the label integers (f1 counts the second), JSON's 1 and true as "1" and "true"; None = a score within `range`.
-# metrics: the first is the one to optimise, on the first part of eval.
+# metrics: the first is the one to optimise. more: name -> files of a data set of their own.
 TASKS = {
     "cola": {"files": GLUE, "columns": ["source", "label", "mark", "sentence"], "text": "cola sentence: {sentence}", "label": "label",
              "words": {"0": "unacceptable", "1": "acceptable"}, "metrics": ["matthews", "accuracy"]},
@@ -43,7 +45,7 @@ TASKS = {
              "range": [0, 5], "metrics": ["spearman", "pearson"]},
     "qqp": {"files": GLUE, "text": "qqp question1: {question1} question2: {question2}", "label": "is_duplicate",
             "words": {"0": "not_duplicate", "1": "duplicate"}, "metrics": ["accuracy", "f1"]},
-    "mnli": {"files": {"train": "train.tsv", "eval": {"matched": "dev_matched.tsv", "mismatched": "dev_mismatched.tsv"}},
+    "mnli": {"files": {"train": "train.tsv", "eval": "dev_matched.tsv"}, "more": {"mismatched": {"eval": "dev_mismatched.tsv"}},
              "text": "mnli hypothesis: {sentence2} premise: {sentence1}", "label": "gold_label",
              "words": {word: word for word in ("entailment", "neutral", "contradiction")}, "metrics": ["accuracy"]},
     "qnli": {"files": GLUE, "text": "qnli question: {question} sentence: {sentence}", "label": "label", "words": ENTAILED, "metrics": ["accuracy"]},
@@ -53,7 +55,7 @@ TASKS = {
     "boolq": {"files": SUPERGLUE, "text": "boolq passage: {passage} question: {question}", "label": "label",
               "words": {"false": "False", "true": "True"}, "metrics": ["accuracy"]},
     "cb": {"files": SUPERGLUE, "text": "cb hypothesis: {hypothesis} premise: {premise}", "label": "label",
-           "words": {word: word for word in ("entailment", "contradiction", "neutral")}, "metrics": ["accuracy", "macro_f1"]},
+           "words": {word: word for word in ("entailment", "contradiction", "neutral")}, "metrics": ["accuracy"]},
     "copa": {"files": SUPERGLUE, "text": "copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
              "label": "label", "words": {"0": "choice1", "1": "choice2"}, "metrics": ["accuracy"]},
     "superglue_rte": {"files": SUPERGLUE, "text": "rte hypothesis: {hypothesis} premise: {premise}", "label": "label",
@@ -119,15 +121,13 @@ def read_examples(path, task, malformed, problems):
         problems.append(f"{path}: cannot be read ({error})")
 
 
-def to_record(prompt, number, part, task, args):
+def to_record(prompt, number, task, args):
     if args.clf:
-        record = {"input": prompt, "target": number}
-    elif task["words"]:
-        record = {"prompt": prompt, "completion": list(task["words"].values())[number], "label": number}
-    else:
-        per_unit = round(1 / (args.stsb_step or 0.2))  # T5 multiplies; 0.3 / 0.2 is a little below 1.5 and would be rounded down
-        record = {"prompt": prompt, "completion": f"{round(number * per_unit) / per_unit:.1f}", "score": number}
-    return {**record, "part": part} if part else record
+        return {"input": prompt, "target": number}
+    if task["words"]:
+        return {"prompt": prompt, "completion": list(task["words"].values())[number]}
+    per_unit = round(1 / (args.stsb_step or 0.2))  # T5 multiplies; 0.3 / 0.2 is a little below 1.5 and would be rounded down
+    return {"prompt": prompt, "completion": f"{round(number * per_unit) / per_unit:.1f}", "references": [str(number)]}
 
 
 def write(file, splits, as_lines):
@@ -142,6 +142,14 @@ def write(file, splits, as_lines):
     file.write("" if as_lines else "}\n")
 
 
+def train_command(task, outs):
+    names = [path.stem if path.parent.name == "data" else str(path) for path in outs]
+    best = task["metrics"][0] if len(names) == 1 else f"{names[0]}/{task['metrics'][0]}"
+    labels = ["--labels", *task["words"].values()] if task["words"] else []
+    return shlex.join(["python", "seq2seq.py", "--model_init_path", "google/t5-v1_1-base", "--data", *names, "--metrics", *task["metrics"],
+                       *labels, "--metric_for_best", best, "--max_new_tokens", "8"])
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--task", required=True, choices=list(TASKS))
@@ -152,23 +160,22 @@ def main(argv=None):
     parser.add_argument("--skip_malformed", action="store_true", help="drop and count lines with wrong columns, label or empty text")
     args = parser.parse_args(argv)
     task, out, folder, problems, notes = TASKS[args.task], pathlib.Path(args.out), pathlib.Path(args.data_dir), [], []
-    if out.exists() or out.suffix not in (".json", ".jsonl") or not out.parent.is_dir():
-        problems.append(f"--out {out}: " + ("exists" if out.exists() else "expected a name that ends in .json or .jsonl, in a folder that exists"))
+    outs = {out: task["files"], **{out.with_stem(f"{out.stem}_{name}"): files for name, files in task.get("more", {}).items()}}
+    if out.suffix not in (".json", ".jsonl") or not out.parent.is_dir():
+        problems.append(f"--out {out}: expected a name that ends in .json or .jsonl, in a folder that exists")
+    problems += [f"--out {path}: exists" for path in outs if path.exists()]
     words = list((task["words"] or {}).values())
     if args.clf and len(words) > 2:
         problems.append(f"--clf: {args.task} has {len(words)} labels, clf.py tells two apart")
     if args.stsb_step and (words or args.clf):
         problems.append("--stsb_step: " + (f"{args.task} has no scores" if words else "--clf keeps the scores as they are"))
-    parts = {split: {part: folder / name for part, name in (files if isinstance(files, dict) else {None: files}).items()}
-             for split, files in task["files"].items()}
-    sizes = {split: [] for split in parts}  # (characters, label or score) of each example
-    for split, path in [(split, path) for split in parts for path in parts[split].values()]:
-        malformed = []
-        new = [(len(prompt), number) for prompt, number in read_examples(path, task, malformed, problems)]
-        sizes[split] += new
+    sizes = {(path, split): [] for path, files in outs.items() for split in files}  # (characters, label or score) of each example
+    for path, split in sizes:
+        malformed, source = [], folder / outs[path][split]
+        sizes[path, split] = new = [(len(prompt), number) for prompt, number in read_examples(source, task, malformed, problems)]
         dropped = f", {len(malformed)} malformed lines dropped" + "".join(f"; the first: {what}" for what in malformed[:1])
-        notes.append(f"{path}: {len(new)} records" + dropped * args.skip_malformed)
-        problems += [f"{path}, {what}" for what in malformed if not args.skip_malformed]
+        notes.append(f"{source}: {len(new)} records" + dropped * args.skip_malformed)
+        problems += [f"{source}, {what}" for what in malformed if not args.skip_malformed]
         if not new and not problems:
             problems.append(notes.pop())
     if problems:
@@ -176,24 +183,24 @@ def main(argv=None):
         print(*shown, sep="\n", file=sys.stderr)
         return 2
 
-    def records(split):  # from the files once more: they may be larger than memory
-        for part, path in parts[split].items():
-            yield from (to_record(*example, part, task, args) for example in read_examples(path, task, [], []))
+    def records(name):  # from the file once more: it may be larger than memory
+        return (to_record(*example, task, args) for example in read_examples(folder / name, task, [], []))
 
-    best = "/".join([*filter(None, list(parts.get("eval", []))[:1]), task["metrics"][0]])
-    entry = {"name": args.task, "labels": words or None, **({} if words else {"range": task["range"]}),
-             "metrics": task["metrics"], "metric_for_best": best}
-    with open(out, "x", encoding="utf-8") as file:
-        write(file, {**({} if args.clf else {"task": [entry]}), **{split: records(split) for split in parts}}, out.suffix == ".jsonl")
-    unread = set(folder.glob("test*.*")).difference(*(files.values() for files in parts.values()))
-    notes += [f"{path}: not written (the test files of GLUE and SuperGLUE have no labels)" for path in sorted(unread)]
-    print(f"{out}: " + ", ".join(f"{len(sizes[split])} {split}" for split in parts), *notes, sep="\n")
-    for split, found in sizes.items():
+    for path, files in outs.items():
+        with open(path, "x", encoding="utf-8") as file:
+            write(file, {split: records(name) for split, name in files.items()}, out.suffix == ".jsonl")
+        print(f"{path}: " + ", ".join(f"{len(sizes[path, split])} {split}" for split in files))
+    unread = {path.name for path in folder.glob("test*.*")}.difference(*(files.values() for files in outs.values()))
+    notes += [f"{folder / name}: not written (the test files of GLUE and SuperGLUE have no labels)" for name in sorted(unread)]
+    print(*notes, sep="\n")
+    for (path, split), found in sizes.items():
         lengths, numbers = zip(*sorted(found))
         counts = [f"{word} {numbers.count(i)}" for i, word in enumerate(words)] or [f"mean score {sum(numbers) / len(found):.4g}"]
         marks = [f"{q:.0%} {lengths[round(q * (len(lengths) - 1))]}" for q in (0, 0.05, 0.5, 0.95, 1)]
-        print(f"{split}: {', '.join(counts)}; characters {' '.join(marks)}")
-    print(*itertools.islice(records("train"), 2), sep="\n")
+        print(f"{split if path == out else path}: {', '.join(counts)}; characters {' '.join(marks)}")
+    print(*itertools.islice(records(task["files"]["train"]), 2), sep="\n")
+    if not args.clf:
+        print(train_command(task, outs))
     return 0
 
 

@@ -94,19 +94,15 @@ def test_prompt_ids_are_those_that_sft_causal_trained_and_evaluated(tmp_path, te
 @pytest.mark.parametrize("write", [write_model, write_byt5])
 def test_source_ids_are_those_that_seq2seq_trained(tmp_path, write):
     write(tmp_path / "models" / "tiny")
-    records = [r for r in RECORDS if "messages" not in r]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "pairs.json").write_text(json.dumps({"train": records, "eval": records}))
-    args, problems = seq2seq.parse_args(flags(tmp_path, data="pairs")), []
+    args, problems = sft_causal.parse_args(flags(tmp_path)), []
     _, config, tokenizer = common.open_model_folder(args, problems)
-    data, = seq2seq.load_data(args, tokenizer, problems)
-    prompts = prompts_of(tokenizer, {"record_layout": seq2seq.RECORD_LAYOUT}, config)
+    prompts = prompts_of(tokenizer, {"record_layout": {"source": "{prompt}", "target": "{completion}"}}, config)
     assert prompts.format == "raw" and not prompts.multi_turn and not problems
-    for i, record in enumerate(records):
+    for record in (r for r in RECORDS if "messages" not in r):
         messages, text = prompts.of_record(record)
-        assert prompts.raw_ids(text) == list(data.source["eval"][i])
-        assert prompts.ids([{"role": "user", "content": "earlier"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": text}]) == list(
-            data.source["eval"][i])
+        trained = tokenizer(seq2seq.to_example("pairs", record, "", problems).prompts[0]).input_ids
+        assert prompts.raw_ids(text) == trained and not problems
+        assert prompts.ids([{"role": "user", "content": "earlier"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": text}]) == trained
 
 
 def test_a_tokenizer_that_adds_an_end_token_does_not_end_the_prompt():

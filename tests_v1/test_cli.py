@@ -7,26 +7,35 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import flags
+from conftest import flags, ragged_records, write_llama
 
 import common_v1 as common
-import seq2seq
+import sft_causal
 
 
 @pytest.fixture
-def refused(run_main, monkeypatch, capsys):
+def mount(tmp_path):
+    write_llama(tmp_path / "models" / "tiny")
+    (tmp_path / "data").mkdir()
+    records = ragged_records(59)
+    (tmp_path / "data" / "ragged.json").write_text(json.dumps({"train": records[:43], "eval": records[43:54], "test": records[54:]}))
+    return tmp_path
+
+
+@pytest.fixture
+def refused(run_sft, monkeypatch, capsys):
     """refused(words) -> stderr of a run that ends with exit code 2 before the model loads."""
     def refused(words):
         def too_late(*_):
             raise AssertionError("the model was loaded")
         monkeypatch.setattr(common, "load_model", too_late)
-        assert run_main(list(map(str, words))) == 2
+        assert run_sft(list(map(str, words))) == 2
         return capsys.readouterr().err
     return refused
 
 
 def parsed(*words):
-    return vars(seq2seq.parse_args(["--model_init_name", "x", *map(str, words)]))
+    return vars(sft_causal.parse_args(["--model_init_name", "x", *map(str, words)]))
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -76,15 +85,14 @@ def test_demo_flags_are_used_and_shown_only_where_no_model_and_no_data_are_named
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "x").write_text("--max_steps 5")
     monkeypatch.setattr(common, "HERE", tmp_path)
-    args = seq2seq.parse_args(words)
-    assert ((args.training_run_name, args.data_name) == ("dates-demo", ["dates"])) == is_demo
-    assert ("demo: python seq2seq.py " + " ".join([seq2seq.DEMO, *words]) in capsys.readouterr().out) == is_demo
+    args = sft_causal.parse_args(words)
+    assert ((args.training_run_name, args.data_name) == ("sft-demo", ["instructions"])) == is_demo
+    assert ("demo: python sft_causal.py " + " ".join([sft_causal.DEMO, *words]) in capsys.readouterr().out) == is_demo
     assert args.seed == (3 if "--seed" in words else 0)
 
 
 def test_all_problems_are_reported_at_once(refused, mount):
-    wrong = {"train_batch_size": 0, "learning_rate": "nan", "warmup_steps": -1, "max_source_length": 1, "top_p": 0,
-             "label_smoothing": 1,
+    wrong = {"train_batch_size": 0, "learning_rate": "nan", "warmup_steps": -1, "max_length": 1, "top_p": 0,
              "n_samples": 3, "num_epochs": 0, "max_grad_norm": "inf", "metric_for_best": "bleu",
              "eval_fraction": 1, "save_total_limit": 0,
              "max_new_tokens": 0, "training_run_name": "../x", "seed": -1, "resume": True, "overwrite": True}
@@ -95,7 +103,7 @@ def test_all_problems_are_reported_at_once(refused, mount):
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"temperature": 0.7, "num_beams": 2}, "beams are not sampled"), ({"top_p": 0.5}, "--top_p has no effect"),
+    ({"top_p": 0.5}, "--top_p has no effect"),
                                             ({"n_samples": 2}, "greedy"),
     ({"early_stopping_patience": 2}, "needs --metric_for_best"), ({"data": "ragged:5000"}, "5000 of 43"),
                                             ({"data": "ragged:0.001"}, "0 of 43"),
@@ -120,7 +128,7 @@ def test_batch_that_the_processes_cannot_share_is_refused(refused, mount, monkey
     error = refused(flags(mount, train_batch_size=batch))
     assert f"cannot be divided by {world} processes; nearest: {nearest}" in error
     problems = []
-    seq2seq.check_args(seq2seq.parse_args(flags(mount, train_batch_size=nearest)), problems)
+    sft_causal.check_args(sft_causal.parse_args(flags(mount, train_batch_size=nearest)), problems)
     assert problems == []
 
 
@@ -133,8 +141,8 @@ ALIASES = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf1
 
 @pytest.mark.parametrize("spelling", ALIASES)
 def test_precision_aliases(mount, spelling):
-    args, problems = seq2seq.parse_args(flags(mount, precision=spelling)), []
-    seq2seq.check_args(args, problems)
+    args, problems = sft_causal.parse_args(flags(mount, precision=spelling)), []
+    sft_causal.check_args(args, problems)
     assert problems == [] and common.resolve_precision(args) == ALIASES[spelling] and ALIASES[spelling] in common.DTYPES
     assert set(ALIASES) | {"16-mixed"} == set(common.PRECISIONS)
 
@@ -143,20 +151,7 @@ def test_precision_aliases(mount, spelling):
 def test_precision_auto_is_bf16_where_the_gpu_has_it(mount, monkeypatch, has_gpu, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert common.resolve_precision(seq2seq.parse_args(flags(mount, precision="auto"))) == expected
-
-
-@pytest.mark.parametrize("ds_config", ["zero1", "auto"])
-@pytest.mark.parametrize("precision, remedy", [("16-mixed", "bf16-mixed"), ("fp16", "--force fp16"),
-                                               ("16-true", "--force fp16")])
-def test_fp16_is_refused_for_t5_naming_the_remedy(refused, mount, precision, remedy, ds_config):
-    assert remedy in refused(flags(mount, precision=precision, ds_config=ds_config))
-
-
-def test_fp16_can_be_forced(run_main, mount, capsys):
-    assert run_main(flags(mount, precision="fp16", estimate=True)) == 2
-    assert run_main(flags(mount, precision="fp16", force=["fp16"], estimate=True)) == 0
-    assert "fp16" in capsys.readouterr().out
+    assert common.resolve_precision(sft_causal.parse_args(flags(mount, precision="auto"))) == expected
 
 
 # ------------------------------------------------------------------------------------------------ DeepSpeed JSON
@@ -168,7 +163,7 @@ def read(tmp_path, mount):
     def read(content, precision="fp32", **changes):
         (tmp_path / "own.json").write_text(json.dumps(content))
         problems = []
-        return common.read_ds_config(seq2seq.parse_args(flags(mount, **changes)), str(tmp_path / "own.json"),
+        return common.read_ds_config(sft_causal.parse_args(flags(mount, **changes)), str(tmp_path / "own.json"),
                                      precision, problems), problems
     return read
 
@@ -270,27 +265,27 @@ def test_setup_that_auto_names_exists_in_that_precision(monkeypatch):
 # ------------------------------------------------------------------------------------------------ estimate, schedule
 
 
-def test_estimate_prints_the_table_and_loads_no_weights(run_main, mount, monkeypatch, capsys):
+def test_estimate_prints_the_table_and_loads_no_weights(run_sft, mount, monkeypatch, capsys):
     monkeypatch.setattr(common, "load_model", lambda *_: 1 / 0)
     monkeypatch.setattr(common, "device_memory", lambda: 1)  # nothing fits: still a table
-    assert run_main(flags(mount, estimate=True, precision="bf16", ds_config="auto")) == 0
+    assert run_sft(flags(mount, estimate=True, precision="bf16", ds_config="auto")) == 0
     out = capsys.readouterr().out
     assert all(re.search(rf"^{name} ", out, re.M) for name in common.STAGES) and "bf16" in out
     assert not (mount / "models" / "run").exists()
 
 
-def test_estimate_is_printed_by_rank_0_only(run_main, mount, monkeypatch, capsys):
+def test_estimate_is_printed_by_rank_0_only(run_sft, mount, monkeypatch, capsys):
     for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert run_main(flags(mount, estimate=True)) == 0 and ("zero3" in capsys.readouterr().out) == prints
+        assert run_sft(flags(mount, estimate=True)) == 0 and ("zero3" in capsys.readouterr().out) == prints
 
 
-def test_estimate_does_not_mind_a_finished_run(run_main, mount):
+def test_estimate_does_not_mind_a_finished_run(run_sft, mount):
     (mount / "models" / "run").mkdir()
     common.write_json(mount / "models" / "run" / "args.json", {})
     (mount / "models" / "run" / "COMPLETE").touch()
-    assert run_main(flags(mount, estimate=True)) == 0
+    assert run_sft(flags(mount, estimate=True)) == 0
 
 
 THEIRS = {"linear": transformers.get_linear_schedule_with_warmup,
@@ -325,7 +320,7 @@ def test_learning_rate_is_that_of_transformers_with_a_warmup_that_starts_one_ste
                                                                        (400, "linear", 1000, 400, True),
     (333, "linear", 1000, 333, False), (400, "constant", 1000, 400, False), (0, "linear", 10, 0, False)])
 def test_warmup_default_and_warning(mount, messages, given, schedule, steps, warmup, is_warned):
-    args = seq2seq.parse_args(flags(mount, warmup_steps=given, lr_scheduler_type=schedule))
+    args = sft_causal.parse_args(flags(mount, warmup_steps=given, lr_scheduler_type=schedule))
     assert common.warmup_steps(args, steps) == warmup
     assert [f"--warmup_steps {given}" in line and f"{min(2000, steps // 10)} is usual" in line
             for line in messages] == [True] * is_warned

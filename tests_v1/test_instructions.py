@@ -1,4 +1,4 @@
-"""Task folders (--data_format ni, flan): prompts character by character, what fits, draws, caps, metrics, presets; both scripts."""
+"""Task folders (--data_format ni, flan): prompts character by character, what fits, draws, caps, metrics; sft_causal.py."""
 
 import collections
 import json
@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT, assert_same_mathematics, bpe_tokenizer, flags, rows, run_jobs, write_llama
 
 import common_v1 as common
-import seq2seq
 import sft_causal
 
 TASK = {
@@ -225,23 +224,20 @@ def test_what_is_wrong_with_a_task_is_said_before_the_model_loads(folder, mount,
         path.write_text(json.dumps({**task, **change}))
     elif change["task"]:
         path.write_text(change["task"])
-    for script, model in ((seq2seq, "tiny"), (sft_causal, "llama")):
-        if script is sft_causal:
-            write_llama(mount / "models" / "llama")
-        with pytest.raises(SystemExit) as stop:
-            run(script, ni_flags(mount, model_init_name=model))
-        shown = capsys.readouterr().err
-        assert stop.value.code == 2 and message in shown and "task1_a" in shown
+    write_llama(mount / "models" / "llama")
+    with pytest.raises(SystemExit) as stop:
+        run(sft_causal, ni_flags(mount, model_init_name="llama"))
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and message in shown and "task1_a" in shown
     assert not (mount / "models" / "run").exists()
 
 
-@pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), (sft_causal, "llama")], ids=["seq2seq", "sft_causal"])
-def test_a_task_named_like_the_category_of_another(folder, mount, script, model, capsys):
+def test_a_task_named_like_the_category_of_another(folder, mount, capsys):
     write_llama(mount / "models" / "llama")
     path = folder / "tasks" / "task3_c.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "Categories": ["Task1 a"]}))
     with pytest.raises(SystemExit):
-        run(script, ni_flags(mount, model_init_name=model))
+        run(sft_causal, ni_flags(mount, model_init_name="llama"))
     assert capsys.readouterr().err.count("task task1_a is named like a category") == 1
 
 
@@ -266,74 +262,24 @@ def test_a_list_that_is_no_utf8_and_a_flan_prompt_without_a_place_for_examples(f
     assert len(problems) == 1 and "no {examplars} in 'Instruction Prompt'" in problems[0]
 
 
-def test_shares_are_of_all_completions(folder, mount, capsys):
-    """One that cannot be written is over 1 % of 48 instances, but not of their 138 completions; of 38 it is."""
-    def load(n):
-        task = {**TASK, "Instances": [{"input": f"a cat {i}", "output": ["one", "no", "two", f"{'{' if i == 0 else ''}three"]} for i in range(n)]}
-        (folder / "tasks" / "task1_a.json").write_text(json.dumps(task))
-        args, problems = seq2seq.parse_args(ni_flags(mount, tk_instruct=True)), []
-        seq2seq.load_data(args, common.open_model_folder(args, [])[2], problems)
-        return problems
-    assert not load(30)
-    assert "1 of 38 completions cannot be expressed" in load(5)[0]
-
-
 def test_flags_and_lists_that_do_not_go_together(folder, mount, capsys):
     (folder / "splits" / "default" / "dev_tasks.txt").write_text("task2_b\ntask1_a\ntask9_x\n")
     with pytest.raises(SystemExit) as stop:
-        run(seq2seq, ni_flags(mount, data="ragged", num_shots=2, add_explanation=True, max_num_instances_per_task=0))
+        run(sft_causal, ni_flags(mount, data="ragged", num_shots=2, add_explanation=True, max_num_instances_per_task=0))
     shown = capsys.readouterr().err
     for message in ("line 2: task task1_a is in train already", "line 3: no file", "--num_shots has no effect with --data_format ni", "--data ragged: --data_format ni reads",
                     "--add_explanation has no effect without examples", "--max_num_instances_per_task 0: expected 1 or more"):
         assert message in shown
     with pytest.raises(SystemExit):
-        run(seq2seq, flags(mount, tk_instruct=True, num_pos_examples=2))
+        run(sft_causal, flags(mount, tk_instruct=True, num_pos_examples=2))
     assert "--num_pos_examples has no effect without --data_format" in (shown := capsys.readouterr().err) and "--tk_instruct has no effect" in shown
     with pytest.raises(SystemExit):
-        run(seq2seq, ni_flags(mount, task_dir=mount / "nowhere"))
+        run(sft_causal, ni_flags(mount, task_dir=mount / "nowhere"))
     assert "nowhere: expected a folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(seq2seq, ni_flags(mount, objective="span_corruption"))
-    assert "--data_format ni has no effect with --objective span_corruption" in capsys.readouterr().err
     assert stop.value.code == 2
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-def training_data(mount, **changes):
-    args = seq2seq.parse_args(ni_flags(mount, **changes))
-    tokenizer = seq2seq.common.open_model_folder(args, [])[2]
-    problems = []
-    data = seq2seq.load_data(args, tokenizer, problems)
-    assert not problems, problems
-    config = types.SimpleNamespace(vocab_size=400, decoder_start_token_id=0, pad_token_id=0, d_model=32)
-    return data, seq2seq.TrainingData(args, data, config, True, 200), tokenizer
-
-
-def test_each_epoch_draws_a_prompt_and_a_reference_for_every_instance(folder, mount):
-    """Uniform over five prompts and two references, independent, other ones in other epochs and seeds, the same ones when asked again."""
-    (data,), training, tokenizer = training_data(mount, tk_instruct=True, num_pos_examples=2)
-    assert (data.choices == [5, 2]).all() and len(data.records["eval"]) == len(data.records["test"]) == 9 and len(data.source["eval"]) == 9
-    drawn = []
-    for epoch in range(100):
-        training.draw(epoch)
-        drawn.append(training.drawn - training.firsts)
-    drawn = np.stack(drawn)  # (epochs, instances, 2)
-    pairs = np.bincount((drawn[..., 0] * 2 + drawn[..., 1]).ravel(), minlength=10) / drawn[..., 0].size
-    assert np.abs(pairs - 0.1).max() < 0.02  # 4000 draws: 4 standard deviations
-    assert (np.ptp(drawn, axis=0) > 0).all() and (drawn[0] != drawn[1]).any()
-    training.draw(3)
-    assert (training.drawn - training.firsts == drawn[3]).all()
-    sources, targets = training.examples(np.array([0, 17, 39]))
-    for i in (0, 17, 39):
-        e, r = drawn[3][i]
-        prompt = prompts_of(TASK, f"the dog reads {i}", tk_instruct=True)[0][e]
-        assert list(sources[i]) == tokenizer(prompt).input_ids and list(targets[i]) == tokenizer(f"{'one two'.split()[r]} {i % 7}").input_ids
-        assert list(training.lengths[i]) == [len(sources[i]), len(targets[i])]
-    _, other, _ = training_data(mount, tk_instruct=True, num_pos_examples=2, seed=1)
-    other.draw(3)
-    assert (other.drawn != training.drawn).any()
 
 
 def test_sft_causal_has_every_prompt_and_reference_and_draws_them(folder, mount):
@@ -356,13 +302,13 @@ def test_sft_causal_has_every_prompt_and_reference_and_draws_them(folder, mount)
     assert "<|im_start|>user\n" + prompts_of(TASK, "a cat 0", split="eval", num_pos_examples=2)[0][0] in tokenizer.decode(sft_causal.unseal(data.tokens["eval"][0])[0])
 
 
-@pytest.mark.parametrize("script, model", [(seq2seq, "tiny"), pytest.param(sft_causal, "llama", marks=pytest.mark.slow)], ids=["seq2seq", "sft_causal"])
-def test_a_run_reports_overall_by_category_and_by_task_and_resumes_exactly(folder, mount, script, model):
+@pytest.mark.slow
+def test_a_run_reports_overall_by_category_and_by_task_and_resumes_exactly(folder, mount):
     write_llama(mount / "models" / "llama", max_position_embeddings=1024)
-    words_ = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, eval_steps=3, max_steps=8, save_steps=3, lr_scheduler_type="constant", warmup_steps=None, metric_for_best="rougeL")
-    assert run(script, ni_flags(mount, "whole", **words_)) == 0
-    assert run(script, ni_flags(mount, "parts", **{**words_, "max_steps": 3})) == 0
-    assert run(script, ni_flags(mount, "parts", **words_, resume=True)) == 0  # into the second epoch, whose draws are others
+    words_ = dict(model_init_name="llama", tk_instruct=True, num_pos_examples=2, eval_steps=3, max_steps=8, save_steps=3, lr_scheduler_type="constant", warmup_steps=None, metric_for_best="rougeL")
+    assert run(sft_causal, ni_flags(mount, "whole", **words_)) == 0
+    assert run(sft_causal, ni_flags(mount, "parts", **{**words_, "max_steps": 3})) == 0
+    assert run(sft_causal, ni_flags(mount, "parts", **words_, resume=True)) == 0  # into the second epoch, whose draws are others
     whole, parts = rows(mount / "models" / "whole"), rows(mount / "models" / "parts")
     assert len(whole) == 8
     for a, b in zip(whole, parts, strict=True):
@@ -373,13 +319,6 @@ def test_a_run_reports_overall_by_category_and_by_task_and_resumes_exactly(folde
     assert test["test/gen_len"] >= 1 and "test/token_f1" not in test
     predictions = json.loads(next((mount / "models" / "whole").glob("test_*.json")).read_text())
     assert len(predictions) == 9 and predictions[0]["orig_d"]["Instance"]["output"] == ["one 0"] and set(predictions[0]["orig_d"]) == {"Task", "Categories", "Instance"}
-
-
-def test_held_out_instances_have_the_evaluation_prompt(folder, mount):
-    (folder / "splits" / "default" / "dev_tasks.txt").unlink()
-    (data,), _, _ = training_data(mount, tk_instruct=True, num_pos_examples=1, eval_fraction=0.3)
-    assert 4 < len(data.records["eval"]) < 24 and data.counts["train"] + len(data.records["eval"]) == 40
-    assert all(r["prompt"].startswith(DEFINITION + POSITIVE[0] + "Now complete") for r in data.records["eval"])
 
 
 def test_rows_that_are_answered_are_spread_over_the_tasks(folder, mount):
@@ -393,19 +332,18 @@ def test_rows_that_are_answered_are_spread_over_the_tasks(folder, mount):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, model", [("seq2seq.py", "tiny"), ("sft_causal.py", "llama")])
-def test_two_processes_draw_and_train_as_one_at_every_stage(folder, mount, script, model):
+def test_two_processes_draw_and_train_as_one_at_every_stage(folder, mount):
     write_llama(mount / "models" / "llama", max_position_embeddings=1024)
-    options = dict(model_init_name=model, tk_instruct=True, num_pos_examples=2, max_steps=7, learning_rate=0.001, eval_batch_size=7)  # into the second epoch
-    run_jobs(mount, [[script, *ni_flags(mount, "one", **options)]], 1)
-    run_jobs(mount, [[script, *ni_flags(mount, f"two-{stage}", ds_config=f"zero{stage}", **options)] for stage in range(4)], 2)
-    run_jobs(mount, [[script, *ni_flags(mount, f"split-{stage}", ds_config=f"zero{stage}", train_batch_size=4, gradient_accumulation_steps=2, **options)]
+    options = dict(model_init_name="llama", tk_instruct=True, num_pos_examples=2, max_steps=7, learning_rate=0.001, eval_batch_size=7)  # into the second epoch
+    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, "one", **options)]], 1)
+    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, f"two-{stage}", ds_config=f"zero{stage}", **options)] for stage in range(4)], 2)
+    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, f"split-{stage}", ds_config=f"zero{stage}", train_batch_size=4, gradient_accumulation_steps=2, **options)]
                      for stage in range(4)], 2)
     for run_name in (f"{kind}-{stage}" for kind in ("two", "split") for stage in range(4)):
         assert_same_mathematics(mount / "models" / run_name, mount / "models" / "one")
         assert {k: v for k, v in rows(mount / "models" / run_name, "test")[-1].items() if "rouge" in k} == {
             k: v for k, v in rows(mount / "models" / "one", "test")[-1].items() if "rouge" in k}
-    run_jobs(mount, [[script, *ni_flags(mount, "other", **{**options, "tk_instruct": False})]], 1)  # the control
+    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, "other", **{**options, "tk_instruct": False})]], 1)  # the control
     with pytest.raises(AssertionError):
         assert_same_mathematics(mount / "models" / "other", mount / "models" / "one")
 
@@ -430,28 +368,6 @@ def test_metrics_by_category_and_task():
     assert found == {"exact_match": 33.3333, "rouge1": 52.7778, "rougeL": 25.0, "exact_match_for_word_analogy": 50.0, "rouge1_for_word_analogy": 66.6667,
                      "rougeL_for_word_analogy": 25.0, "exact_match_for_t1": 50.0, "rouge1_for_t1": 62.5, "rougeL_for_t1": 37.5,
                      "exact_match_for_t2": 0.0, "rouge1_for_t2": 33.3333, "rougeL_for_t2": 0.0}
-
-
-# ------------------------------------------------------------------------------------------------ presets
-
-
-@pytest.mark.parametrize("preset", ["qog-def-pos", "flan-t5-xl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tk-instruct-3b", "qg"))])
-def test_presets_run_dry(folder, mount, preset):
-    """Each with a tiny T5 in place of its model: what it says holds, one step."""
-    if preset == "flan-t5-xl":
-        for path in (folder / "tasks").iterdir():
-            path.write_text(json.dumps({**json.loads(path.read_text()), "Instruction Prompt": "How many?\n{examplars}{task_input}",
-                                        "Examplars": [{"input": "a cat", "output": "one"}]}))
-    words_ = [f"@presets/{preset}", "--task_dir", str(folder / "tasks"), *flags(mount, data=None, model_init_name=None, model_init_path=mount / "models" / "tiny", max_steps=1,
-                                                                                learning_rate=None, warmup_steps=None, train_batch_size=None, eval_steps=None, save_steps=None)]
-    args = seq2seq.parse_args(words_)
-    assert (args.learning_rate, args.lr_scheduler_type, args.num_epochs) == (1e-4 if preset == "flan-t5-xl" else 5e-5, "constant", 3 if preset == "qg" else 2)
-    assert (args.max_source_length, args.max_target_length) == {"tk-instruct-3b": (1024, 128), "qog-def-pos": (784, 256), "qg": (748, 256), "flan-t5-xl": (512, 128)}[preset]
-    assert seq2seq.main(args) == 0
-    prompt = json.loads(next((mount / "models" / "run").glob("test_*.json")).read_text())[0]["prompt"]
-    query = "Now complete the following example -\nInput: a book 0.\nOutput: "
-    assert prompt == {"tk-instruct-3b": DEFINITION + "".join(POSITIVE) + query, "qog-def-pos": DEFINITION + "".join(EXPLAINED) + query, "qg": DEFINITION + query,
-                      "flan-t5-xl": "How many?\n(1) a cat.\n Output: one.\nNow complete the following example \na book 0.\nOutput: "}[preset]
 
 
 # ------------------------------------------------------------------------------------------------ real files

@@ -52,53 +52,53 @@ def stsb(*scores):
 
 # ------------------------------------------------------------------------------------------------ records
 
-GOLDENS = {  # task: (the train and eval file, two examples, the rest of the task's record)
+GOLDENS = {  # task: (the train and eval file, two examples with the label's integer, labels, metrics)
     "cola": (table(("gj04", "1", "", "They rode."), ("gj04", "0", "*", 'They\r"rode.')),
              [("cola sentence: They rode.", "acceptable", 1), ('cola sentence: They\r"rode.', "unacceptable", 0)],
-             (["unacceptable", "acceptable"], ["matthews", "accuracy"], "matthews")),
+             (["unacceptable", "acceptable"], ["matthews", "accuracy"])),
     "sst2": (SST2, [("sst2 sentence: a gem", "positive", 1), ("sst2 sentence: dull", "negative", 0)],
-             (["negative", "positive"], ["accuracy"], "accuracy")),
+             (["negative", "positive"], ["accuracy"])),
     "mrpc": ("\ufeff" + table(("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"), ("1", "7", "8", "Amrozi said.", 'He said "so'),
                               ("0", "9", "10", "Up.", "Down.")),
              [('mrpc sentence1: Amrozi said. sentence2: He said "so', "equivalent", 1),
               ("mrpc sentence1: Up. sentence2: Down.", "not_equivalent", 0)],
-             (["not_equivalent", "equivalent"], ["f1", "accuracy"], "f1")),
+             (["not_equivalent", "equivalent"], ["f1", "accuracy"])),
     "qqp": (table(("id", "qid1", "qid2", "question1", "question2", "is_duplicate"), ("1", "2", "3", "Why?", "How?", "0"),
                   ("4", "5", "6", "Who is he?", "Who's he?", "1")),
             [("qqp question1: Why? question2: How?", "not_duplicate", 0),
              ("qqp question1: Who is he? question2: Who's he?", "duplicate", 1)],
-            (["not_duplicate", "duplicate"], ["accuracy", "f1"], "accuracy")),
+            (["not_duplicate", "duplicate"], ["accuracy", "f1"])),
     "qnli": (table(("index", "question", "sentence", "label"), ("0", "Who?", "It was Ann.", "entailment"), ("1", "When?", "Here.", "not_entailment")),
              [("qnli question: Who? sentence: It was Ann.", "entailment", 0), ("qnli question: When? sentence: Here.", "not_entailment", 1)],
-             (["entailment", "not_entailment"], ["accuracy"], "accuracy")),
+             (["entailment", "not_entailment"], ["accuracy"])),
     "rte": (table(PAIR, ("0", "Ann ran.", "She ran.", "entailment"), ("1", "Up.", "Down.", "not_entailment")),
             [("rte sentence1: Ann ran. sentence2: She ran.", "entailment", 0), ("rte sentence1: Up. sentence2: Down.", "not_entailment", 1)],
-            (["entailment", "not_entailment"], ["accuracy"], "accuracy")),
+            (["entailment", "not_entailment"], ["accuracy"])),
     "wnli": (table(PAIR, ("0", "He fed it.", "It ate.", "1"), ("1", "Up.", "Down.", "0")),
              [("wnli sentence1: He fed it. sentence2: It ate.", "entailment", 1), ("wnli sentence1: Up. sentence2: Down.", "not_entailment", 0)],
-             (["not_entailment", "entailment"], ["accuracy"], "accuracy")),
+             (["not_entailment", "entailment"], ["accuracy"])),
     "boolq": (lines({"question": "is it hot", "passage": "Sun: a\tstar\u2028.", "idx": 0, "label": True},
                     {"question": "is it cold", "passage": "Sun.", "idx": 1, "label": False}),
               [("boolq passage: Sun: a\tstar\u2028. question: is it hot", "True", 1), ("boolq passage: Sun. question: is it cold", "False", 0)],
-              (["False", "True"], ["accuracy"], "accuracy")),
+              (["False", "True"], ["accuracy"])),
     "cb": (lines({"premise": "It may rain.", "hypothesis": "it rains", "label": "neutral", "idx": 0},
                  {"premise": "It rains.", "hypothesis": "it is dry", "label": "contradiction", "idx": 1}),
            [("cb hypothesis: it rains premise: It may rain.", "neutral", 2), ("cb hypothesis: it is dry premise: It rains.", "contradiction", 1)],
-           (["entailment", "contradiction", "neutral"], ["accuracy", "macro_f1"], "accuracy")),
+           (["entailment", "contradiction", "neutral"], ["accuracy"])),
     "copa": (lines({"premise": "I fell.", "choice1": "It was icy.", "choice2": "I sang.", "question": "cause", "label": 0, "idx": 0},
                    {"premise": "It rained.", "choice1": "I sang.", "choice2": "I got wet.", "question": "effect", "label": 1, "idx": 1}),
              [("copa choice1: It was icy. choice2: I sang. premise: I fell. question: cause", "choice1", 0),
               ("copa choice1: I sang. choice2: I got wet. premise: It rained. question: effect", "choice2", 1)],
-             (["choice1", "choice2"], ["accuracy"], "accuracy")),
+             (["choice1", "choice2"], ["accuracy"])),
     "superglue_rte": (lines({"premise": "Ann ran.", "hypothesis": "She ran.", "label": "entailment", "idx": 0},
                             {"premise": "Up.", "hypothesis": "Down.", "label": "not_entailment", "idx": 1}),
                       [("rte hypothesis: She ran. premise: Ann ran.", "entailment", 0), ("rte hypothesis: Down. premise: Up.", "not_entailment", 1)],
-                      (["entailment", "not_entailment"], ["accuracy"], "accuracy")),
+                      (["entailment", "not_entailment"], ["accuracy"])),
     "wic": (lines({"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "idx": 0, "label": False, "start1": 2, "version": 1.1},
                   {"word": "run", "sentence1": "I run.", "sentence2": "You run.", "idx": 1, "label": True}),
             [("wic sentence1: A bank. sentence2: The bank. word: bank", "False", 0),
              ("wic sentence1: I run. sentence2: You run. word: run", "True", 1)],
-            (["False", "True"], ["accuracy"], "accuracy")),
+            (["False", "True"], ["accuracy"])),
 }
 
 
@@ -112,30 +112,37 @@ def test_every_task_has_a_golden():
 
 @pytest.mark.parametrize("task", GOLDENS)
 def test_golden(prepare, task):
-    text, examples, (labels, metrics, best) = GOLDENS[task]
-    code, written, _, errors = prepare(task, files_of(task, text))
-    records = [{"prompt": prompt, "completion": word, "label": label} for prompt, word, label in examples]
-    entry = {"name": task, "labels": labels, "metrics": metrics, "metric_for_best": best}
-    assert (code, errors) == (0, "") and written == {"task": [entry], "train": records, "eval": records}
-    assert list(written) == ["task", "train", "eval"]
+    text, examples, (labels, metrics) = GOLDENS[task]
+    code, written, shown, errors = prepare(task, files_of(task, text))
+    records = [{"prompt": prompt, "completion": word} for prompt, word, _ in examples]
+    assert (code, errors) == (0, "") and written == {"train": records, "eval": records}
+    assert list(written) == ["train", "eval"] and all(labels[label] == word for _, word, label in examples)
+    assert shown.splitlines()[-1] == (
+        f"python seq2seq.py --model_init_path google/t5-v1_1-base --data out.json --metrics {' '.join(metrics)} --labels {' '.join(labels)} "
+        f"--metric_for_best {metrics[0]} --max_new_tokens 8")
 
 
-def test_mnli_hypothesis_is_the_second_sentence_and_eval_has_two_parts(prepare):
+def test_mnli_hypothesis_is_the_second_sentence_and_mismatched_is_a_data_set_of_its_own(prepare, tmp_path):
     """Train has one annotator's label and dev has five; label1 is not the answer, gold_label is."""
     dev = (*MNLI, "label2", "label3", "label4", "label5", "gold_label")
     files = {"train.tsv": table((*MNLI, "gold_label"), mnli("It rained.", "It was wet.", "neutral", "entailment")),
              "dev_matched.tsv": table(dev, mnli("A.", "B.", "neutral", "neutral", "neutral", "neutral", "entailment", "contradiction")),
              "dev_mismatched.tsv": table(dev, mnli("C.", "D.", *["entailment"] * 5, "neutral"), mnli("E.", "F.", *["neutral"] * 5, "entailment"))}
-    code, written, shown, _ = prepare("mnli", files)
-    assert code == 0 and written["task"] == [{"name": "mnli", "labels": ["entailment", "neutral", "contradiction"],
-                                              "metrics": ["accuracy"], "metric_for_best": "matched/accuracy"}]
-    assert written["train"] == [{"prompt": "mnli hypothesis: It was wet. premise: It rained.", "completion": "entailment", "label": 0}]
-    assert written["eval"] == [
-        {"prompt": "mnli hypothesis: B. premise: A.", "completion": "contradiction", "label": 2, "part": "matched"},
-        {"prompt": "mnli hypothesis: D. premise: C.", "completion": "neutral", "label": 1, "part": "mismatched"},
-        {"prompt": "mnli hypothesis: F. premise: E.", "completion": "entailment", "label": 0, "part": "mismatched"}]
-    assert shown.startswith("out.json: 1 train, 3 eval\n") and "\ndev_mismatched.tsv: 2 records\n" in shown
-    assert "eval: entailment 1, neutral 1, contradiction 1; characters" in shown
+    (tmp_path / "data").mkdir()
+    code, written, shown, _ = prepare("mnli", files, out="data/mnli.json")
+    assert code == 0 and written == {
+        "train": [{"prompt": "mnli hypothesis: It was wet. premise: It rained.", "completion": "entailment"}],
+        "eval": [{"prompt": "mnli hypothesis: B. premise: A.", "completion": "contradiction"}]}
+    assert json.loads((tmp_path / "data/mnli_mismatched.json").read_text()) == {"eval": [
+        {"prompt": "mnli hypothesis: D. premise: C.", "completion": "neutral"},
+        {"prompt": "mnli hypothesis: F. premise: E.", "completion": "entailment"}]}
+    assert shown.startswith("data/mnli.json: 1 train, 1 eval\ndata/mnli_mismatched.json: 2 eval\n") and "\ndev_mismatched.tsv: 2 records\n" in shown
+    assert "data/mnli_mismatched.json: entailment 1, neutral 1, contradiction 0; characters" in shown
+    assert shown.splitlines()[-1].endswith("--data mnli mnli_mismatched --metrics accuracy --labels entailment neutral contradiction "
+                                           "--metric_for_best mnli/accuracy --max_new_tokens 8")
+    (tmp_path / "data/mnli.json").unlink()
+    code, written, _, errors = prepare("mnli", files, out="data/mnli.json")
+    assert (code, written, errors) == (2, None, "--out data/mnli_mismatched.json: exists\n")
 
 
 # 0.3 * 5 is 1.5, to the even 2; 2.5 * 5 is 12.5, to the even 12; but 0.3 / 0.2 is 1.4999999999999998
@@ -145,9 +152,8 @@ def test_mnli_hypothesis_is_the_second_sentence_and_eval_has_two_parts(prepare):
 def test_stsb_steps(prepare, words, answers):
     scores = ["4.400", "3.75", "2.5", "0.1", "0.3", "5", "1.25", "3.667"]
     code, written, shown, _ = prepare("stsb", files_of("stsb", stsb(*scores)), *words)
-    assert code == 0 and written["task"] == [{"name": "stsb", "labels": None, "range": [0, 5], "metrics": ["spearman", "pearson"],
-                                              "metric_for_best": "spearman"}]
-    assert written["train"] == [{"prompt": "stsb sentence1: A cat. sentence2: A dog.", "completion": answer, "score": float(score)}
+    assert code == 0 and shown.endswith("--metrics spearman pearson --metric_for_best spearman --max_new_tokens 8\n")
+    assert written["train"] == [{"prompt": "stsb sentence1: A cat. sentence2: A dog.", "completion": answer, "references": [str(float(score))]}
                                 for answer, score in zip(answers, scores, strict=True)]
     assert "train: mean score 2.621; characters 0% 40" in shown
 
@@ -160,9 +166,7 @@ def test_an_entry_is_all_that_a_new_task_needs(prepare, monkeypatch):
     files = {"a.jsonl": lines({"a.b": "{c}", "c": "d", "y": 1}), "test.jsonl": lines({"a.b": "e", "c": "f", "y": -1})}
     code, written, shown, _ = prepare("spam", files)
     assert code == 0 and "not written" not in shown
-    assert written == {"task": [{"name": "spam", "labels": ["ham", "spam"], "metrics": ["f1"], "metric_for_best": "f1"}],
-                       "train": [{"prompt": "spam {c}: d!", "completion": "spam", "label": 1}],
-                       "test": [{"prompt": "spam e: f!", "completion": "ham", "label": 0}]}
+    assert written == {"train": [{"prompt": "spam {c}: d!", "completion": "spam"}], "test": [{"prompt": "spam e: f!", "completion": "ham"}]}
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -172,21 +176,19 @@ def test_both_forms_and_what_is_printed(prepare, tmp_path):
     files = {"train.tsv": SST2.replace("\n", "\r\n") + "\r\n\n", "dev.tsv": table(("label", "sentence"), ("1", "schön\u2028")),
              "test.tsv": table(("index", "sentence"), ("0", "x"))}
     code, _, shown, _ = prepare("sst2", files)
-    entry = {"name": "sst2", "labels": ["negative", "positive"], "metrics": ["accuracy"], "metric_for_best": "accuracy"}
-    first, second = ({"prompt": "sst2 sentence: a gem", "completion": "positive", "label": 1},
-                     {"prompt": "sst2 sentence: dull", "completion": "negative", "label": 0})
+    first, second = {"prompt": "sst2 sentence: a gem", "completion": "positive"}, {"prompt": "sst2 sentence: dull", "completion": "negative"}
     assert code == 0 and (tmp_path / "out.json").read_text(encoding="utf-8") == (
-        '{"task": [\n' + json.dumps(entry) + '\n],\n"train": [\n' + json.dumps(first) + ",\n" + json.dumps(second) + "\n],\n"
-        '"eval": [\n{"prompt": "sst2 sentence: schön", "completion": "positive", "label": 1}\n]}\n')
-    assert shown.splitlines() == [
+        '{"train": [\n' + json.dumps(first) + ",\n" + json.dumps(second) + "\n],\n"
+        '"eval": [\n{"prompt": "sst2 sentence: schön", "completion": "positive"}\n]}\n')
+    assert shown.splitlines()[:-1] == [
         "out.json: 2 train, 1 eval", "train.tsv: 2 records", "dev.tsv: 1 records",
         "test.tsv: not written (the test files of GLUE and SuperGLUE have no labels)",
         "train: negative 1, positive 1; characters 0% 19 5% 19 50% 19 95% 20 100% 20",
         "eval: negative 0, positive 1; characters 0% 20 5% 20 50% 20 95% 20 100% 20", str(first), str(second)]
     code, written, again, _ = prepare("sst2", files, out="out.jsonl")
     assert code == 0 and again == shown.replace("out.json", "out.jsonl")
-    assert written == [{"split": "task", **entry}, {"split": "train", **first}, {"split": "train", **second},
-                       {"split": "eval", "prompt": "sst2 sentence: schön", "completion": "positive", "label": 1}]
+    assert written == [{"split": "train", **first}, {"split": "train", **second},
+                       {"split": "eval", "prompt": "sst2 sentence: schön", "completion": "positive"}]
 
 
 def test_clf(prepare):
@@ -298,4 +300,4 @@ def test_real_files(prepare, task, folder, train, dev, counts):
         pytest.skip(f"no {SHARED / folder}")
     code, written, shown, _ = prepare(task, {}, "--data_dir", str(SHARED / folder), out="out.jsonl")
     assert code == 0 and shown.startswith(f"out.jsonl: {train} train, {dev} eval\n") and all(count in shown for count in counts)
-    assert [record["split"] for record in written] == ["task", *["train"] * train, *["eval"] * dev]
+    assert [record["split"] for record in written] == [*["train"] * train, *["eval"] * dev]

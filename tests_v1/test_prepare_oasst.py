@@ -5,6 +5,7 @@ import argparse
 import gzip
 import itertools
 import json
+import re
 import types
 
 import numpy as np
@@ -365,7 +366,7 @@ def real(name):
 
 def counted(prepare, name, *words, out="real.json"):
     code, written, shown, errors = prepare({}, "--train", real(name), *words, out=out)
-    assert (code, errors) == (0, "")
+    assert (code, re.sub("counting tokens: .*", "", errors).strip()) == (0, "")  # its bar shows after 5 s, on a busy machine
     return written, shown
 
 

@@ -255,8 +255,9 @@ def test_seq2seq_and_sft_read_it(prepare, tmp_path, layout, file, content):
     pairs, chats = read(tmp_path / "p.json"), read(tmp_path / "m.jsonl")
     assert len(pairs) == len(chats) == 2
     for (_, split, record), (_, chat_split, chat) in zip(pairs, chats):
-        prompt, completion, wrong = seq2seq.to_pair(record)
-        assert (split, chat_split, wrong) == ("eval", "eval", None) and (prompt, completion) == (record["prompt"], record["completion"])
+        problems, prompt, completion = [], record["prompt"], record["completion"]
+        example = seq2seq.to_example("set", record, "here", problems)
+        assert (split, chat_split, problems) == ("eval", "eval", []) and (example.prompts, example.completions) == ([prompt], [completion])
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         for each in (record, chat):
             conversations, _, wrong = sft_causal.to_conversations(each, raw, None)

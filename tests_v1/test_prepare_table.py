@@ -7,6 +7,7 @@ import types
 import clf
 import common_v1 as common
 import prepare_table
+import prepare_text
 import prepare_tsv
 import pytest
 import rl_ppo
@@ -274,7 +275,9 @@ def test_every_format_is_what_its_scripts_read(prepare, tmp_path):
     for name, words in formats.items():
         assert prepare({"t.json": rows}, "--train", "t.json", *words, out=f"{name}.jsonl")[0] == 0
         found[name] = read(tmp_path / f"{name}.jsonl")
-    assert [seq2seq.to_pair(record) for _, record in found["pair"]] == [("x", "y", None), ("1 + 1", "2", None)]
+    problems = []
+    examples = [seq2seq.to_example("set", record, "here", problems) for _, record in found["pair"]]
+    assert [(e.prompts, e.completions) for e in examples] == [(["x"], ["y"]), (["1 + 1"], ["2"])] and not problems
     options = types.SimpleNamespace(raw_prompt=False)
     for name, n_turns in (("pair", 2), ("chat", 5)):
         for _, record in found[name]:
@@ -291,7 +294,7 @@ def test_every_format_is_what_its_scripts_read(prepare, tmp_path):
     for name in ("prompt", "asked"):
         assert [prompts.read(record)[1] for _, record in found[name]] == ["x", "1 + 1"] and not problems
     assert [record["a"] for _, record in found["prompt"]] == ["y", 2]
-    assert list(seq2seq.read_documents(tmp_path / "text.jsonl", None, "auto", problems)) == [("train", "x"), ("train", "1 + 1")]
+    assert list(prepare_text.read_documents("train", tmp_path / "text.jsonl", problems)) == [("train", "x"), ("train", "1 + 1")] and not problems
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -302,7 +302,9 @@ def test_the_scripts_read_what_is_written(prepare):
     files = {f"{code}.tsv": table(20, f"Text {code}", "Sentence") for code in CODES if code != "en"}
     sets = [f"mini_{code}-en={code}.tsv" for code in CODES if code != "en"]
     for record in prepare(files, "--pairs", *sets, "--directions", "both")[1]["train"]:
-        assert seq2seq.to_pair(record) == (record["prompt"], record["completion"], None)
+        problems = []
+        example = seq2seq.to_example("set", record, "here", problems)
+        assert (example.prompts, example.completions, problems) == ([record["prompt"]], [record["completion"]], [])
     talks = prepare({}, "--pairs", *sets, "--multi_turn", 0.5, out="talks.json")[1]["train"]
     assert {record["dataset"] for record in talks} == {name.partition("=")[0] for name in sets}
     for record in talks:

@@ -497,8 +497,11 @@ def test_rows_are_encoded_as_the_trainers_do(place, monkeypatch):
     (theirs, their_target, _), = sft_causal.encode(chat, [messages], args, end)
     assert grads.end_token(chat) == end and ids.tolist() == theirs.tolist() and is_target.tolist() == their_target.tolist()
     t5 = transformers.AutoTokenizer.from_pretrained(place / "models" / "t5")
-    source, target, _ = grads.encode(record, t5, "seq2seq", args, None)
-    assert source == seq2seq.encode_source(t5(record["prompt"]).input_ids, 1024, 1) and target == seq2seq.encode_target(t5(record["completion"]).input_ids, 2048, 1, False)
+    for args.max_source_length, args.max_length in ((1024, 2048), (4, 3)):  # whole, and cut
+        source, target, _ = grads.encode(record, t5, "seq2seq", args, None)
+        theirs, = seq2seq.tokenize_prompts([record["prompt"]], t5, args.max_source_length)
+        their_target, = seq2seq.tokenize_completions([record["completion"]], t5, args.max_length)
+        assert (list(source), list(target)) == (list(theirs), list(their_target))
 
 
 def test_a_linear_estimate_is_the_first_order_change_and_calibration_finds_a_planted_step(place, capsys):

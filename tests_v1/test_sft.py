@@ -12,7 +12,6 @@ from conftest import bpe_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import common_v1 as common
-import seq2seq
 import sft_causal
 
 V = 300
@@ -220,20 +219,6 @@ def test_cross_entropy_is_torchs_in_value_and_gradient():
     assert torch.allclose(a, b) and torch.allclose(ours.grad, theirs.grad)
     extreme = torch.tensor([[1e4, -1e4, 0.0]])
     assert sft_causal.CrossEntropy.apply(extreme.clone(), torch.tensor([1])).tolist() == [2e4]
-
-
-def test_the_copies_in_seq2seq_and_here_agree():
-    """Two scripts have them; a third would move them to common_v1.py."""
-    torch.manual_seed(0)
-    logits, targets, found = torch.randn(9, 50), torch.randint(50, (9,)), []
-    for script, extra in ((seq2seq, (0.0, 0.0)), (sft_causal, ())):
-        some = logits.clone().requires_grad_()
-        losses = script.CrossEntropy.apply(some * 1.0, targets, *extra)
-        losses.sum().backward()
-        found.append((losses, some.grad))
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-    args = types.SimpleNamespace(temperature=0.7, n_samples=3)
-    assert all(seq2seq.predictions_name(args, split, 5) == sft_causal.predictions_name(args, split, 5) for split in ("eval", "test"))
 
 
 def test_neftune_noise_has_the_papers_size_whatever_the_row_and_is_off_at_evaluation():

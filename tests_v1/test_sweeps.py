@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import prepare_glue
 import pytest
 import yaml
 from conftest import ROOT, load_file
@@ -47,7 +48,7 @@ with open(run / "metrics.jsonl", "w") as file:
     file.write('{"step": 4, "eval/sc')
 """
 SWEEP = {"program": "toy.py", "method": "bayes", "metric": {"name": "eval/score", "goal": "maximize"}, "name": "toy",
-         "parameters": {"x": {"min": 0.0, "max": 1.0}, "y": {"values": ["a", "b"]}, "report_to": {"value": "wandb"}}}
+         "parameters": {"x": {"min": 0.0, "max": 1.0}, "y": {"values": ["a", "b"]}, "report_to": {"value": "wandb"}, "wandb_project": {"value": "p"}}}
 
 
 class Toy:
@@ -119,7 +120,6 @@ def test_our_files_name_flags_of_seq2seq(path, monkeypatch):
     sweep = run.read_sweep(path, {}, problems)
     assert not problems and sweep["method"] == "bayes" and sweep["metric"]["goal"] == "maximize"
     task = path.stem.split("_")[1]
-    assert sweep["metric"]["name"].split("/")[-1] == {"cola": "matthews", "mrpc": "f1", "stsb": "spearman"}.get(task, "accuracy")
     as_wandb_reads_it = yaml.safe_load(path.read_text())["parameters"]["learning_rate"]
     assert type(as_wandb_reads_it["min"]) is type(as_wandb_reads_it["max"]) is float
     for n in range(3):
@@ -128,8 +128,10 @@ def test_our_files_name_flags_of_seq2seq(path, monkeypatch):
         command = run.command_line(sweep, {**params, "training_run_name": "sweeps/a/trial-000"}, None)
         assert command[:3] == ["/usr/bin/env", sys.executable, "seq2seq.py"]
         args = seq2seq.parse_args(command[3:])
-        assert args.learning_rate == params["learning_rate"] and args.data_name == [task] and args.metric_for_best is None
-        assert args.train_batch_size == params["train_batch_size"] and args.report_to == "wandb"
+        about = prepare_glue.TASKS[task]
+        assert args.learning_rate == params["learning_rate"] and args.data_name == [task] and args.metrics == about["metrics"]
+        assert args.metric_for_best == about["metrics"][0] == sweep["metric"]["name"].removeprefix("eval/")
+        assert args.labels == list((about["words"] or {}).values()) and args.train_batch_size == params["train_batch_size"]
 
 
 # ------------------------------------------------------------------------------------------------ macros and distributions
@@ -191,7 +193,7 @@ def test_search_and_report(toy, mode):
     code, text = toy.run(*mode, trials=5)
     assert code == 0, text
     assert ("plain random search" in text and "pip install optuna" in text) == bool(mode)
-    assert "report_to wandb is replaced by none" in text
+    assert "report_to wandb is replaced by none" in text and "wandb_project is left out" in text
     results = toy.results()
     assert len(results) == len(toy.starts()) == 5
     for n, (result, words) in enumerate(zip(results, toy.starts())):

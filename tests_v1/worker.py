@@ -9,7 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 sys.modules["matplotlib.figure"] = None  # not installed, as it were: drawing takes longer than a short run
 
 for words in json.loads(pathlib.Path(sys.argv[1]).read_text()):
-    script = importlib.import_module(words.pop(0)[:-3] if words[0].endswith(".py") else "seq2seq")
+    script = importlib.import_module(words.pop(0).removesuffix(".py"))
     code = script.main(script.parse_args(words))
     if code:
         sys.exit(f"exit code {code} from {script.__name__}.py {' '.join(words)}")

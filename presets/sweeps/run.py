@@ -263,7 +263,7 @@ class Signals:
 
     def run(self, command, run_dir, log):
         """Exit code of the trial. Its output goes straight to the log, so that it outlives the agent."""
-        if (run_dir / "COMPLETE").exists():  # it ended after its agent had died; seq2seq.py refuses a finished run
+        if (run_dir / "COMPLETE").exists():  # it ended after its agent had died
             return 0
         print(f"# {time.strftime('%F %T')}, {os.uname().nodename}: {shlex.join(command)}", file=log, flush=True)
         # a session of its own: Ctrl-C arrives once, from here
@@ -361,6 +361,8 @@ def main(argv=None):
     if "report_to" not in sweep["source"]["--set"] and sweep["space"].get("report_to", {}).get("values") == ["wandb"]:
         sweep["space"]["report_to"]["values"] = ["none"]
         print("report_to wandb is replaced by none, as no service takes part; --set report_to=wandb keeps it")
+    if "wandb_project" not in sweep["source"]["--set"] and sweep["space"].pop("wandb_project", None):  # seq2seq.py's flag
+        print("wandb_project is left out, as no service takes part; --set wandb_project=NAME keeps it")
     (folder / "trials").mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
         write_whole(folder / "sweep.json", json.dumps(sweep["source"], indent=2) + "\n")

@@ -1,0 +1,122 @@
+"""Tiny models and data; runs in this process (fast), or in their own (ranks, kills)."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+
+import common  # first: it prepares the import of DeepSpeed
+
+# isort: split
+import pytest
+import torch
+import transformers
+
+import seq2seq
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+common.adopt_launcher()
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with models/ and data/."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("models", "data"):
+        (tmp_path / name).mkdir()
+    # untie_head changes the class, which has to be whole again for the next test
+    tied = dict(transformers.T5ForConditionalGeneration._tied_weights_keys)
+    monkeypatch.setattr(transformers.T5ForConditionalGeneration, "_tied_weights_keys", tied)
+    yield tmp_path
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # which a run in this process has taken
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def write_data(name, train, evaluation, **others):
+    """data/<name>.json of lists of records."""
+    lists = {"train": train, "eval": evaluation, **others}
+    pathlib.Path("data", f"{name}.json").write_text(json.dumps(lists))
+
+
+def pairs(n, start=0):
+    """Records of very different lengths: n times a number and the words of its digits."""
+    words = "zero one two three four five six seven eight nine".split()
+    records = []
+    for i in range(start, start + n):
+        digits = str(i * i * 7919)[: 1 + i % 9]
+        spelled = " ".join(words[int(digit)] for digit in digits)
+        records.append({"prompt": f"spell {digits}", "completion": spelled})
+    return records
+
+
+SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+
+
+def make_model(kind, weights=True, **changes):
+    """models/<kind>: t5 (v1.0, tied head), t5v1.1, mt5 or bart, with the tiny T5's tokenizer."""
+    path = pathlib.Path("models", kind)
+    shutil.copytree(ROOT / "models" / "tiny-t5", path)
+    ids = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    if kind == "bart":
+        small = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.0}
+        small.update(encoder_attention_heads=4, decoder_attention_heads=4, bos_token_id=0)
+        small.update(encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128)
+        config = transformers.BartConfig(**{**ids, **small, **changes})
+    elif kind == "mt5":
+        config = transformers.MT5Config(**{**ids, **SMALL, **changes})
+    else:
+        is_v1_1 = kind == "t5v1.1"
+        activation = "gated-gelu" if is_v1_1 else "relu"
+        ids["tie_word_embeddings"] = ids["scale_decoder_outputs"] = not is_v1_1
+        options = {**ids, **SMALL, "feed_forward_proj": activation, **changes}
+        config = transformers.T5Config(**options)
+    config.save_pretrained(path)
+    if weights:
+        torch.manual_seed(0)
+        auto_class = transformers.AutoModelForSeq2SeqLM
+        common.untie_head(auto_class, config)
+        auto_class.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def run(*words, module=seq2seq):
+    """A run in this process; returns its exit code. Mistakes raise SystemExit(2)."""
+    return module.main(module.parse_args([str(word) for word in words]))
+
+
+def metrics(name, split=None):
+    """Rows of metrics.jsonl of a run."""
+    lines = pathlib.Path("models", name, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if split in (None, row["split"])]
+
+
+def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", environment=None, **options):
+    """A run as a user starts it: a Popen of its own, with torchrun where it has several ranks."""
+    command = [sys.executable, script]
+    if n_ranks > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", n_ranks]
+        command = [sys.executable, "-m", *launcher, script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # of this process
+    words = [str(word) for word in [*command, *words]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=environment, **pipes, **options)
+
+
+def finish(process, code=0, timeout=300):
+    """The output of a process, which must leave with this exit code."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, output[-3000:]
+    return output
