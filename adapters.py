@@ -112,28 +112,26 @@ def quantized(linear, kind, dtype):
     weight = linear.weight.data
     if isinstance(linear, Conv1D):
         weight = weight.T.contiguous()
-    n_out, n_in = weight.shape
-    has_bias = linear.bias is not None
+    shape = (*sizes(linear), linear.bias is not None)
     if kind == "nf4":  # Dettmers et al. 2023, with double quantisation
-        options = {"quant_type": "nf4", "compress_statistics": True}
         # stored as dtype: T5 casts its states to a weight's, and would cast them to uint8
-        options["quant_storage"] = dtype
-        new = bnb.nn.Linear4bit(n_in, n_out, has_bias, dtype, **options)
+        options = {"quant_type": "nf4", "quant_storage": dtype}
+        new = bnb.nn.Linear4bit(*shape, dtype, **options)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options)
     else:
-        new = bnb.nn.Linear8bitLt(n_in, n_out, has_bias, has_fp16_weights=False, threshold=6.0)
+        new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     new.bias = linear.bias
-    if torch.cuda.is_available():  # the move to a device is what quantises
-        return new.to(torch.cuda.current_device())
-    return new.to("cpu")
+    # on some CPUs evaluation would repack the weights, and training go on with noise
+    new.support_avx512bf16_for_cpu = False
+    # the move to a device is what quantises
+    return new.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
 
 
 def sha256_of_weights(folder):
     """Of a folder, so that nobody takes an adapter for that of other weights; None of a hub id."""
     digest = hashlib.sha256()
     paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
-    paths = paths or sorted(pathlib.Path(folder).glob("pytorch_model*.bin"))
     for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
@@ -144,8 +142,9 @@ class Adapter:
     """An adapter and its place in a model. config: what its folder says besides the weights."""
 
     FILES = {
-        "lora": ("adapter_config.json", "adapter_model.safetensors"),
-        "bottleneck": ("bottleneck_config.json", "bottleneck.safetensors"),
+        # and what PEFT puts before the names of weights
+        "lora": ("adapter_config.json", "adapter_model.safetensors", "base_model.model."),
+        "bottleneck": ("bottleneck_config.json", "bottleneck.safetensors", ""),
     }
 
     def __init__(self, source, base, model_config, args):
@@ -171,12 +170,8 @@ class Adapter:
                 "parts": args.adapter_parts,
             }
 
-    @property
-    def prefix(self):
-        return "base_model.model." if self.kind == "lora" else ""  # PEFT's
-
     def read_folder(self):
-        config_name, weights_name = self.FILES[self.kind]
+        config_name, weights_name, prefix = self.FILES[self.kind]
         self.config = json.loads((self.folder / config_name).read_text())
         unknown = [name for name in NOT_READ if self.config.get(name)]
         if self.config.get("peft_type", "LORA") != "LORA" or unknown:
@@ -185,9 +180,8 @@ class Adapter:
         expected = about.exists() and json.loads(about.read_text())["base"]["sha256"]
         if expected and expected != sha256_of_weights(self.base):
             common.fail(f"{self.base} has other weights than those {self.folder} was trained on")
-        self.weights = {}
-        for name, weight in safetensors.torch.load_file(self.folder / weights_name).items():
-            self.weights[name.removeprefix(self.prefix)] = weight
+        named = safetensors.torch.load_file(self.folder / weights_name)
+        self.weights = {name.removeprefix(prefix): weight for name, weight in named.items()}
 
     def about(self):
         """What rawtune.json says of it."""
@@ -243,11 +237,9 @@ class Adapter:
 
     def save(self, weights, folder):
         """Rank 0."""
-        config_name, weights_name = self.FILES[self.kind]
+        config_name, weights_name, prefix = self.FILES[self.kind]
         common.write_json(folder / config_name, self.config)
-        named = {}
-        for name, weight in weights.items():
-            named[f"{self.prefix}{name}"] = weight.contiguous()
+        named = {prefix + name: weight.contiguous() for name, weight in weights.items()}
         safetensors.torch.save_file(named, folder / weights_name, {"format": "pt"})
 
 
@@ -255,41 +247,37 @@ def install(model, source, base, args):
     """Collective. The adapter of the folder `source`, which training continues, else the flags'."""
     if not common.has_weights(base):
         common.fail(f"{base} has no weights: an adapter would be of weights that nobody keeps")
-    model.adapter = Adapter(source, base, model.config, args)
-    kind = model.adapter.kind
-    if kind == "none" and not args.no_train:
-        common.fail("--quantize freezes the base: add --lora_rank or --train_adapter")
-    n_wrapped = model.adapter.put_in(model)
-    if n_wrapped == 0 and kind != "none":
-        common.fail(
-            f"{kind} adapters fit no layer of this {model.config.model_type}: --lora_targets"
-        )
-    if model.adapter.folder:
-        model.load_state_dict(model.adapter.weights, strict=False)
+    adapter = model.adapter = Adapter(source, base, model.config, args)
+    n_wrapped = adapter.put_in(model)
+    if n_wrapped == 0 and not args.no_train:
+        common.fail("nothing to train: --lora_rank, --train_adapter or other --lora_targets")
+    if adapter.folder:
+        model.load_state_dict(adapter.weights, strict=False)
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        different = sorted(trained ^ set(model.adapter.weights))
+        different = sorted(trained ^ set(adapter.weights))
         if different:
             common.fail(f"{source}: its weights and its layers differ: {', '.join(different[:4])}")
-    common.log(f"{base}: {kind} adapters in {n_wrapped} layers, base {args.quantize or 'as it is'}")
+    common.log(f"{base}: {adapter.kind} adapters in {n_wrapped} layers, quantize {args.quantize}")
 
 
 @torch.no_grad()
-def merge(run, out):
+def merge(args):
     """A plain model of a LoRA folder and its base: computed in fp32, saved in the base's type."""
-    args = common.Parser(__doc__, {}).parse_args(["--model_init_path", run])
+    common.setup_distributed(args)
     problems = []
-    _, config, tokenizer = common.open_model(args, problems)
-    if pathlib.Path(out).exists() or not (pathlib.Path(run) / "adapter_config.json").exists():
-        problems.append(f"expected a folder with LoRA, not {run}, and a new one, not {out}")
+    source, config, tokenizer = common.open_model(args, problems)
+    out = pathlib.Path(args.training_run_name)
+    if out.exists():
+        problems.append(f"{out} exists: choose a new folder")
     if problems:
         common.fail(problems)
     auto_class = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
         auto_class = transformers.AutoModelForSeq2SeqLM
-    common.untie_head(auto_class, config)
-    base = common.adapter_base(run)
-    model = auto_class.from_pretrained(base, config=config, dtype=torch.float32)
-    install(model, run, base, args)
+    ds_config = {"zero_optimization": {"stage": 0}}
+    model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
+    if model.adapter.kind != "lora":
+        common.fail(f"{source}: only LoRA can be merged, for bottlenecks are not linear")
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
             update = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
@@ -298,10 +286,15 @@ def merge(run, out):
             model.set_submodule(path, linear)
     model.to(config.dtype or torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    common.log(f"{out} holds {base} with {run} merged in")
+    common.log(f"{out} holds {model.adapter.base} with {source} merged in")
+
+
+def parse_args(argv):
+    if len(argv) != 2:
+        common.fail("usage: python adapters.py RUN OUT")
+    words = ["--no_train", "--precision", "fp32", "--model_init_path", argv[0]]
+    return common.Parser(__doc__, {}).parse_args([*words, "--training_run_name", argv[1]])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        common.fail("usage: python adapters.py RUN OUT")
-    merge(*sys.argv[1:])
+    common.launch(merge, parse_args(sys.argv[1:]))

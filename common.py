@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import datetime
 import difflib
-import errno
 import gzip
 import hashlib
 import json
@@ -21,7 +20,6 @@ import os
 import pathlib
 import re
 import resource
-import secrets
 import shlex
 import shutil
 import signal
@@ -218,16 +216,13 @@ def on_one_process(build):
     host = socket.gethostname()
     hosts = gather({rank(): host})
     is_first = rank() == min(other for other in hosts if hosts[other] == host)
-    name = [secrets.token_hex(8)]
-    dist.broadcast_object_list(name)
-    # with the host's name, because nodes may share their temporary folder
-    folder = pathlib.Path(tempfile.gettempdir(), f"rawtune-{name[0]}-{host}")
+    folders = {}
     if is_first:
         arrays = build()
-        folder.mkdir()
+        folders[host] = pathlib.Path(tempfile.mkdtemp(prefix="rawtune-"))
         for key, array in arrays.items():
-            np.save(folder / f"{key}.npy", array)
-    dist.barrier()
+            np.save(folders[host] / f"{key}.npy", array)
+    folder = gather(folders)[host]
     if not is_first:
         arrays = {}
         for path in folder.glob("*.npy"):
@@ -274,8 +269,8 @@ def fail(problems, only_here=False):
 
 # ------------------------------------------------------------------------------------------ flags
 
-# name: (default, help, *choices). These eight come first in -h: everybody needs them.
-ESSENTIAL_FLAGS = {
+SHARED_FLAGS = {  # name: (default, help, *choices)
+    # these eight come first in -h: everybody needs them
     "model_init_name": ("", "folder under models/"),
     "model_init_path": ("", "folder or hub id; wins over --model_init_name"),
     "data_name": (
@@ -288,8 +283,7 @@ ESSENTIAL_FLAGS = {
     "max_steps": (0, "training length in optimizer steps; 0: --num_epochs decides"),
     "num_epochs": (4.0, "training length in epochs"),
     "learning_rate": (5e-5, "peak, reached after warm-up"),
-}
-TRAINING_FLAGS = {
+    # training
     "mount_dir": ("", "where models/ and data/ are; else ./mount if it exists, else ."),
     "eval_fraction": (0.0, "share of the training prompts held out for evaluation"),
     "gradient_accumulation_steps": (1, "forward steps per optimizer step"),
@@ -303,15 +297,13 @@ TRAINING_FLAGS = {
     "warmup_steps": (-1, "-1: min(2000, max_steps / 10)"),
     "weight_decay": (0.0, "AdamW's, on matrices only"),
     "max_grad_norm": (1.0, "clip the gradient to this norm; 0: off"),
-}
-SYSTEM_FLAGS = {
+    # precision and ZeRO
     "precision": ("auto", "fp32, bf16, bf16-mixed, fp16; auto: bf16 where the GPU has it"),
     "ds_config": ("auto", "name in ds_configs/ or a JSON; auto: the lowest ZeRO stage that fits"),
     "gradient_checkpointing": (False, "recompute activations: less memory, 30 %% slower"),
     "compile": (False, "torch.compile; not with ZeRO-3"),
     "deterministic": (False, "the same bits on GPUs too, slower"),
-}
-ADAPTER_FLAGS = {
+    # adapters
     "lora_rank": (0, "train LoRA matrices of this rank and freeze the rest"),
     "lora_alpha": (0.0, "the update counts alpha / rank; 0: 2 x rank"),
     "lora_dropout": (0.0, "on the input of LoRA and of bottlenecks"),
@@ -324,8 +316,7 @@ ADAPTER_FLAGS = {
         *("mh_adapter", "output_adapter"),
     ),
     "quantize": ("", "the frozen base in 4 or 8 bits (package bitsandbytes)", "nf4", "int8"),
-}
-OUTPUT_FLAGS = {
+    # evaluation and output
     "eval_steps": (0, "evaluation interval; 0: once per epoch"),
     "eval_batch_size": (32, "rows of one evaluation batch of one process"),
     "metric_for_best": ("", "keep and export the checkpoint that is best by this metric"),
@@ -356,15 +347,15 @@ POSITIVE_FLAGS = (
 )
 
 
-def add_flag(group, name, default, text, *choices):
+def add_flag(parser, name, default, text, *choices):
     names = [f"--{name}"]
     if name == "data_name":
         names = ["--data_name", "--data"]
     if default is False:
-        group.add_argument(*names, action="store_true", help=text)
+        parser.add_argument(*names, action="store_true", help=text)
         return
     is_list = isinstance(default, list)
-    group.add_argument(
+    parser.add_argument(
         *names,
         default=default,
         type=str if is_list else type(default),
@@ -386,19 +377,8 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        tables = {
-            "essential": ESSENTIAL_FLAGS,
-            "of this script": own_flags,
-            "training": TRAINING_FLAGS,
-            "precision and ZeRO": SYSTEM_FLAGS,
-            "adapters": ADAPTER_FLAGS,
-            "evaluation and output": OUTPUT_FLAGS,
-        }
-        for title, flags in tables.items():
-            group = self.add_argument_group(title)
-            for name, spec in flags.items():
-                if flags is own_flags or name not in own_flags:  # a script's own default wins
-                    add_flag(group, name, *spec)
+        for name, spec in {**SHARED_FLAGS, **own_flags}.items():  # a script's own default wins
+            add_flag(self, name, *spec)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
 
     def convert_arg_line_to_args(self, line):
@@ -428,13 +408,14 @@ def resolve_precision(args, problems):
         problems.append("--precision fp16: this machine has none; use bf16 or fp32")
 
 
-def check_shared_args(args, problems):
-    """Append what cannot work to problems; resolve --precision."""
-    for name in POSITIVE_FLAGS:
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
+def check_shared_args(args, positive_flags, problems):
+    """Append what cannot work to problems; resolve --precision. positive_flags: of the script."""
+    for name, value in vars(args).items():
+        lowest = -1 if name in ("warmup_steps", "save_steps") else 0
+        is_zero = value == 0 and name in POSITIVE_FLAGS + positive_flags
+        if isinstance(value, (int, float)) and (is_zero or not lowest <= value < math.inf):
             problems.append(f"--{name} {value}: expected a positive number")
-    if not 0 <= args.eval_fraction < 1:
+    if args.eval_fraction >= 1:
         problems.append(f"--eval_fraction {args.eval_fraction}: expected a share below 1")
     if args.train_batch_size % world_size():
         problems.append(
@@ -569,7 +550,7 @@ class Run:
     def prepare_folder(self, script):
         """Rank 0."""
         if self.args.overwrite and self.dir.exists():
-            os.rename(self.dir, f"{self.dir}.old-{int(time.time())}")
+            os.rename(self.dir, f"{self.dir}.old-{time.time_ns()}")
         (self.dir / "code").mkdir(parents=True, exist_ok=True)
         for leftover in self.dir.glob("checkpoint-*.tmp"):  # of a killed process
             shutil.rmtree(leftover)
@@ -672,7 +653,7 @@ class Run:
         """Rank 0. Those of an earlier --no_train are kept under another name."""
         path = self.dir / name
         if self.args.no_train and path.exists():
-            os.rename(path, path.with_suffix(f".old-{int(time.time())}.json"))
+            os.rename(path, path.with_suffix(f".old-{time.time_ns()}.json"))
         write_json(path, predictions)
 
     def must_stop(self):
@@ -731,9 +712,10 @@ SPLITS = ("train", "eval", "test")
 
 def parse_data_spec(spec, problems):
     """'a' -> ('a', None); 'a:0.05' -> ('a', 0.05), a fraction; 'a:500' -> ('a', 500), examples."""
-    name, colon, amount = spec.rpartition(":")
-    if not colon or not re.fullmatch(r"\d+|\d*\.\d+|\d+\.", amount):
+    match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
+    if not match:
         return spec, None
+    name, amount = match.groups()
     is_fraction = "." in amount
     value = float(amount) if is_fraction else int(amount)
     if value == 0 or (is_fraction and value > 1):
@@ -745,57 +727,43 @@ def unique_keys(pairs):
     """For json: of a repeated key it would silently keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        keys = collections.Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} is repeated")
+        raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
     return record
-
-
-def parse_json(text, where, problems):
-    """The value, or None where it is no JSON."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{where}: no JSON ({error}); objects line by line belong into a .jsonl")
-        return None
 
 
 def read_records(path, problems):
     """Yield (where, split, record) of a file of JSON lines, of a list, or of lists by split."""
     opener = gzip.open if path.suffix == ".gz" else open
+    where = path
+    found = []
     try:
         # utf-8-sig drops the mark that Windows writes at the start of a file
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
-            text = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        problems.append(f"{path} cannot be read: {error}")
-        return
-    is_lines = ".jsonl" in path.name
-    lists = {"train": []}
-    if is_lines:
-        for number, line in enumerate(text.split("\n"), start=1):
-            value = parse_json(line, f"{path}, line {number}", problems) if line.strip() else None
-            lists["train"].append(value)
-    else:
-        n_before = len(problems)
-        lists = parse_json(text, path, problems)
-        if len(problems) > n_before:
-            return
-        if not isinstance(lists, dict):
-            lists = {"train": lists}
-    for name, records in lists.items():
-        for i, record in enumerate(records if isinstance(records, list) else ["no list"]):
-            where = f"{path}, line {i + 1}" if is_lines else f"{path}, {name}[{i}]"
-            if record is None and is_lines:  # a blank line, or one that is reported
-                continue
-            if not isinstance(record, dict):
-                problems.append((where, f"{record!r:.40}: expected an object"))
-                continue
-            split = record.pop("split", name)
-            if split in SPLITS:
-                yield where, split, record
+            if ".jsonl" in path.name:
+                for number, line in enumerate(file, start=1):
+                    where = f"{path}, line {number}"
+                    if line.strip():
+                        record = json.loads(line, object_pairs_hook=unique_keys)
+                        found.append((where, "train", record))
             else:
-                hint = "; eval is meant?" if split in ("validation", "valid", "dev") else ""
-                problems.append((where, f"split {split!r}, expected {', '.join(SPLITS)}{hint}"))
+                lists = json.load(file, object_pairs_hook=unique_keys)
+                if not isinstance(lists, dict):
+                    lists = {"train": lists}
+                for split, records in lists.items():
+                    for i, record in enumerate(records):
+                        found.append((f"{path}, {split}[{i}]", split, record))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
+        problems.append(f"{where}: {error}; expected lists train, eval, test, or lines in a .jsonl")
+    for where, split, record in found:
+        if not isinstance(record, dict):
+            problems.append((where, f"{record!r:.40}: expected an object"))
+            continue
+        split = record.pop("split", split)
+        if split in SPLITS:
+            yield where, split, record
+        else:
+            hint = "; eval is meant?" if split in ("validation", "valid", "dev") else ""
+            problems.append((where, f"split {split!r}, expected {', '.join(SPLITS)}{hint}"))
 
 
 def text_problem(text, name, record):
@@ -893,10 +861,10 @@ class Order:
         drawn = []
         first_id = 0
         for k, (size, take) in enumerate(zip(self.sizes, self.takes)):
-            rng = np.random.default_rng([self.seed, epoch, k])
+            rng = np.random.default_rng([1, self.seed, epoch, k])
             drawn.append(rng.permutation(size)[:take] + first_id)
             first_id += size
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([2, self.seed, epoch])
         ids = rng.permutation(np.concatenate(drawn))
         # sorting within a window only: batches stay random, yet hold examples of like length
         n_full = len(ids) // self.batch * self.batch
@@ -1024,13 +992,14 @@ def untie_head(auto_class, config):
     """transformers 5 ties every T5's head to its embedding, though v1.1 (Flan-T5) and mT5 have one
     of their own, which ZeRO-3 would lose. Before a model is made. Returns whether it has one."""
     is_v1_1 = getattr(config, "scale_decoder_outputs", True) is False
-    if config.model_type != "mt5" and not is_v1_1:
-        return False
-    model_class = auto_class._model_mapping[type(config)]
-    tied = dict(model_class._tied_weights_keys)
-    tied.pop("lm_head.weight", None)
-    model_class._tied_weights_keys = tied
-    return True
+    has_own_head = config.model_type == "mt5" or is_v1_1
+    if config.model_type in ("t5", "mt5"):
+        model_class = auto_class._model_mapping[type(config)]
+        tied = {**model_class._tied_weights_keys, "lm_head.weight": "shared.weight"}
+        if has_own_head:
+            del tied["lm_head.weight"]
+        model_class._tied_weights_keys = tied
+    return has_own_head
 
 
 class Zero3:
@@ -1220,10 +1189,8 @@ def choose_stage(args, auto_class, config, problems):
     n_params = sum(weight.numel() for weight in model.parameters())
     n = world_size()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
-    remedy = "more processes"
-    if torch.cuda.is_available():  # on CPUs an offload goes to the same memory
+    if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        remedy = "more GPUs, or --ds_config zero3_offload"
     weight = DTYPES[args.precision].itemsize
     gradient = 4 if weight == 4 else 6  # bf16's are added up in fp32
     state = 12  # AdamW's two means, and ZeRO's fp32 masters
@@ -1244,7 +1211,7 @@ def choose_stage(args, auto_class, config, problems):
             return name
     problems.append(
         f"{n_params / 1e9:.2f} G parameters in {args.precision} do not fit {n} x "
-        f"{memory / 1e9:.1f} GB: {remedy}"
+        f"{memory / 1e9:.1f} GB: more processes, or on GPUs --ds_config zero3_offload"
     )
     return "zero3"
 
@@ -1349,14 +1316,10 @@ def full_state_dict(model):
 
 
 def sync_to_disk(folder):
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-                raise
-        os.close(handle)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file)
 
 
 def write_checkpoint(folder, engine, model, tokenizer, run, about):

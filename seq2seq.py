@@ -52,6 +52,10 @@ FLAGS = {
     "labels": ([], "for f1 and matthews: the negative and the positive answer"),
     "optimizer": ("adamw", "adafactor: at ZeRO stage 0", "adamw", "adafactor"),
 }
+POSITIVE_FLAGS = (
+    *("input_length", "mean_noise_span_length", "max_source_length", "max_target_length"),
+    *("max_new_tokens", "n_samples"),
+)
 # may differ when a run goes on: they only concern evaluation
 FREE_FLAGS = {"max_new_tokens", "temperature", "n_samples", "metrics", "labels"}
 DEMO = (
@@ -224,7 +228,7 @@ class Rows:
 
     def start_epoch(self, seed, epoch):
         """Draw one prompt and one completion of every example."""
-        rng = np.random.default_rng([seed, 3, epoch])
+        rng = np.random.default_rng([3, seed, epoch])
         self.choose(rng.integers(2**31, size=self.choices.shape))
 
     def choose(self, numbers):
@@ -870,7 +874,7 @@ def evaluate(args, engine, tokenizer, data, split, run, device):
 
 
 def check_args(args, problems):
-    common.check_shared_args(args, problems)
+    common.check_shared_args(args, POSITIVE_FLAGS, problems)
     if args.temperature <= GREEDY and args.n_samples > 1:
         problems.append("--n_samples: greedy decoding gives the same each time: --temperature 0.8")
     if {"f1", "matthews"} & set(args.metrics) and len(args.labels) != 2:
@@ -1032,7 +1036,7 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(word.startswith(("@", "-h", "--model", "--data")) for word in argv):
+    if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
         print("demo: python seq2seq.py", DEMO)
         argv = [*DEMO.split(), *argv]
     return common.Parser(__doc__, FLAGS).parse_args(argv)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -101,22 +102,32 @@ def metrics(name, split=None):
     return [row for row in rows if split in (None, row["split"])]
 
 
-def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", environment=None, **options):
+def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", launcher=None, environment=None):
     """A run as a user starts it: a Popen of its own, with torchrun where it has several ranks."""
-    command = [sys.executable, script]
     if n_ranks > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", n_ranks]
-        command = [sys.executable, "-m", *launcher, script]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher = [*torchrun, "--nproc_per_node", n_ranks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # of this process
-    words = [str(word) for word in [*command, *words]]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=environment, **pipes, **options)
+    words = [str(word) for word in [*(launcher or [sys.executable]), script, *words]]
+    output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the run
+    process = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    process.output = output
+    return process
+
+
+def start_many(runs, n_ranks):
+    """Several runs of seq2seq.py, one after the other, in one start of torchrun."""
+    runs = [[str(word) for word in words] for words in runs]
+    script = pathlib.Path(__file__).with_name("many.py")
+    return start(json.dumps(runs), n_ranks=n_ranks, script=script)
 
 
 def finish(process, code=0, timeout=300):
     """The output of a process, which must leave with this exit code."""
-    output, _ = process.communicate(timeout=timeout)
+    process.wait(timeout)
+    process.output.seek(0)
+    output = process.output.read()
     assert process.returncode == code, output[-3000:]
     return output

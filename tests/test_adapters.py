@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-import sys
+import re
 
 import conftest
 import pytest
@@ -24,7 +24,8 @@ def write_base(kind):
     conftest.write_data("d", conftest.pairs(40), conftest.pairs(6, 40))
     if kind != "gpt2":
         return conftest.make_model(kind)
-    config = transformers.GPT2Config(320, 32, 32, 2, 4, bos_token_id=1, eos_token_id=1)
+    sizes = {"vocab_size": 320, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
     torch.manual_seed(0)
     path = conftest.make_model("t5").replace("t5", "gpt2")
     pathlib.Path("models/t5").rename(path)
@@ -41,7 +42,7 @@ def load(source, *words):
     """A model as the scripts load it."""
     args = seq2seq.parse_args(["--model_init_path", str(source), *words])
     problems = []
-    common.check_shared_args(args, problems)
+    common.check_shared_args(args, (), problems)
     common.setup_distributed(args)
     source, config, tokenizer = common.open_model(args, problems)
     assert not problems
@@ -64,12 +65,14 @@ def distance(model, other):
 
 
 def saved_names(folder):
-    """Names of all tensors that a checkpoint holds, those of its engine/ included."""
+    """Names of the weights of a checkpoint, also in engine/, but for tied embeddings there."""
     names = set()
     for path in folder.rglob("*.safetensors"):
         names.update(safetensors.torch.load_file(path))
     states = torch.load(folder / "engine/state/mp_rank_00_model_states.pt", weights_only=False)
-    return names.union(states["module"])
+    names.update(states["module"])
+    names = {name for name in names if name.endswith((".weight", ".bias"))}
+    return {name for name in names if not name.endswith("embed_tokens.weight")}
 
 
 @pytest.mark.parametrize("words", [[], ["--lora_targets", "wo", "v", "--lora_alpha", "5"]])
@@ -84,11 +87,10 @@ def test_peft_reads_what_training_wrote(words):
     ours = load("models/a")
     plain = auto_class("t5").from_pretrained(base)
     assert distance(ours, plain) > 0.05
-    adapters.merge("models/a", "models/merged")
+    adapters.merge(adapters.parse_args(["models/a", "models/merged"]))
     assert_close(auto_class("t5").from_pretrained("models/merged"), ours)
     assert_close(peft.PeftModel.from_pretrained(plain, "models/a"), ours)
-    for name in saved_names(pathlib.Path("models/a/checkpoint-4")):
-        assert ".lora_A.weight" in name or ".lora_B.weight" in name
+    assert all(".lora_" in name for name in saved_names(pathlib.Path("models/a/checkpoint-4")))
     assert (base / "model.safetensors").read_bytes() == before
     frozen = safetensors.torch.load_file(base / "model.safetensors")
     for name, weight in ours.named_parameters():
@@ -124,12 +126,12 @@ def test_what_peft_wrote_is_read_and_written_again(kind):
     pathlib.Path("again").mkdir()
     ours.adapter.save(common.full_state_dict(ours), pathlib.Path("again"))
     assert_close(peft.PeftModel.from_pretrained(plain, "again"), theirs)
-    adapters.merge("theirs", "merged")
+    adapters.merge(adapters.parse_args(["theirs", "merged"]))
     assert_close(auto_class(kind).from_pretrained("merged"), theirs)
     # and ours, of the flags, which says that GPT-2's weights are transposed
     flags = ["--lora_rank", "2", "--lora_targets", *ends[kind]]
     ours = load(base, *flags)
-    assert distance(ours, auto_class(kind).from_pretrained(base)) == 0  # B starts with zeros
+    assert distance(ours, auto_class(kind).from_pretrained(base)) < 1e-6  # B starts with zeros
     for name, weight in ours.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.2)
@@ -228,4 +230,43 @@ def test_a_base_in_few_bits(kind, capsys):
         assert evaluated["eval/loss"] == pytest.approx(row["eval/loss"], rel=1e-4)
     with pytest.raises(SystemExit):
         conftest.run("--model_init_name", "t5v1.1", *SHORT, "--quantize", kind)
-    assert "add --lora_rank or --train_adapter" in capsys.readouterr().err
+    assert "nothing to train: --lora_rank" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
+    """The weights of one process, also after a stop; version 1's chat.py gives our answers."""
+    write_base("t5v1.1")
+    words = ["--model_init_name", "t5v1.1", *SHORT, "--lora_rank", 4, "--lr_scheduler_type"]
+    words += ["constant", "--lora_dropout", 0.0, "--training_run_name"]
+    sharded = [*words, "zero3", "--ds_config", "zero3"]
+    runs = [[*sharded, "--max_steps", 2], sharded]  # the second goes on with the first
+    process = conftest.start_many(runs, n_ranks=2)
+    conftest.run(*words, "plain")
+    conftest.run(*words, "bottleneck", "--train_adapter", "--lora_rank", 0)
+    conftest.finish(process)
+    plain, zero3 = (
+        safetensors.torch.load_file(f"models/{name}/adapter_model.safetensors")
+        for name in ("plain", "zero3")
+    )
+    assert plain.keys() == zero3.keys()
+    for name, weight in plain.items():
+        assert (weight - zero3[name]).norm() < 1e-4 * weight.norm()
+    prompts = [json.dumps({"prompt": record["prompt"]}) for record in conftest.pairs(6, 40)]
+    pathlib.Path("prompts.jsonl").write_text("\n".join(prompts))
+    for name in ("zero3", "bottleneck"):
+        files = ["--input", "prompts.jsonl", "--output", f"{name}.jsonl"]
+        sampling = ["--temperature", 0, "--max_new_tokens", 4]
+        chat = conftest.ROOT / "chat.py"
+        model = ["--model_path", f"models/{name}"]
+        conftest.finish(conftest.start(*model, *files, *sampling, script=chat))
+        path = pathlib.Path(f"models/{name}/temperature=0.00_n=1_step=4.json")
+        ours = [row["generations"][0]["lm_postprocess"] for row in json.loads(path.read_text())]
+        lines = pathlib.Path(f"{name}.jsonl").read_text().splitlines()
+        replies = [json.loads(line)["replies"][0] for line in lines]
+        without_sentinels = [re.sub(r"<extra_id_\d+>|<unk>", "", text).strip() for text in ours]
+        assert [text.strip() for text in replies] == without_sentinels
+        assert len(set(replies)) > 1
+    grads = ["collect", "--model_init_name", "zero3", "--data_name", "d", "--out", "grads"]
+    output = conftest.finish(conftest.start(*grads, script=conftest.ROOT / "project_grads.py"))
+    assert "lora from models/zero3" in output and "40 of 40 rows to collect" in output

@@ -106,7 +106,7 @@ FILES = [  # name, content, message
     (
         "twice.json",
         DATA.replace("completion", "prompt"),
-        "data/twice.json: no JSON (the key 'prompt' is repeated)",
+        "data/twice.json: a key is repeated among prompt, prompt",
     ),
     (
         "validation.json",
@@ -114,11 +114,15 @@ FILES = [  # name, content, message
         "3 records, first data/validation.json, validation[0]: split 'validation', expected "
         "train, eval, test; eval is meant?",
     ),
-    ("lines.json", LINES, "objects line by line belong into a .jsonl"),
-    ("list.jsonl", LINES.replace("{", "[{", 1), "data/list.jsonl, line 1: no JSON"),
+    ("lines.json", LINES, "expected lists train, eval, test, or lines in a .jsonl"),
+    ("list.jsonl", LINES.replace("{", "[{", 1), "data/list.jsonl, line 1: "),
     ("latin.jsonl", LINES.replace("answer 3", "fa\u00e7ade").encode("latin-1"), "line 4: "),
-    ("broken.jsonl.gz", gzip.compress(LINES.encode())[:-9], "data/broken.jsonl.gz cannot be read"),
-    ("zeros.json.gz", b"\0" * 99, "data/zeros.json.gz cannot be read"),
+    (
+        "broken.jsonl.gz",
+        gzip.compress(LINES.encode())[:-9],
+        "data/broken.jsonl.gz, line 7: Compressed file ended",
+    ),
+    ("zeros.json.gz", b"\0" * 99, "data/zeros.json.gz: Not a gzipped file"),
     (
         "half.json",
         of_split("eval", {"prompt": "a", "completion": "\ud83d"}),

@@ -334,6 +334,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
     keys = {f"eval/{name}" for name in names}
     assert set(evaluations[0]) == {"step", "epoch", "split", *keys}
     assert evaluations[0]["eval/exact_match"] == 0
+    assert evaluations[0]["eval/token_accuracy"] < 0.5
     assert evaluations[-1]["eval/exact_match"] == 1
     assert evaluations[-1]["eval/token_accuracy"] == 1
     (tested,) = conftest.metrics("run", "test")
@@ -414,7 +415,7 @@ def test_evaluation_alone_may_be_repeated_and_inherits_no_decoding_settings(fini
     path = pathlib.Path("models/run/generation_config.json")
     path.write_text(json.dumps(settings))
     for n in (24, 2):
-        assert train("again", f"--no_train --max_new_tokens {n}", "run") == 0
+        assert train("again", f"--no_train --max_new_tokens {n} --seed {n}", "run") == 0
     files = pathlib.Path("models/again").glob("temperature=*.json")
     older, newer = sorted(files, key=os.path.getmtime)
     answers = json.loads(older.read_text())

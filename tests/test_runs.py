@@ -1,0 +1,277 @@
+"""Ranks, ZeRO stages, kills, signals, launchers: what only whole runs show (pytest -m slow)."""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import time
+
+import conftest
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+import common
+import seq2seq
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
+SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
+SHORT += ["--logging_steps", "1", "--eval_steps", "7"]
+
+
+@pytest.fixture(autouse=True)
+def prepared(folder):
+    """7 steps of 16 examples, the last one short; 10 rows to evaluate."""
+    conftest.write_data("d", conftest.pairs(100), conftest.pairs(10, 100))
+
+
+def weights(name):
+    return safetensors.torch.load_file(f"models/{name}/model.safetensors")
+
+
+def distance(name, other):
+    """Norm of the difference of the weights, as a share of their norm."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    others = weights(other)
+    for key, weight in weights(name).items():
+        weight = weight.double()
+        squares += torch.stack([(weight - others[key]).square().sum(), weight.square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def predictions(name):
+    """{file: bytes}"""
+    paths = pathlib.Path("models", name).glob("temperature=*.json")
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def losses(name):
+    return [row["loss"] for row in conftest.metrics(name, "train")]
+
+
+@pytest.mark.slow
+def test_ranks_accumulation_and_stages_give_the_same_weights():
+    """The example of the rank with the longest rows too, and samples of the same seed."""
+    conftest.make_model("t5v1.1")
+    words = ["--model_init_name", "t5v1.1", *SHORT, "--temperature", "1", "--n_samples", "2"]
+    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
+    process = conftest.start_many(
+        [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES], 2
+    )
+    conftest.run(*words, "--train_batch_size", 16, "--training_run_name", "one")
+    four = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
+    conftest.run(*words, *four, "--training_run_name", "four")
+    conftest.finish(process)
+    assert len(predictions("one")) == 2
+    for name in ("four", *STAGES):
+        assert distance("one", name) < 1e-6, name
+        assert predictions(name) == predictions("one"), name
+        assert losses(name) == pytest.approx(losses("one"), rel=1e-5)
+    assert distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
+
+
+@pytest.mark.slow
+def test_precisions_offload_compilation_and_checkpointing_agree(monkeypatch, capsys):
+    """A process each would cost 8 seconds; that of --compile takes its own part."""
+    conftest.make_model("t5v1.1")
+    words = ["--model_init_name", "t5v1.1", *SHORT, "--training_run_name"]
+    conftest.run(*words, "plain")
+    for flag in ("compile", "gradient_checkpointing"):
+        conftest.run(*words, flag, f"--{flag}")
+        assert losses(flag) == pytest.approx(losses("plain"), rel=1e-4)
+    for precision, stage in (
+        *(("bf16", "zero1"), ("bf16", "zero2"), ("bf16", "zero3")),
+        ("bf16-mixed", "zero0"),
+    ):
+        name = f"{precision}-{stage}"
+        conftest.run(*words, name, "--precision", precision, "--ds_config", stage)
+        assert losses(name) == pytest.approx(losses("plain"), rel=0.02)
+        assert losses(name) != pytest.approx(losses("plain"), rel=1e-6)
+    conftest.run(*words, "adafactor", "--optimizer", "adafactor")
+    assert losses("adafactor")[-1] < losses("adafactor")[0]
+    for stage in ("zero2_offload", "zero3_offload"):
+        conftest.run(*words, stage, "--ds_config", stage)
+        assert distance("plain", stage) < 1e-5  # DeepSpeed's Adam keeps beta ** step in fp32
+    assert "cannot be built" not in capsys.readouterr().out
+
+    def load(self):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(common.deepspeed.ops.op_builder.CPUAdamBuilder, "load", load)
+    conftest.run(*words, "torch", "--ds_config", "zero2_offload")
+    assert distance("plain", "torch") < 1e-6
+    assert "torch's AdamW on the CPU, for DeepSpeed's cannot be built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys):
+    conftest.make_model("t5")
+    words = ["--model_init_name", "t5", *SHORT, "--save_steps", 1, "--ds_config", stage]
+    with pytest.raises(SystemExit) as error:
+        conftest.run(*words, "--learning_rate", 1e30, "--training_run_name", "high")
+    assert error.value.code == 2
+    saved = common.complete_checkpoints(pathlib.Path("models/high"))
+    message = capsys.readouterr().err
+    assert (
+        f"step {len(saved) + 1}: the loss is " in message and "a lower --learning_rate" in message
+    )
+    assert len(saved) < 3
+
+    def backward(ctx, grad):  # of a loss that is finite
+        return ctx.saved_tensors[0] * math.inf, None
+
+    monkeypatch.setattr(common.CrossEntropy, "backward", staticmethod(backward))
+    with pytest.raises(SystemExit):
+        conftest.run(*words, "--training_run_name", "gradient")
+    assert "step 1: the loss is " in capsys.readouterr().err
+    assert not list(pathlib.Path("models/gradient").glob("checkpoint-*"))
+
+
+def kill(process):
+    """kill -9 of a launcher and all its processes."""
+    launcher = psutil.Process(process.pid)
+    for victim in [launcher, *launcher.children(recursive=True)]:
+        victim.kill()
+    process.wait()
+
+
+def newest(run):
+    """(step, whether it is being written) of the newest checkpoint of a run."""
+    found = [(0, False)]
+    for path in run.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        found.append((int(step.removesuffix(".tmp")), step.endswith(".tmp")))
+    return max(found)
+
+
+def bits(name):
+    """{file: hash} of all weights, predictions, and rows of metrics without their times."""
+    run = pathlib.Path("models", name)
+    found = {}
+    for path in [*run.rglob("*.safetensors"), *run.glob("temperature=*.json")]:
+        found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    rows = conftest.metrics(name)
+    for row in rows:
+        for measured in ("tokens_per_sec", "peak_memory_gb"):
+            row.pop(measured, None)
+    return found, rows
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
+    """Four runs one after the other, killed in each: while saving, or a moment later."""
+    conftest.make_model("t5v1.1", dropout_rate=0.1)
+    words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
+    words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
+
+    def runs(prefix):
+        names = [(stage, f"{prefix}-{stage}") for stage in STAGES]
+        return [[*words, "--ds_config", s, "--training_run_name", name] for s, name in names]
+
+    undisturbed = conftest.start_many(runs("whole"), 2)
+    rng = random.Random(0)
+    for i, stage in enumerate(STAGES):
+        process = conftest.start_many(runs("killed"), 2)
+        run = pathlib.Path(f"models/killed-{stage}")
+        at_step = rng.randrange(4, 12)
+        while_saving = i % 2 == 0
+        while process.poll() is None:
+            step, is_saving = newest(run)
+            if step >= at_step and (is_saving or not while_saving):
+                break
+            time.sleep(0.001)
+        time.sleep(0.0 if while_saving else rng.random() / 4)
+        assert process.poll() is None, conftest.finish(process)
+        kill(process)
+        assert not (run / common.COMPLETE).exists()
+    conftest.finish(conftest.start_many(runs("killed"), 2))
+    conftest.finish(undisturbed)
+    for stage in STAGES:
+        assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
+        assert len(bits(f"killed-{stage}")[0]) > 4
+
+
+def wait_for_training(process, name):
+    path = pathlib.Path("models", name, "metrics.jsonl")
+    while not path.exists() or '"train"' not in path.read_text():
+        assert process.poll() is None, conftest.finish(process)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_leaves(capsys):
+    conftest.make_model("t5", dropout_rate=0.1)
+    words = ["--model_init_name", "t5", *SHORT, "--max_steps", 300, "--train_batch_size", "4"]
+    words += ["--eval_steps", 300, "--training_run_name"]
+    signals = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
+    for name, number in signals.items():
+        process = conftest.start(*words, name)
+        wait_for_training(process, name)
+        process.send_signal(number)
+        output = conftest.finish(process, common.EXIT_SAVED)
+        assert "the same command continues" in output and "Traceback" not in output
+    assert conftest.run(*words, "time", "--max_hours", 1e-9) == common.EXIT_SAVED
+    assert newest(pathlib.Path("models/time")) == (1, False)
+    for name in ("TERM", "time", "undisturbed"):
+        assert conftest.run(*words, name) == 0
+        assert bits(name)[1] == bits("TERM")[1] and distance(name, "TERM") == 0
+    # torchrun hands SIGTERM on, and leaves with 1 whatever its processes say
+    process = conftest.start(*words, "ranks", n_ranks=2)
+    wait_for_training(process, "ranks")
+    process.terminate()
+    conftest.finish(process, 1)
+    (saved,) = common.complete_checkpoints(pathlib.Path("models/ranks"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        conftest.run(*words, "ranks")
+    message = capsys.readouterr().err
+    assert "world_size was 2" in message and "make it the same" in message
+    assert f"--model_init_path {saved}" in message
+    assert conftest.run("--model_init_path", saved, *words[2:], "other", "--max_steps", 2) == 0
+
+
+COMMAND = (  # promise 9, letter for letter
+    "seq2seq.py --model_init_name flan-t5-xxl --training_run_name 0216syn_explain "
+    "--gradient_accumulation_steps 2 --train_batch_size 8 --max_steps 6001 "
+    "--data synthetic_explain --eval_steps 2000 --temperature 0.001 --n_samples 1"
+)
+
+
+@pytest.mark.slow
+def test_copied_files_run_under_every_launcher(folder):
+    """A script, common.py and ds_configs/ in an empty folder: plain, deepspeed, srun alone."""
+    for name in ("seq2seq.py", "common.py"):
+        shutil.copy(conftest.ROOT / name, folder)
+    shutil.copytree(conftest.ROOT / "ds_configs", folder / "ds_configs")
+    conftest.make_model("t5")
+    pathlib.Path("models/t5").rename("models/flan-t5-xxl")
+    pathlib.Path("data/d.json").rename("data/synthetic_explain.json")
+    script, *words = COMMAND.split()
+    assert seq2seq.parse_args(words).max_steps == 6001
+    words += ["--max_steps", "3"]
+    conftest.finish(conftest.start(*words, script=script))
+    words += ["--training_run_name", "deepspeed"]
+    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
+    launch = [launcher, "--num_gpus", "2", "--master_port", str(random.randrange(20000, 40000))]
+    process = conftest.start(*words, script=script, launcher=launch)
+    conftest.finish(process)
+    words[-1] = "srun"
+    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    variables.update(SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()))
+    processes = []
+    for rank in ("0", "1"):
+        variables.update(SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        processes.append(conftest.start(*words, script=script, environment=variables))
+    for process in processes:
+        conftest.finish(process)
+    for name in ("deepspeed", "srun"):
+        assert json.loads(pathlib.Path(f"models/{name}/args.json").read_text())["world_size"] == 2
+        assert distance("0216syn_explain", name) < 1e-6
+        assert predictions("0216syn_explain") == predictions(name)
