@@ -458,23 +458,15 @@ def span_mask(length, density, mean_length, rng):
 
 def corrupt(tokens, mask, sentinels, eos):
     """[10 11 12 13 14], 01100 -> [10 s0 13 14 eos], [s0 11 12 eos] with s0 = sentinels[0]."""
-    source = []
-    target = []
-    n_spans = 0
-    was_noise = False
-    for token, is_noise in zip(tokens.tolist(), mask.tolist()):
-        if is_noise and not was_noise:
-            source.append(sentinels[n_spans])
-            target.append(sentinels[n_spans])
-            n_spans += 1
-        if is_noise:
-            target.append(token)
-        else:
-            source.append(token)
-        was_noise = is_noise
-    source.append(eos)
-    target.append(eos)
-    return source, target
+    is_start = mask & ~np.append(False, mask[:-1])
+    starts = np.flatnonzero(is_start)
+    names = sentinels[: len(starts)]
+    source = tokens.astype(np.int64)
+    source[starts] = names
+    source = source[is_start | ~mask]
+    target = np.insert(tokens, starts, names)  # before each span of noise
+    target = target[np.insert(mask, starts, True)]
+    return np.append(source, eos), np.append(target, eos)
 
 
 class Spans:

@@ -167,6 +167,12 @@ def copy_model(name, without=("model.safetensors",)):
     return new
 
 
+def add_tokens(folder, *tokens):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("name, content, message", WEIGHTS)
 def test_weights_in_another_format(name, content, message, capsys):
     (copy_model("new") / name).write_text(content)
@@ -176,10 +182,7 @@ def test_weights_in_another_format(name, content, message, capsys):
 def test_a_folder_without_a_vocabulary_or_with_more_tokens_than_rows(capsys):
     copy_model("wordless", ["spiece.model", "tokenizer*"])
     assert "has no tokenizer" in refusal(capsys, "--model_init_name", "wordless")
-    more = copy_model("more", [])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(more)
-    tokenizer.add_tokens(["{", "}"])
-    tokenizer.save_pretrained(more)
+    add_tokens(copy_model("more", []), "{", "}")
     message = "the tokenizer has 322 tokens, the embedding 320 rows"
     for words in (["--no_train"], ["--lora_rank", 2]):
         assert message in refusal(capsys, "--model_init_name", "more", *words)
@@ -237,3 +240,34 @@ def test_variables_that_an_earlier_launcher_has_left(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         common.adopt_launcher()
     assert "RANK is set but not LOCAL_RANK" in capsys.readouterr().err
+
+
+def test_answers_with_sentinels_are_no_mistake():
+    """../shared/cases/01: they are learned, scored and kept like any other."""
+    words = {"The red": "fox", "Two plus": "three", "A day has": "many", "We sail on": "sea"}
+    infill, plain = [], []
+    for prompt, word in words.items():
+        infill.append({"prompt": prompt, "completion": f"<extra_id_0> {word} <extra_id_1>"})
+        plain.append({"prompt": prompt, "completion": word})
+    training = ["--model_init_name", "t5", "--max_steps", 100, "--learning_rate", 0.01]
+    training += ["--train_batch_size", 8, "--max_new_tokens", 8, "--save_steps", 0]
+    for name, records in {"infill": infill, "plain": plain}.items():
+        conftest.write_data(name, records * 4, records)
+        conftest.run(*training, "--eval_steps", 100, "--data", name, "--training_run_name", name)
+        assert conftest.metrics(name, "eval")[-1]["eval/exact_match"] == 1
+    predictions = pathlib.Path("models/infill/temperature=0.00_n=1_step=100.json").read_text()
+    assert predictions.count('lm_postprocess": "<extra_id_0>') == 4
+
+
+def test_training_adds_rows_for_tokens_beyond_the_embedding():
+    """../shared/cases/06"""
+    add_tokens(copy_model("more", []), "{", "}")
+    records = [{"prompt": f"json of {word}", "completion": f"{{{word}}}"} for word in "abcd"]
+    conftest.write_data("braces", records * 2, records)
+    words = ["--data", "braces", "--max_new_tokens", 4, "--training_run_name"]
+    conftest.run("--model_init_name", "more", "--max_steps", 2, *words, "grown")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained("models/grown")
+    assert model.get_input_embeddings().weight.shape == (322, 32)
+    conftest.run("--model_init_name", "grown", "--no_train", *words, "again")
+    losses = [conftest.metrics(name, "eval")[-1]["eval/loss"] for name in ("grown", "again")]
+    assert losses[0] == pytest.approx(losses[1])

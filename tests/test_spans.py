@@ -70,7 +70,8 @@ def test_masks_begin_with_text_and_end_with_noise():
 
 def test_golden_sentinels():
     mask = np.array([1, 1, 0, 0, 1, 0], bool)
-    source, target = seq2seq.corrupt(np.arange(10, 16), mask, SENTINELS, EOS)
+    pair = seq2seq.corrupt(np.arange(10, 16), mask, SENTINELS, EOS)
+    source, target = (ids.tolist() for ids in pair)
     assert source == [999, 12, 13, 998, 15, EOS]
     assert target == [999, 10, 11, 998, 14, EOS]
 
@@ -133,17 +134,20 @@ def test_an_epoch_holds_every_token_and_the_next_one_another_cut(density):
 
 
 def test_an_example_is_a_function_of_seed_epoch_and_place():
+    def fetched(spans, ids):
+        sources, targets = spans.fetch(ids)
+        return [(sources[i].tolist(), targets[i].tolist()) for i in ids]
+
     spans = make_spans(1000)
     spans.start_epoch(7, 1)
-    sources, targets = spans.fetch(range(20))
     again = make_spans(1000)
     again.start_epoch(7, 1)
-    assert again.fetch([5]) == ({5: sources[5]}, {5: targets[5]})
+    assert fetched(again, [5]) == fetched(spans, range(20))[5:6]
     again.start_epoch(8, 1)
-    assert again.fetch([5]) != ({5: sources[5]}, {5: targets[5]})
-    evaluated = make_spans(1000).fetch(range(20))
-    assert evaluated == make_spans(1000).fetch(range(20))
-    assert evaluated != make_spans(1000, seed=1).fetch(range(20))
+    assert fetched(again, [5]) != fetched(spans, [5])
+    evaluated = fetched(make_spans(1000), range(20))
+    assert evaluated == fetched(make_spans(1000), range(20))
+    assert evaluated != fetched(make_spans(1000, seed=1), range(20))
 
 
 # ----------------------------------------------------------------------------------------- training
