@@ -142,7 +142,7 @@ class Adapter:
     """An adapter and its place in a model. config: what its folder says besides the weights."""
 
     FILES = {
-        # and what PEFT puts before the names of weights
+        # configuration, weights, and what PEFT puts before their names
         "lora": ("adapter_config.json", "adapter_model.safetensors", "base_model.model."),
         "bottleneck": ("bottleneck_config.json", "bottleneck.safetensors", ""),
     }
@@ -152,7 +152,7 @@ class Adapter:
         self.folder = pathlib.Path(source) if base != source else None
         self.quantize = args.quantize
         self.seed = args.seed
-        self.kind = "none"  # a base that is quantised and only evaluated
+        self.kind = "none"  # unless set below: a base that is quantised and only evaluated
         self.config = {}
         if self.folder:
             is_lora = (self.folder / "adapter_config.json").exists()
@@ -228,7 +228,7 @@ class Adapter:
         for path, layer in list(model.named_modules()):
             if not isinstance(layer, (torch.nn.Linear, Conv1D)) or layer is lm_head:
                 continue
-            if self.quantize and not layer.weight.is_meta:
+            if self.quantize:
                 layer = quantized(layer, self.quantize, dtype)
             wrapped = self.wrap(layer, path, dtype)
             n_wrapped += wrapped is not layer
@@ -267,8 +267,8 @@ def merge(args):
     problems = []
     source, config, tokenizer = common.open_model(args, problems)
     out = pathlib.Path(args.training_run_name)
-    if out.exists():
-        problems.append(f"{out} exists: choose a new folder")
+    if out.exists() or not pathlib.Path(args.model_init_path, "adapter_config.json").exists():
+        problems.append("expected a folder that holds LoRA, and one that does not exist")
     if problems:
         common.fail(problems)
     auto_class = transformers.AutoModelForCausalLM
@@ -276,8 +276,6 @@ def merge(args):
         auto_class = transformers.AutoModelForSeq2SeqLM
     ds_config = {"zero_optimization": {"stage": 0}}
     model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
-    if model.adapter.kind != "lora":
-        common.fail(f"{source}: only LoRA can be merged, for bottlenecks are not linear")
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
             update = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
@@ -297,4 +295,6 @@ def parse_args(argv):
 
 
 if __name__ == "__main__":
-    common.launch(merge, parse_args(sys.argv[1:]))
+    import adapters  # load_model makes the classes of this module, not those of __main__
+
+    common.launch(adapters.merge, adapters.parse_args(sys.argv[1:]))

@@ -14,6 +14,7 @@ import datetime
 import difflib
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -181,7 +182,7 @@ def setup_distributed(args):
 
 def choose_gpu():
     n_gpus = torch.cuda.device_count()
-    if n_gpus == 1:  # srun may show each of its processes one GPU, which has the number 0
+    if n_gpus == 1 and "SLURM_PROCID" in os.environ:  # srun may show each process one GPU, number 0
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks here too
     if local_rank() >= n_gpus:
         fail(f"process {local_rank()} of this machine has no GPU: it has {n_gpus}", only_here=True)
@@ -328,7 +329,7 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "logging_steps": (10, "interval of metric rows"),
     "wandb_project": ("", "log to this W&B project too"),
 }
-# may differ when a run goes on, because the mathematics stays the same
+# may differ when a run goes on: the mathematics stays the same
 FREE_FLAGS = {
     *("local_rank", "mount_dir", "training_run_name", "overwrite", "wandb_project", "ds_config"),
     *("max_hours", "save_steps", "save_total_limit", "eval_steps", "eval_batch_size"),
@@ -388,7 +389,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
-            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1, 0.1)
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1, 0.0)
             self.error(f"unknown argument {unknown[0]}: did you mean {HINTS.get(name, near[0])}?")
         return args
 
@@ -428,6 +429,9 @@ def check_shared_args(args, positive_flags, problems):
         problems.append("--lora_rank and --train_adapter exclude each other")
     if args.early_stopping_patience and not args.metric_for_best:
         problems.append("--early_stopping_patience needs --metric_for_best")
+    for name, package in (("wandb_project", "wandb"), ("quantize", "bitsandbytes")):
+        if getattr(args, name) and not importlib.util.find_spec(package):
+            problems.append(f"--{name} needs the package {package}: pip install {package}")
     resolve_precision(args, problems)
 
 
@@ -495,6 +499,11 @@ class Run:
         batch = args.train_batch_size * args.gradient_accumulation_steps
         layout = {"batch": batch, "world_size": world_size(), "format": 2}
         self.record = {**vars(args), **identity, **layout}
+        source = args.model_init_path or mount(args) / "models" / args.model_init_name
+        if args.overwrite and self.dir in (pathlib.Path(source), *pathlib.Path(source).parents):
+            problems.append(
+                f"--overwrite would rename {self.dir}, which has the model to start from"
+            )
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
 
@@ -506,7 +515,10 @@ class Run:
         """Refuse to mix two runs in one folder, or take up the one that is there."""
         path = self.dir / "args.json"
         if not path.exists():
-            problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
+            if {other.name for other in self.dir.iterdir()} - {
+                "args.json.tmp"
+            }:  # of a killed start
+                problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
             return
         earlier = json.loads(path.read_text())
         if earlier.get("format") != 2:
@@ -524,11 +536,11 @@ class Run:
         for key, value in self.record.items():
             if key not in free_flags and earlier.get(key) != value:
                 changed.append(f"{key} was {earlier.get(key)}")
-        if changed:
+        if changed and not problems:
             problems.append(
                 f"{self.dir} is another run ({'; '.join(changed)}): make it the same to go on, or "
-                "begin a new one with another --training_run_name, or --overwrite, perhaps from "
-                f"--model_init_path {self.resume_from}"
+                "begin a new one: --overwrite, or another --training_run_name, perhaps with "
+                f"--model_init_path {self.dir}/checkpoint-N"
             )
 
     def start(self, script, device, max_steps=0, steps_per_epoch=1):
@@ -551,13 +563,14 @@ class Run:
         """Rank 0."""
         if self.args.overwrite and self.dir.exists():
             os.rename(self.dir, f"{self.dir}.old-{time.time_ns()}")
-        (self.dir / "code").mkdir(parents=True, exist_ok=True)
-        for leftover in self.dir.glob("checkpoint-*.tmp"):  # of a killed process
-            shutil.rmtree(leftover)
-        (self.dir / COMPLETE).unlink(missing_ok=True)  # an extended run is unfinished again
+        self.dir.mkdir(parents=True, exist_ok=True)
         libraries = (torch, transformers, deepspeed)
         versions = {library.__name__: library.__version__ for library in libraries}
         write_json(self.dir / "args.json", {**self.record, **versions, "command": sys.argv})
+        (self.dir / COMPLETE).unlink(missing_ok=True)  # an extended run is unfinished again
+        for leftover in self.dir.glob("checkpoint-*.tmp"):  # of a killed process
+            shutil.rmtree(leftover)
+        (self.dir / "code").mkdir(exist_ok=True)
         for source in (script, __file__):
             shutil.copy(source, self.dir / "code")
         # what is computed again is logged again: rows stay unique by (step, split)
@@ -571,7 +584,7 @@ class Run:
 
         self.tracker = wandb.init(
             project=self.args.wandb_project,
-            id=os.environ.get("WANDB_RUN_ID", self.dir.name),
+            id=os.environ.get("WANDB_RUN_ID", self.dir.name.replace(":", "-")),
             name=self.dir.name,
             config=self.record,
             resume="allow",
@@ -674,8 +687,8 @@ class Run:
         return is_due and self.state["last_eval"] != self.step
 
     def save_is_due(self):
-        """A checkpoint comes before every evaluation. --save_steps 0: only at the end, and where
-        the best is looked for."""
+        """Before every evaluation too. --save_steps 0: only at the end, and where the best is
+        looked for."""
         interval = self.args.save_steps
         if interval == 0:
             return self.finished() or (self.args.metric_for_best != "" and self.eval_is_due())
@@ -792,7 +805,8 @@ def sha256_of(arrays):
     """Of {name: array}."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
     return digest.hexdigest()
 
 
@@ -886,7 +900,7 @@ class Order:
 
 
 def deal(ids, sizes, n_pieces):
-    """Cut the examples of a step into runs of similar size and about equal token counts."""
+    """Cut the examples of a step into pieces of like lengths and about equal token counts."""
     ids = ids[np.argsort(-sizes[ids], kind="stable")]
     n_tokens = np.cumsum(sizes[ids])
     # an example belongs to the piece in which its middle token falls
@@ -1193,7 +1207,7 @@ def choose_stage(args, auto_class, config, problems):
         memory = torch.cuda.get_device_properties(0).total_memory
     weight = DTYPES[args.precision].itemsize
     gradient = 4 if weight == 4 else 6  # bf16's are added up in fp32
-    state = 12  # AdamW's two means, and ZeRO's fp32 masters
+    state = 12  # 4 each: AdamW's two means, ZeRO's fp32 masters
     if args.lora_rank or args.train_adapter or args.no_train:
         gradient = state = 0  # next to nothing
     if args.quantize:
@@ -1259,7 +1273,7 @@ def lr_at(step, args, max_steps):
 
 def step_totals(engine, loss_sum, wants_stop):
     """Collective, between backward and step: the loss of all ranks, how many of them want to stop,
-    the gradient's norm before clipping or None. The one time that the GPU is waited for."""
+    the gradient's norm before clipping or None. At ZeRO 0 the one wait for the GPU."""
     totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
     totals[0] = loss_sum
     totals[1] = wants_stop
@@ -1392,11 +1406,11 @@ def load_checkpoint(engine, checkpoint, weights_only=False):
 
 def export(run):
     """Rank 0. The run folder becomes a Hugging Face folder with the chosen weights."""
-    run.plot_curves()
     for stale in run.dir.glob("*.safetensors*"):  # of this run before it was extended
         stale.unlink()
     for path in run.chosen().iterdir():
         if path.is_file() and path.name not in ("state.json", COMPLETE):
             shutil.copy(path, run.dir)
+    run.plot_curves()
     (run.dir / COMPLETE).touch()
     log(f"done: {run.dir} holds the model of {run.chosen().name}, metrics.jsonl and predictions")

@@ -125,6 +125,8 @@ def read_examples(args, problems):
     amounts = {}
     for spec in args.data_name:
         name, amount = common.parse_data_spec(spec, problems)
+        if name in amounts:
+            problems.append(f"--data {name}: named twice")
         amounts[name] = amount
         path = common.find_input(args, "data", name, common.DATA_ENDINGS, problems)
         if path is None:
@@ -168,7 +170,7 @@ def decode(tokenizer, ids):
 
 
 def tokenize_prompts(prompts, tokenizer, max_length):
-    """[input_ids]. A prompt that is cut keeps its end token."""
+    """[input_ids]. A prompt that is cut keeps its last token, the end."""
     rows = common.tokenize(tokenizer, prompts)
     n_cut = 0
     for i, input_ids in enumerate(rows):
@@ -231,10 +233,10 @@ class Rows:
         rng = np.random.default_rng([3, seed, epoch])
         self.choose(rng.integers(2**31, size=self.choices.shape))
 
-    def choose(self, numbers):
-        """numbers: (examples, 2), or 0 for the firsts. Sets .lengths, (examples, 2) in tokens."""
-        first = np.cumsum(self.choices, axis=0) - self.choices
-        self.chosen = first + numbers % self.choices
+    def choose(self, draws):
+        """draws: (examples, 2), or 0 for the firsts. Sets .lengths, (examples, 2) in tokens."""
+        offsets = np.cumsum(self.choices, axis=0) - self.choices
+        self.chosen = offsets + draws % self.choices
         source_lengths = self.input_ids.lengths[self.chosen[:, 0]]
         target_lengths = self.labels.lengths[self.chosen[:, 1]]
         self.lengths = np.stack([source_lengths, target_lengths], axis=1)
@@ -320,7 +322,7 @@ def flat(lists):
     return np.concatenate([np.zeros(0, np.int64), *lists])
 
 
-def places(lists):
+def segments(lists):
     """[[7, 8, 9], [4]] -> [1 1 1 2]: which list each element is from."""
     return np.repeat(np.arange(len(lists)) + 1, [len(ids) for ids in lists])
 
@@ -341,9 +343,9 @@ def collate(rows, sources, targets, config):
         row_targets = [targets[i] for i in row]
         shifted = [[start, *target[:-1]] for target in row_targets]
         columns["input_ids"].append(flat(row_sources))
-        columns["segment"].append(places(row_sources))
+        columns["segment"].append(segments(row_sources))
         columns["decoder_input_ids"].append(flat(shifted))
-        columns["decoder_segment"].append(places(row_targets))
+        columns["decoder_segment"].append(segments(row_targets))
         columns["labels"].append(flat(row_targets))
         columns["label_example"].append(np.repeat(row, [len(target) for target in row_targets]))
     decoder_segment = pad(columns["decoder_segment"], 0)
@@ -366,7 +368,7 @@ def count_chunks(n_targets, config):
 
 
 class TrainingData:
-    """The forward steps of optimizer step k on this rank: a function of (seed, k, batch)."""
+    """The forward steps of optimizer step k on this rank, a function of (seed, k) and layout."""
 
     def __init__(self, args, data, config):
         self.args = args
@@ -381,7 +383,7 @@ class TrainingData:
         self.n_chunks = count_chunks(longest.sum(), config)
 
     def forward_steps(self, step):
-        """([batch] of this rank, target tokens of the whole step, share of padding here)"""
+        """([batch] of this rank, target tokens of the whole step, share of padding on this rank)"""
         epoch = step // self.order.steps_per_epoch
         if epoch != self.epoch:
             self.rows.start_epoch(self.args.seed, epoch)
@@ -416,7 +418,7 @@ def span_counts(length, density, mean_length):
     n_noise = round(length * density)
     n_noise = min(max(n_noise, 1), length - 1)
     n_spans = round(n_noise / mean_length)
-    n_spans = min(max(n_spans, 1), length - n_noise)
+    n_spans = min(max(n_spans, 1), n_noise, length - n_noise)
     return n_noise, n_spans
 
 
@@ -460,11 +462,11 @@ def corrupt(tokens, mask, sentinels, eos):
     """[10 11 12 13 14], 01100 -> [10 s0 13 14 eos], [s0 11 12 eos] with s0 = sentinels[0]."""
     is_start = mask & ~np.append(False, mask[:-1])
     starts = np.flatnonzero(is_start)
-    names = sentinels[: len(starts)]
+    marks = sentinels[: len(starts)]
     source = tokens.astype(np.int64)
-    source[starts] = names
+    source[starts] = marks
     source = source[is_start | ~mask]
-    target = np.insert(tokens, starts, names)  # before each span of noise
+    target = np.insert(tokens, starts, marks)  # before each span of noise
     target = target[np.insert(mask, starts, True)]
     return np.append(source, eos), np.append(target, eos)
 
@@ -530,16 +532,18 @@ def load_corpus(args, tokenizer, problems):
     sentinels = find_sentinels(tokenizer)
     length = text_length(args.input_length, args.noise_density, args.mean_noise_span_length)
     _, n_spans = span_counts(length, args.noise_density, args.mean_noise_span_length)
-    if n_spans > len(sentinels):
-        problems.append(
-            f"{n_spans} spans, but {len(sentinels)} <extra_id_...>: a smaller --input_length"
-        )
+    if length < 2 or n_spans > len(sentinels):
+        found = f"{len(sentinels)} <extra_id_...> for {n_spans} spans in {length} tokens"
+        problems.append(f"--input_length {args.input_length}: {found}")
+        return None
     rows = {}
     for split in SPLITS:
         tokens = np.zeros(0)
         if about["tokens"][split]:
             tokens = np.memmap(folder / f"{split}.ids", about["dtype"], "r")
-        if len(tokens) < length and split != "test":
+        if len(tokens) != about["tokens"][split]:
+            problems.append(f"{folder}/{split}.ids is not whole: prepare it again")
+        elif len(tokens) < length and split != "test":
             problems.append(
                 f"{folder}: {len(tokens)} tokens of {split} text, an example has {length}"
             )
@@ -552,7 +556,7 @@ def load_corpus(args, tokenizer, problems):
 
 def run_stack(stack, hidden_states, bias, encoder_states=None, cross_bias=None):
     """The layers of a T5 stack, which share one bias: T5Stack itself would join bias and mask anew
-    in every layer and keep each for the backward pass. (R, S or T, D) -> the same."""
+    in every layer of the encoder, and keep all for the backward pass. (R, S or T, D) -> same."""
     hidden_states = stack.dropout(hidden_states)
     for block in stack.block:
         hidden_states, *_ = block(
@@ -881,6 +885,8 @@ def check_args(args, problems):
 
 
 def check_model(args, source, config, stage, problems):
+    if getattr(config, "decoder_start_token_id", None) is None:
+        problems.append(f"{source}: config.json lacks decoder_start_token_id")
     if config.model_type in T5_FAMILY and args.precision == "fp16":
         problems.append("--precision fp16: T5 overflows in it; use bf16 or fp32")
     n_positions = getattr(config, "max_position_embeddings", math.inf)
@@ -951,18 +957,6 @@ def main(args):
     )
     if run.resume_from:
         common.load_checkpoint(engine, run.resume_from)
-    about = {
-        "format": 1,
-        "script": "seq2seq.py",
-        "task": args.objective,
-        "family": "seq2seq",
-        "record_layout": {"source": "{prompt}", "target": "{completion}"},
-        "base": {"path": source, "sha256": None},
-        "adapter": "none",
-        "quantize": None,
-    }
-    if hasattr(model, "adapter"):
-        about.update(model.adapter.about())
     stage = engine.zero_optimization_stage()
     log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
     log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
@@ -975,6 +969,18 @@ def main(args):
             if len(data.rows[split].lengths):
                 run.log(split, evaluation(split))
         return 0
+    about = {
+        "format": 1,
+        "script": "seq2seq.py",
+        "task": args.objective,
+        "family": "seq2seq",
+        "record_layout": {"source": "{prompt}", "target": "{completion}"},
+        "base": {"path": source, "sha256": None},
+        "adapter": "none",
+        "quantize": None,
+    }
+    if rank == 0 and hasattr(model, "adapter"):
+        about.update(model.adapter.about())
     if run.eval_is_due():  # the baseline, or what a stop left out
         run.evaluated(evaluation("eval"))
 
@@ -986,8 +992,7 @@ def main(args):
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         # seeded by the step, so that a checkpoint needs no state of random numbers
-        dropout_seed = common.derive_seed(args.seed, "dropout", step, rank)
-        torch.manual_seed(dropout_seed)
+        torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
@@ -1011,13 +1016,12 @@ def main(args):
         if run.eval_is_due() and not n_stop:  # after saving: it may run out of memory
             run.evaluated(evaluation("eval"))
         if n_stop:
-            log(f"saved at step {run.step}: the same command continues")
+            log(f"saved at step {run.step}: the same command, without --overwrite, continues")
             return common.EXIT_SAVED
         if run.finished():
             break
 
     # 4 export: the best checkpoint or the last one, tested once
-    common.save_checkpoint(engine, model, tokenizer, run, about)  # where early stopping ended it
     if len(data.rows["test"].lengths):
         if run.chosen() != run.dir / f"checkpoint-{run.step}":
             common.load_checkpoint(engine, run.chosen(), weights_only=True)

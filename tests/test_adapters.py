@@ -87,7 +87,8 @@ def test_peft_reads_what_training_wrote(words):
     ours = load("models/a")
     plain = auto_class("t5").from_pretrained(base)
     assert distance(ours, plain) > 0.05
-    adapters.merge(adapters.parse_args(["models/a", "models/merged"]))
+    script = conftest.ROOT / "adapters.py"
+    conftest.finish(conftest.start("models/a", "models/merged", script=script))
     assert_close(auto_class("t5").from_pretrained("models/merged"), ours)
     assert_close(peft.PeftModel.from_pretrained(plain, "models/a"), ours)
     assert all(".lora_" in name for name in saved_names(pathlib.Path("models/a/checkpoint-4")))
@@ -172,8 +173,22 @@ def test_a_base_without_weights_or_with_others_is_refused(capsys):
     assert "models/t5 has other weights than those models/a was trained" in capsys.readouterr().err
 
 
-def test_bottlenecks():
-    """Names, shapes and files as in version 1; nothing is changed at the start."""
+def test_a_bottleneck_is_houlsbys():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(12, 16)
+    layer = adapters.BottleneckLinear(base, "mh_adapter", 4, 0.0, torch.float32, 1)
+    x = torch.randn(5, 12)
+    assert torch.equal(layer(x), base(x))  # nothing is changed at the start
+    down, up = layer.mh_adapter["down"], layer.mh_adapter["up"]
+    for weight in (down.bias, up.weight, up.bias):
+        torch.nn.init.normal_(weight)
+    h = base(x)
+    inner = (h @ down.weight.T + down.bias).clamp(min=0)  # (5, 4)
+    torch.testing.assert_close(layer(x), h + inner @ up.weight.T + up.bias)
+
+
+def test_bottlenecks_are_trained_saved_and_read():
+    """Names, shapes and files as in version 1."""
     write_base("t5")
     words = ["--train_adapter", "--reduction_factor", 8, "--training_run_name"]
     conftest.run("--model_init_name", "t5", *SHORT, *words, "a")

@@ -87,7 +87,7 @@ WORDS = [
 
 @pytest.mark.parametrize("words, message", WORDS)
 def test_words(words, message, folder, capsys):
-    (folder / "models" / "foreign").mkdir()
+    shutil.copytree(folder / "models" / "t5", folder / "models" / "foreign")
     (folder / "lamb.json").write_text(OPTIMIZER)
     assert message in refusal(capsys, *words.split())
 
