@@ -5,6 +5,7 @@ python adapters.py models/my-lora-run models/merged      # base and LoRA as one 
 
 import hashlib
 import json
+import logging
 import pathlib
 import sys
 
@@ -49,7 +50,7 @@ def new_linear(n_in, n_out, like, dtype, seed=None, bias=False):
     linear = torch.nn.Linear(n_in, n_out, bias, device=like.weight.device, dtype=dtype)
     if seed is None:
         for weight in linear.parameters():
-            torch.nn.init.zeros_(weight)
+            weight.data.zero_()
     return linear
 
 
@@ -72,8 +73,7 @@ class LoraLinear(torch.nn.Module):
     def forward(self, x):
         y = self.base_layer(x)
         x = self.dropout(x.to(self.weight.dtype))
-        update = self.lora_B(self.lora_A(x))
-        update = update * self.scale
+        update = self.scale * self.lora_B(self.lora_A(x))
         return y + update.to(y.dtype)
 
 
@@ -100,8 +100,7 @@ class BottleneckLinear(torch.nn.Module):
     def forward(self, x):
         layers = getattr(self, self.part)
         h = self.base_layer(x)
-        inner = layers["dropout"](h.to(self.weight.dtype))
-        inner = layers["down"](inner).relu()
+        inner = layers["down"](layers["dropout"](h.to(self.weight.dtype))).relu()
         return h + layers["up"](inner).to(h.dtype)
 
 
@@ -109,6 +108,7 @@ def quantized(linear, kind, dtype):
     """A linear layer with its weight in 4 (nf4) or 8 bits (int8), by bitsandbytes."""
     import bitsandbytes as bnb  # optional package
 
+    logging.getLogger("bitsandbytes").setLevel("ERROR")  # int8 tells of a cast at every call
     weight = linear.weight.data
     if isinstance(linear, Conv1D):
         weight = weight.T.contiguous()
@@ -133,8 +133,7 @@ def sha256_of_weights(folder):
     digest = hashlib.sha256()
     paths = sorted(pathlib.Path(folder).glob("*.safetensors"))
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
+        digest.update(hashlib.file_digest(path.open("rb"), "sha256").hexdigest().encode())
     return digest.hexdigest() if paths else None
 
 
@@ -155,8 +154,9 @@ class Adapter:
         self.kind = "none"  # unless set below: a base that is quantised and only evaluated
         self.config = {}
         if self.folder:
-            is_lora = (self.folder / "adapter_config.json").exists()
-            self.kind = "lora" if is_lora else "bottleneck"
+            self.kind = "bottleneck"
+            if (self.folder / "adapter_config.json").exists():
+                self.kind = "lora"
             self.read_folder()
         elif args.lora_rank:
             self.kind = "lora"
@@ -200,7 +200,6 @@ class Adapter:
             "lora_alpha": args.lora_alpha or 2 * args.lora_rank,
             "lora_dropout": args.lora_dropout,
             "target_modules": "all-linear" if is_all else targets,
-            "fan_in_fan_out": model_config.model_type == "gpt2",
         }
 
     def wrap(self, layer, path, dtype):
@@ -221,12 +220,12 @@ class Adapter:
 
     def put_in(self, model):
         """Collective. Quantise, freeze, and wrap the layers; -> their number."""
-        lm_head = model.get_output_embeddings()
+        head = model.get_output_embeddings()
         dtype = model.dtype
         n_wrapped = 0
         model.requires_grad_(False)
         for path, layer in list(model.named_modules()):
-            if not isinstance(layer, (torch.nn.Linear, Conv1D)) or layer is lm_head:
+            if not isinstance(layer, (torch.nn.Linear, Conv1D)) or layer is head:
                 continue
             if self.quantize:
                 layer = quantized(layer, self.quantize, dtype)
@@ -246,18 +245,18 @@ class Adapter:
 def install(model, source, base, args):
     """Collective. The adapter of the folder `source`, which training continues, else the flags'."""
     if not common.has_weights(base):
-        common.fail(f"{base} has no weights: an adapter would be of weights that nobody keeps")
+        common.fail(f"{base} has no weights that an adapter could belong to")
     adapter = model.adapter = Adapter(source, base, model.config, args)
     n_wrapped = adapter.put_in(model)
     if n_wrapped == 0 and not args.no_train:
-        common.fail("nothing to train: --lora_rank, --train_adapter or other --lora_targets")
+        common.fail("nothing to train: --lora_rank, --train_adapter, --lora_targets")
     if adapter.folder:
         model.load_state_dict(adapter.weights, strict=False)
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         different = sorted(trained ^ set(adapter.weights))
         if different:
-            common.fail(f"{source}: its weights and its layers differ: {', '.join(different[:4])}")
-    common.log(f"{base}: {adapter.kind} adapters in {n_wrapped} layers, quantize {args.quantize}")
+            common.fail(f"{source}: weights and layers differ: {different[:4]}")
+    common.log(f"{base}: {adapter.kind} adapters in {n_wrapped} layers {args.quantize}")
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 
 # idle OpenMP threads must sleep: spinning ones slow two runs on one machine twentyfold
@@ -131,6 +132,8 @@ def launch(main, args):
     """Run main(args) and leave with its exit code; without a launcher as rank 0 of 1."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # DeepSpeed's calls warn at every step
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         adopt_launcher()
         code = main(args) or 0
@@ -253,6 +256,7 @@ def fail(problems, only_here=False):
     """Print what the user has to mend and leave with exit code 2. A problem is a text, or (where,
     text) of a record; equal texts become one line."""
     if rank() and not only_here:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)  # rank 0 finds the same and speaks; then the launcher ends us
     if isinstance(problems, str):
         problems = [problems]
@@ -455,7 +459,7 @@ def find_input(args, kind, name, endings, problems):
             return path
     folder = mount(args) / kind
     names = [path.name for path in folder.glob("*")]
-    near = difflib.get_close_matches(name, names, 12, 0.1)
+    near = difflib.get_close_matches(name, names, 12, 0.0)
     problems.append(f"{folder / name} not found; there is: {', '.join(near)}")
     return None
 
