@@ -332,14 +332,14 @@ def test_rows_that_are_answered_are_spread_over_the_tasks(folder, mount):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_train_as_one_at_every_stage(folder, mount):
+def test_two_processes_draw_and_train_as_one_at_stages_0_and_3(folder, mount):
     write_llama(mount / "models" / "llama", max_position_embeddings=1024)
     options = dict(model_init_name="llama", tk_instruct=True, num_pos_examples=2, max_steps=7, learning_rate=0.001, eval_batch_size=7)  # into the second epoch
     run_jobs(mount, [["sft_causal.py", *ni_flags(mount, "one", **options)]], 1)
-    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, f"two-{stage}", ds_config=f"zero{stage}", **options)] for stage in range(4)], 2)
+    run_jobs(mount, [["sft_causal.py", *ni_flags(mount, f"two-{stage}", ds_config=f"zero{stage}", **options)] for stage in (0, 3)], 2)
     run_jobs(mount, [["sft_causal.py", *ni_flags(mount, f"split-{stage}", ds_config=f"zero{stage}", train_batch_size=4, gradient_accumulation_steps=2, **options)]
-                     for stage in range(4)], 2)
-    for run_name in (f"{kind}-{stage}" for kind in ("two", "split") for stage in range(4)):
+                     for stage in (0, 3)], 2)
+    for run_name in (f"{kind}-{stage}" for kind in ("two", "split") for stage in (0, 3)):
         assert_same_mathematics(mount / "models" / run_name, mount / "models" / "one")
         assert {k: v for k, v in rows(mount / "models" / run_name, "test")[-1].items() if "rouge" in k} == {
             k: v for k, v in rows(mount / "models" / "one", "test")[-1].items() if "rouge" in k}
