@@ -830,9 +830,11 @@ def write_predictions(args, examples, answers, split, run):
                 "dataset": example.data_set,
             }
         )
-    prefix = "test_" if split == "test" else ""
+    prefix, step = "", run.step
+    if split == "test":  # by the weights that are exported
+        prefix, step = "test_", run.chosen().name.removeprefix("checkpoint-")
     settings = f"temperature={args.temperature:.2f}_n={args.n_samples}"
-    run.write_predictions(f"{prefix}{settings}_step={run.step}.json", predictions)
+    run.write_predictions(f"{prefix}{settings}_step={step}.json", predictions)
 
 
 def evaluate(args, engine, tokenizer, data, split, run, device):
@@ -1033,7 +1035,7 @@ def main(args):
 
 def parse_args(argv):
     if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
-        print("demo: python seq2seq.py", DEMO)
+        log(f"demo: python seq2seq.py {DEMO}")
         argv = [*DEMO.split(), *argv]
     return common.Parser(__doc__, FLAGS).parse_args(argv)
 

@@ -508,6 +508,7 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):
         if split == "test":
             for name, weight in engine.module.model.named_parameters():
                 tested[name] = weight.clone()
+        seq2seq.write_predictions(args, [], {}, split, run)
         return {"loss": 1.0, "quality": qualities[run.step]}
 
     monkeypatch.setattr(seq2seq, "evaluate", evaluate)
@@ -515,6 +516,7 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):
     assert train("run", f"{flags} --max_steps 20 --save_total_limit 1") == 0
     checkpoints = pathlib.Path("models/run").glob("checkpoint-*")
     assert {path.name for path in checkpoints} == {"checkpoint-2", "checkpoint-6"}
+    predictions("run/test_temperature=0.00_n=1_step=2.json")  # named after the best
     exported, best, last = weights("run"), weights("run/checkpoint-2"), weights("run/checkpoint-6")
     for name, weight in best.items():
         assert torch.equal(exported[name], weight)
