@@ -344,7 +344,7 @@ LENGTH_FLAGS = {"max_steps", "num_epochs"}  # may differ when a finished run is 
 HINTS = {  # what others call our flags, or what earlier versions had
     "lr": "--learning_rate",
     "batch_size": "--train_batch_size",
-    "data_format": "records? data/prepare_ni.py, in the next version, makes them of task folders",
+    "data_format": "records? data/prepare_ni.py makes them of task folders",
 }
 POSITIVE_FLAGS = (
     *("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"),

@@ -43,7 +43,7 @@ import urllib.request
 import numpy as np
 from tqdm import tqdm
 
-import records
+import records_v1 as records
 
 CHAT = pathlib.Path(__file__).resolve().parent.parent / "chat.py"
 EXIT_SAVED = 75  # as the trainers': stopped, and the same command goes on

@@ -5,7 +5,7 @@ EduQG (Hadifar et al. 2023; the two files of hadifar/question-generation), whole
 SciQ, every passage on one side. Expected for its validation part, 1000 rows: 113 without a passage and 77 whose answer is not in it are
 left out; 648 train, 81 dev, 81 test of each task.
     python data/prepare_eduqg.py --sciq SciQ_valid.csv --out data/sciq
-data/prepare_ni.py, in the next part of version 2, makes records for seq2seq.py of these folders (@presets/qg, @presets/qog-def-pos).
+data/prepare_ni.py makes records for seq2seq.py of these folders (@presets/qg, @presets/qog-def-pos).
 Prompts to ask a trained model about a book of your own, which is plain text:
     python data/prepare_eduqg.py --text book.txt --out data/book.jsonl
 
@@ -29,7 +29,7 @@ import re
 import string
 import sys
 
-import records
+import records_v1 as records
 
 SEPARATOR = " | "
 EXAMPLES = [  # (question, answer, wrong options, passage, why)
@@ -174,7 +174,7 @@ def book_prompts(path, max_words, problems):
             if 8 <= len(part.split()) <= 40 and part.endswith(".") and "<hl>" not in block:
                 passage = around_marks(" ".join([*parts[:i], f"<hl> {part} <hl>", *parts[i + 1:]]), max_words)
                 given, _ = to_pair("qg", "", part, [], passage)
-                # as --data_format ni writes it, with the definition alone
+                # as prepare_ni.py writes it, with the definition alone
                 prompt = f"Definition: {TASKS['qg'][1]}\n\nNow complete the following example -\nInput: {given}"
                 found.append({"prompt": f"{prompt}{'' if given[-1] in string.punctuation else '.'}\nOutput: ", "paragraph": n, "answer": part})
     if not found:

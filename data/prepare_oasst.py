@@ -36,7 +36,7 @@ import sys
 
 import numpy as np
 
-import records
+import records_v1 as records
 
 KINDS = {"conversations": (0, 25), "pairs": (25, 65), "prompts": (65, 100)}  # and the slice of the trees that each has [%]
 ROLES = {"prompter": "user", "assistant": "assistant"}

@@ -29,7 +29,7 @@ import sys
 
 from tqdm import tqdm
 
-import records
+import records_v1 as records
 
 NESTED = {"squad": ["data", "paragraphs", "qas"], "triviaqa": ["Data"], "webgpt": [], "sciq": []}  # lists in lists, down to the questions
 CITATION = r"[ \t]*\[\d+(?:\s*[,–-]\s*\d+)*\]"  # " [1]", "[2, 3]", "[1-3]"

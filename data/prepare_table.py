@@ -41,7 +41,7 @@ import sys
 
 from tqdm import tqdm
 
-import records
+import records_v1 as records
 
 FIELD = r"\{([^{}]+)\}"  # not str.format: column names may have dots, brackets and spaces
 FORMATS = [["prompt", "completion"], ["prompt", "chosen", "rejected"], ["prompt"], ["input", "target"], ["text"], ["user", "assistant"], ["user"]]

@@ -16,7 +16,6 @@ not grow with the corpus. A finished folder is left as it is.
 """
 
 import argparse
-import gzip
 import hashlib
 import os
 import pathlib
@@ -29,10 +28,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import common
 from common import SPLITS, log
+from records import load_tokenizer, open_text
 
 ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 LONGEST = 2**20  # characters of a document
@@ -55,12 +54,6 @@ def find_texts(names, problems):
             split = next((split for split in SPLITS if split in words), "train")
             texts.append((split, path))
     return texts
-
-
-def open_text(path):
-    open_file = gzip.open if path.suffix == ".gz" else open
-    # a byte that is not UTF-8 becomes half a character, so that its line can be named
-    return open_file(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
 
 
 def pieces(text, longest):
@@ -114,18 +107,6 @@ def read_documents(split, path, problems):
             split_of_record = split
         for piece in pieces(text, LONGEST):
             yield split_of_record, piece
-
-
-def load_tokenizer(name, problems):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        problems.append(f"--tokenizer {name}: {str(error).splitlines()[0]}")
-        return None
-    # transformers makes one up for a folder that has none: special tokens and a blank
-    if len(tokenizer.get_vocab()) - len(tokenizer.get_added_vocab()) < 10:
-        problems.append(f"--tokenizer {name}: it has no vocabulary")
-    return tokenizer
 
 
 def blocks(args, files, problems):

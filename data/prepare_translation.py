@@ -29,7 +29,7 @@ import zlib
 
 from tqdm import tqdm
 
-import records
+import records_v1 as records
 
 LANGUAGES = "ar de fr en it nl tr ru ms ko ja zh".split()
 # How a speaker of a language asks for a translation, and what the twelve are called there, in their order, in the form that the sentences need.

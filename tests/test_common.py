@@ -34,7 +34,7 @@ def test_help_begins_with_what_everybody_needs(capsys):
         ("--lr", "unknown argument --lr: did you mean --learning_rate?"),
         ("--batch_size=8", "did you mean --train_batch_size?"),
         ("--max_step", "did you mean --max_steps?"),  # no abbreviations
-        ("--data_format", "data/prepare_ni.py, in the next version, makes them of task folders"),
+        ("--data_format", "data/prepare_ni.py makes them of task folders"),
         ("@presets/flan", "presets: alpaca-lora, debug, flan-t5, flan-t5-xl"),
     ],
 )

@@ -79,7 +79,7 @@ WORDS = [
     ("--train_batch_size 0", "--train_batch_size 0: expected a positive number"),
     ("--lr 1", "unknown argument --lr: did you mean --learning_rate?"),
     ("--batch_size 1", "did you mean --train_batch_size?"),
-    ("--data_format ni", "did you mean records? data/prepare_ni.py, in the next version"),
+    ("--data_format ni", "did you mean records? data/prepare_ni.py makes them"),
     ("@presets/flan", ", flan-t5-xl, "),
     ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter exclude each other"),
 ]

@@ -129,9 +129,9 @@ def test_our_files_name_flags_of_seq2seq(path, monkeypatch):
         assert command[:3] == ["/usr/bin/env", sys.executable, "seq2seq.py"]
         args = seq2seq.parse_args(command[3:])
         about = prepare_glue.TASKS[task]
-        assert args.learning_rate == params["learning_rate"] and args.data_name == [task] and args.metrics == about["metrics"]
-        assert args.metric_for_best == about["metrics"][0] == sweep["metric"]["name"].removeprefix("eval/")
-        assert args.labels == list((about["words"] or {}).values()) and args.train_batch_size == params["train_batch_size"]
+        assert args.learning_rate == params["learning_rate"] and args.data_name == [task] and args.metrics == about.metrics
+        assert args.metric_for_best == about.metrics[0] == sweep["metric"]["name"].removeprefix("eval/")
+        assert args.labels == list(about.answers.values()) and args.train_batch_size == params["train_batch_size"]
 
 
 # ------------------------------------------------------------------------------------------------ macros and distributions

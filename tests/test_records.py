@@ -1,0 +1,121 @@
+"""data/records.py: tables and JSON of many kinds; what is held out, dropped, written."""
+
+import argparse
+import gzip
+import json
+import pathlib
+
+import pytest
+
+import common
+import records
+import seq2seq
+
+
+def read(name, content, **options):
+    """([record], problems)"""
+    if isinstance(content, str):
+        content = content.encode()
+    pathlib.Path(name).write_bytes(content)
+    problems = []
+    rows = list(records.read(name, problems, **options))
+    return [row for _, _, row in rows], problems
+
+
+def test_all_kinds_of_files_give_the_same_records():
+    rows = [{"a": "1", "b": 'x "y"'}, {"a": "", "b": "über\u2028z"}]
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    for name, content in {
+        "t.csv": '\ufeffa,b\r\n1,"x ""y"""\r\n\r\n,über\u2028z\r\n',
+        "t.tsv": 'a\tb\n1\tx "y"\n\n\tüber\u2028z\n',
+        "t.jsonl": lines,
+        "t.json": json.dumps(rows),
+        "t.jsonl.gz": gzip.compress(lines.encode()),
+        "t.tsv.gz": gzip.compress('a\tb\n1\tx "y"\n\tüber\u2028z\n'.encode()),
+    }.items():
+        assert read(name, content) == (rows, []), name
+    assert read("t.tsv", '1\tx "y"\n', names=["a", "b"]) == (rows[:1], [])
+    # a line break in a cell of a .csv, and a lone "\r" in a .tsv, are text
+    assert read("t.csv", 'a\n"x\ny"\n')[0] == [{"a": "x\ny"}]
+    assert read("t.tsv", "a\nx\ry\r\n")[0] == [{"a": "x\ry"}]
+    assert read("t.csv", f"a\n{'x' * 200_000}\n")[1] == []
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.csv", 'a,b\n1,"x\n', "t.csv, row 1: unexpected end of data"),
+        ("t.csv", "a,b\n1\n", "1 columns, expected 2"),
+        ("t.tsv", "a\ta\n1\t2\n", "a key is repeated among a, a"),
+        ("t.jsonl", '{"a": 1, "a": 2}\n', "t.jsonl, line 1: a key is repeated among a, a"),
+        ("t.json.gz", b"no gzip", "t.json.gz: Not a gzipped file"),
+        ("t.tsv.gz", gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], "expected a table"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(name, content, message):
+    _, problems = read(name, content)
+    assert message in str(problems)
+
+
+def test_a_json_file_that_is_none_is_a_problem():
+    pathlib.Path("t.json").write_text('{"a": NaN')
+    problems = []
+    assert records.load_json(pathlib.Path("t.json"), problems) is None
+    assert records.load_json(pathlib.Path("none.json"), problems) is None
+    assert len(problems) == 2 and "t.json: Expecting" in problems[0]
+
+
+def test_what_is_held_out_depends_on_the_key_alone():
+    args = argparse.Namespace(eval_fraction=0.2, test_fraction=0.1)
+    splits = [records.hold_out(args, "train", f"key {i}") for i in range(2000)]
+    assert 340 < splits.count("eval") < 460 and 150 < splits.count("test") < 250
+    assert splits == [records.hold_out(args, "train", f"key {i}") for i in range(2000)]
+    assert {records.hold_out(args, "test", f"key {i}") for i in range(100)} == {"test"}
+
+
+def test_clean_drops_repeats_and_what_a_later_split_has():
+    def record(prompt, completion="x"):
+        return {"prompt": prompt, "completion": completion}
+
+    splits = {
+        "train": [record("A b"), record("a  B"), record("c"), record("c", "y"), record("d")],
+        "eval": [record("C "), record("e")],
+        "test": [record("D"), record("e"), record("E")],
+    }
+    records.clean(splits, lambda record: [record["prompt"]])
+    assert splits == {
+        "train": [record("A b")],
+        "eval": [record("C ")],
+        "test": [record("D"), record("e")],
+    }
+
+
+def test_what_is_written_is_what_a_trainer_reads(capsys):
+    splits = {
+        "train": [{"prompt": ["a b", "c", "d"], "completion": "x\u2028", "references": ["y"]}] * 2,
+        "eval": [{"prompt": "half \ud800", "completion": "x"}],
+    }
+    for name in ("data/t.json", "data/t.jsonl"):
+        records.write(name, splits)
+        found = {"train": [], "eval": []}
+        for _, split, record in common.read_records(pathlib.Path(name), []):
+            found[split].append(record)
+        assert found == splits
+        records.show(name, splits)
+        records.show(name, {"eval": splits["eval"]})
+    assert list(pathlib.Path("data").glob("*.tmp")) == []
+    shown = capsys.readouterr().out
+    assert "data/t.json: 2 train records\n" in shown
+    assert "words of prompt: 1 (5 %), 1 (median), 2 (95 %), 2 at most" in shown
+    problems = []
+    args = seq2seq.parse_args(["--data", "t"])
+    seq2seq.read_examples(args, problems)
+    assert "'prompt' holds bytes that are no UTF-8, or half a character" in str(problems)
+
+
+def test_a_new_file_is_none_that_exists():
+    pathlib.Path("there.json").touch()
+    for name in ("there.json", "no/folder.json", "a.csv"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            records.new_file(name)
+    assert records.new_file("new.jsonl") == pathlib.Path("new.jsonl")
