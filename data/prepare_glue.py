@@ -36,9 +36,9 @@ MNLI = "mnli hypothesis: {sentence2} premise: {sentence1}"
 PLACE = r"\{([^{}]+)\}"
 COPA = "copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}"
 
-# prompt: with {columns}. answers: {label: completion} in the order of the label integers, of which
-# f1 counts the second; {}: a score. label: its column. metrics: the first chooses the checkpoint.
-# columns: of a table whose first row does not name them.
+# prompt: with {columns}. answers: {label: completion} in the order of the label integers, the
+# metric f1 is that of the second; {}: a score. label: its column. metrics: the first chooses the
+# checkpoint. columns: of a table whose first row does not name them.
 Task = collections.namedtuple(
     "Task",
     "prompt answers label metrics files columns",
@@ -98,7 +98,7 @@ def to_record(row, task, for_clf):
         if for_clf:
             return {"input": prompt, "target": list(task.answers).index(label)}
         return {"prompt": prompt, "completion": task.answers[label]}
-    if not re.fullmatch(r"\d(\.\d+)?", label) or float(label) > 5:
+    if not re.fullmatch(r"[0-5](\.[0-9]+)?", label) or float(label) > 5:
         raise ValueError(f"{task.label} {label!r}, expected a score from 0 to 5")
     if for_clf:
         return {"input": prompt, "target": float(label)}
@@ -129,8 +129,7 @@ def read(path, task, args, problems):
 
 def train_command(task, out):
     words = ["python", "seq2seq.py", "--model_init_path", "google/t5-v1_1-base", "--data"]
-    words += [out.stem if out.parent.name == "data" else str(out)]
-    words += ["--metrics", *task.metrics, "--metric_for_best", task.metrics[0]]
+    words += [str(out), "--metrics", *task.metrics, "--metric_for_best", task.metrics[0]]
     if task.answers:
         words += ["--labels", *task.answers.values()]
     return shlex.join([*words, "--max_new_tokens", "8"])
@@ -164,7 +163,7 @@ def main(argv=None):
     for split, found in splits.items():
         answers = collections.Counter(record[answer] for record in found)
         log(f"{split}: {dict(answers.most_common(5))}")
-    if not args.clf:
+    if not args.clf and "train" in splits:
         log(train_command(task, args.out))
     return 0
 

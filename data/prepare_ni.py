@@ -53,9 +53,9 @@ NUMBERS = [  # flags: name, default, help
     ("num_pos_examples", 0, "positive examples in a prompt"),
     ("num_neg_examples", 0, "negative examples in a prompt"),
     ("num_shots", 0, "examples in the prompt of a Flan-style task"),
-    ("max_num_instances_per_task", None, "of training, drawn by --seed; default: all"),
-    ("max_num_instances_per_eval_task", 500, "of the other splits, always the same"),
-    ("seed", 0, "of that draw"),
+    ("max_num_instances_per_task", 0, "of training, drawn by --seed; 0: all"),
+    ("max_num_instances_per_eval_task", 500, "of the other splits, always the same ones; 0: all"),
+    ("seed", 0, "of the training instances that are drawn"),
 ]
 SWITCHES = [
     ("add_task_name", "begin a prompt with the name of the task"),
@@ -74,8 +74,8 @@ def list_tasks(args, problems):
     tasks = {}
     for split, list_name in LISTS.items():
         path = split_dir / list_name
-        names = path.read_text("utf-8-sig").split() if path.is_file() else []
-        for name in names:
+        text = path.read_text("utf-8-sig", errors="replace") if path.is_file() else ""
+        for name in text.split():
             task = task_dir / f"{name}.json"
             if tasks.get(task, split) != split:
                 problems.append(f"{path}: {name} is a task of {tasks[task]} already")
@@ -156,6 +156,8 @@ class FlanPrompt:
 
     def __init__(self, task, n_shots):
         self.definition = first_text(task["Instruction Prompt"])
+        if "{task_input}" not in self.definition:
+            raise KeyError("{task_input}")
         texts = []
         for number, example in enumerate(task["Examplars"][:n_shots], start=1):
             text = stopped(f"({number}) {example['input'].strip()}") + "\n"
@@ -194,6 +196,22 @@ def take_examples(prompt, text, max_length, count):
     return taken
 
 
+def shorten(prompt, examples, text, max_length, count):
+    """The prompt with less of its input, and of a definition that leaves too little room for it.
+    The query stays, and Flan-style all but the input."""
+
+    def fits(definition, text, limit=max_length):
+        return count(prompt.fill(definition, examples, text)) <= limit
+
+    definition = prompt.definition
+    # the input may take half of the prompt
+    limit = max_length - min(count(text) + 8, max_length // 2)
+    if not fits(definition, "", limit) and isinstance(prompt, TkPrompt):
+        definition = longest_beginning(definition, lambda part: fits(part, "", limit))
+    text = longest_beginning(text.strip(), lambda part: fits(definition, part))
+    return prompt.fill(definition, examples, text)
+
+
 def fit(prompt, text, max_length, count):
     """(the prompt of an input text, of at most max_length tokens, [what it lost: "examples",
     "text"]). count: a function, text -> tokens."""
@@ -203,19 +221,9 @@ def fit(prompt, text, max_length, count):
         return whole, []
     examples = take_examples(prompt, text, max_length, count)
     lost = ["examples"] if sum(map(len, examples)) < n_examples else []
-    definition = prompt.definition
-
-    def fits(definition, text, room=max_length):
-        return count(prompt.fill(definition, examples, text)) <= room
-
-    if not fits(definition, text):
-        lost.append("text")
-        room = max_length - min(count(text) + 8, max_length // 2)  # for a definition
-        text = text.strip()
-        if not fits(definition, "", room) and isinstance(prompt, TkPrompt):
-            definition = longest_beginning(definition, lambda part: fits(part, "", room))
-        text = longest_beginning(text, lambda part: fits(definition, part))
-    return prompt.fill(definition, examples, text), lost
+    if count(prompt.fill(prompt.definition, examples, text)) <= max_length:
+        return prompt.fill(prompt.definition, examples, text), lost
+    return shorten(prompt, examples, text, max_length, count), [*lost, "text"]
 
 
 def make_prompts(args, split, task):
@@ -232,10 +240,10 @@ def make_prompts(args, split, task):
 # ---------------------------------------------------------------------------------------- records
 
 
-def to_records(args, split_of_task, task, count, counts):
+def to_records(args, split_of_task, task, count, tally):
     """Yield (split, record) of a task. Of several prompts or completions, training draws one of
     each for every epoch."""
-    about = task.get("Instruction Prompt") or task["Definition"]
+    about = first_text(task.get("Instruction Prompt") or task["Definition"])
     for instance in choose_instances(args, split_of_task, task):
         text = instance["input"]
         split = records.hold_out(args, split_of_task, f"{about}\n{text}")
@@ -243,7 +251,7 @@ def to_records(args, split_of_task, task, count, counts):
         for prompt in make_prompts(args, split, task):
             filled, lost = fit(prompt, text, args.max_source_length, count)
             prompts.append(filled)
-            counts.update(["prompts", *lost])
+            tally.update(["prompts", *lost])
         references = records.as_list(instance["output"])
         record = {
             "prompt": prompts if len(prompts) > 1 else prompts[0],
@@ -259,34 +267,29 @@ def to_records(args, split_of_task, task, count, counts):
 def convert(args, tasks, tokenizer, problems):
     """{split: [record]} of {file of a task: split}"""
     splits = {split: [] for split in SPLITS}
-    counts = collections.Counter()
+    tally = collections.Counter()
 
     def count(text):
         return len(tokenizer(text, verbose=False).input_ids) if tokenizer else 0
 
     for path, split_of_task in tqdm(tasks.items(), unit=" tasks", delay=5):
         task = records.load_json(path, problems)
-        if task is None:
-            continue
         try:
             task["Task"] = path.stem
-            for split, record in to_records(args, split_of_task, task, count, counts):
+            for split, record in to_records(args, split_of_task, task, count, tally):
                 splits[split].append(record)
+                for text in [record["prompt"][0], *record["references"]]:
+                    problem = common.text_problem(text, "output", record)
+                    if problem:
+                        problems.append((f"{path}, {record['id']}", problem))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             kind = type(error).__name__
             problems.append((path, f"{kind}: {error}; prepare_ni.py -h says what a task has"))
-    n_prompts = counts["prompts"]
-    for lost, what in (("examples", "all their examples"), ("text", "all of their input")):
-        if counts[lost]:
-            log(f"WARNING {counts[lost]} of {n_prompts} prompts lack {what}: --max_source_length")
+    for lost, what in (("examples", "examples"), ("text", "the end of their input or definition")):
+        if tally[lost]:
+            n_lost = f"{tally[lost]} of {tally['prompts']} prompts"
+            log(f"WARNING {n_lost} lost {what} to --max_source_length {args.max_source_length}")
     return {split: found for split, found in splits.items() if found}
-
-
-def natural(text):
-    """For argparse: a whole number, 0 or more."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
 
 
 def parse_args(argv):
@@ -298,7 +301,7 @@ def parse_args(argv):
     add("--task_dir", required=True, metavar="FOLDER", help="with a <task>.json for each task")
     add("--split_dir", metavar="FOLDER", help="default: splits/default beside --task_dir")
     for name, default, text in NUMBERS:
-        add(f"--{name}", type=natural, default=default, metavar="N", help=text)
+        add(f"--{name}", type=records.natural, default=default, metavar="N", help=text)
     for name, text in SWITCHES:
         add(f"--{name}", action="store_true", help=text)
     return parser.parse_args(argv)

@@ -36,9 +36,16 @@ def new_file(text):
     return path
 
 
+def natural(text):
+    """For argparse: a whole number, 0 or more."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
 def share(text):
-    """For argparse: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
+    """For argparse: a number from 0 to 0.5, so that two of them leave something."""
+    if not 0 <= float(text) <= 0.5:
         raise ValueError
     return float(text)
 
@@ -61,8 +68,8 @@ def load_tokenizer(name, problems):
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        problems.append(f"--tokenizer {name}: {str(error).splitlines()[0]}")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        problems.append(f"--tokenizer {name}: {str(error).strip().splitlines()[0]}")
         return None
     # transformers makes one up for a folder that has none: special tokens and a blank
     if len(tokenizer.get_vocab()) - len(tokenizer.get_added_vocab()) < 10:
@@ -92,8 +99,8 @@ def load_json(path, problems):
 def read_table(path, problems, names=None):
     """Yield (where, {column: text}) of a .csv, or of a .tsv, in which a quotation mark is text. The
     first row names the columns, unless `names` does."""
-    is_csv = ".csv" in path.suffixes
-    where = path
+    is_csv = kind_of(path) == ".csv"
+    number = 0
     try:
         with open_text(path, newline="" if is_csv else "\n") as file:
             rows = csv.reader(file, strict=True)
@@ -101,20 +108,27 @@ def read_table(path, problems, names=None):
                 rows = (line.rstrip("\r\n").split("\t") for line in file)
             for number, row in enumerate(rows, start=1):
                 where = f"{path}, row {number}"
+                if row in ([], [""]):  # a blank line
+                    continue
                 if names is None:
                     names = [name.strip() for name in row]
                 elif len(row) == len(names):
                     yield where, common.unique_keys(list(zip(names, row)))
-                elif any(row):
+                else:
                     problems.append((where, f"{len(row)} columns, expected {len(names)}"))
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        problems.append(f"{where}: {error}; expected a table")
+        problems.append(f"{path}, behind row {number}: {error}; expected a table")
+
+
+def kind_of(path):
+    """The ending of a file's name, without .gz."""
+    return pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read(path, problems, names=None):
     """Yield (where, split, record) of a file of JSON, see common.read_records, or of a table."""
     path = pathlib.Path(path)
-    if {".csv", ".tsv"} & set(path.suffixes):
+    if kind_of(path) in (".csv", ".tsv"):
         for where, row in read_table(path, problems, names):
             yield where, "train", row
     else:
@@ -128,9 +142,13 @@ def hold_out(args, split, key):
     """The split of a record of `split`: the shares of train that --eval_fraction and
     --test_fraction say leave it, by a hash, so that records of the same key stay together."""
     place = common.derive_seed("held out", key) / 2**63  # from 0 to 1
-    if split != "train" or place >= args.eval_fraction + args.test_fraction:
+    if split != "train":
         return split
-    return "eval" if place < args.eval_fraction else "test"
+    if place < args.eval_fraction:
+        return "eval"
+    if place < args.eval_fraction + args.test_fraction:
+        return "test"
+    return "train"
 
 
 def normal(text):
@@ -138,17 +156,17 @@ def normal(text):
 
 
 def clean(splits, keys):
-    """Drop repeated records, and from a split what a later one has; keys: record -> [text], of
-    which none may be in two splits. splits: {split: [record]}, changed."""
+    """Drop repeated records, and those that share a text with a later split; case and white space
+    make no difference. splits: {split: [record]}, changed; keys: record -> [text] to compare."""
     later = set()
     for split in reversed(SPLITS):
         kept = {}
         n_leaks = 0
         for record in splits[split]:
-            if later.intersection(map(normal, keys(record))):
+            if later & set(map(normal, keys(record))):
                 n_leaks += 1
             else:
-                kept.setdefault(normal(json.dumps(record)), record)
+                kept.setdefault(normal(to_json(record)), record)
         n_repeats = len(splits[split]) - n_leaks - len(kept)
         if n_leaks or n_repeats:
             log(f"{split}: dropped {n_repeats} repeats, {n_leaks} that a later split has")

@@ -47,28 +47,31 @@ def fields_of(record):
 def to_row(record, args):
     """The Row of a record; texts that are missing are None."""
     if args.prediction_column:
-        cells = [record.get(name) for name in args.reference_columns]
-        references = list(filter(None, cells)) or cells[:1]  # a row may have fewer of them
-        return Row(record.get(args.prediction_column), references, None, None)
+        cells = [record[name] for name in args.reference_columns]
+        references = list(filter(None, cells)) or [""]  # a row may have fewer of them
+        return Row(record[args.prediction_column], references, None, None)
     fields = fields_of(record)
     prediction = fields.get("prediction")
     if fields.get("generations"):
         prediction = fields["generations"][0].get("lm_postprocess")
-    references = next((fields[name] for name in REFERENCES if fields.get(name)), None)
+    name = next(name for name in REFERENCES if fields.get(name) is not None)
     categories = records.as_list(fields.get("categories") or fields.get("category"))
-    return Row(prediction, records.as_list(references), fields.get("task"), categories[0])
+    return Row(prediction, records.as_list(fields[name]), fields.get("task"), categories[0])
 
 
 def read_rows(args, problems):
     rows = []
     for where, _, record in records.read(args.predictions, problems):
-        row = to_row(record, args)
-        rows.append(row)
-        if not all(isinstance(text, str) for text in (row.prediction, *row.references)):
+        try:
+            row = to_row(record, args)
+            "".join([row.prediction, *row.references])  # a TypeError unless all are texts
+        except (LookupError, TypeError, AttributeError, StopIteration):
             hint = "of a table: --prediction_column, --reference_columns"
             problems.append((where, f"no prediction and references in {list(record)}; {hint}"))
+            continue
+        rows.append(row)
         for name in ("task", "category"):
-            if getattr(args, f"per_{name}") and not getattr(row, name):
+            if getattr(args, f"per_{name}") and not isinstance(getattr(row, name), str):
                 problems.append((where, f"--per_{name}: it has none"))
     if not rows and not problems:
         problems.append(f"{args.predictions}: no predictions")
@@ -118,7 +121,7 @@ def main(argv=None):
     add("--per_task", action="store_true", help="scores of each task as well")
     add(
         "--bootstrap",
-        type=int,
+        type=records.natural,
         default=0,
         metavar="N",
         help="median and 95 %% interval, N resamples",

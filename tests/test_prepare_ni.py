@@ -220,12 +220,16 @@ def test_caps_and_draws():
         ({"Definition": []}, "IndexError: "),
         ({"Positive Examples": [{"input": "a"}]}, "KeyError: 'output'; prepare_ni.py -h says"),
         ({"Instances": [{"input": "a"}]}, "KeyError: 'output'"),
+        ({"Instruction Prompt": "Answer.", "Examplars": []}, "KeyError: '{task_input}'"),
     ],
 )
 def test_a_task_that_is_none_is_named(change, message, capsys):
     task = {**TASK, "Instances": instances(1), **change}
     assert prepare({"t": task}, "--num_pos_examples", 1, train=["t"]) == 2
     assert f"tasks/t.json: {message}" in capsys.readouterr().err
+    task = {**TASK, "Instances": [{"input": "a", "output": ["x", None], "id": "i7"}]}
+    assert prepare({"t": task}, train=["t"]) == 2
+    assert "tasks/t.json, i7: 'output' is missing" in capsys.readouterr().err
     assert not pathlib.Path("data/ni.json").exists()
 
 

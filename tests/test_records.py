@@ -35,6 +35,7 @@ def test_all_kinds_of_files_give_the_same_records():
     }.items():
         assert read(name, content) == (rows, []), name
     assert read("t.tsv", '1\tx "y"\n', names=["a", "b"]) == (rows[:1], [])
+    assert read("t.csv", "\n\na,b\n1,2\n")[0] == [{"a": "1", "b": "2"}]
     # a line break in a cell of a .csv, and a lone "\r" in a .tsv, are text
     assert read("t.csv", 'a\n"x\ny"\n')[0] == [{"a": "x\ny"}]
     assert read("t.tsv", "a\nx\ry\r\n")[0] == [{"a": "x\ry"}]
@@ -44,7 +45,7 @@ def test_all_kinds_of_files_give_the_same_records():
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.csv", 'a,b\n1,"x\n', "t.csv, row 1: unexpected end of data"),
+        ("t.csv", 'a,b\n1,"x\n', "t.csv, behind row 1: unexpected end of data"),
         ("t.csv", "a,b\n1\n", "1 columns, expected 2"),
         ("t.tsv", "a\ta\n1\t2\n", "a key is repeated among a, a"),
         ("t.jsonl", '{"a": 1, "a": 2}\n', "t.jsonl, line 1: a key is repeated among a, a"),
@@ -78,13 +79,20 @@ def test_clean_drops_repeats_and_what_a_later_split_has():
         return {"prompt": prompt, "completion": completion}
 
     splits = {
-        "train": [record("A b"), record("a  B"), record("c"), record("c", "y"), record("d")],
+        "train": [
+            record("A b"),
+            record("a  B"),
+            record("c"),
+            record("c", "y"),
+            record("É"),
+            record("é"),
+        ],
         "eval": [record("C "), record("e")],
         "test": [record("D"), record("e"), record("E")],
     }
     records.clean(splits, lambda record: [record["prompt"]])
     assert splits == {
-        "train": [record("A b")],
+        "train": [record("A b"), record("É")],
         "eval": [record("C ")],
         "test": [record("D"), record("e")],
     }

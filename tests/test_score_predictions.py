@@ -117,7 +117,9 @@ def test_bootstrap_is_that_of_the_mean():
     "record, words, message",
     [
         ({"text": "x"}, [], "no prediction and references in ['text']"),
-        ({"prediction": "x", "references": []}, [], "no prediction and references"),
+        ({"prediction": "x", "references": [None]}, [], "no prediction and references"),
+        ({"generations": [], "references": ["x"], "category": []}, [], "no prediction"),
+        ({"generations": 7, "references": ["x"]}, [], "no prediction and references"),
         ({"prediction": "x", "references": ["y"]}, ["--per_task"], "--per_task: it has none"),
         ({}, ["--prediction_column", "y"], "a table needs both --prediction_column"),
         (None, [], "p.jsonl: no predictions"),
@@ -127,3 +129,9 @@ def test_mistakes(record, words, message, capsys):
     content = "" if record is None else json.dumps(record)
     assert score(*words, content=content) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_column_that_is_missing_is_no_empty_cell(capsys):
+    pathlib.Path("t.csv").write_text("p,r\nx,x\n")
+    assert score("--prediction_column", "p", "--reference_columns", "r", "R", name="t.csv") == 2
+    assert "no prediction and references in ['p', 'r']" in capsys.readouterr().err
