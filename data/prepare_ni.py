@@ -278,7 +278,7 @@ def convert(args, tasks, tokenizer, problems):
             task["Task"] = path.stem
             for split, record in to_records(args, split_of_task, task, count, tally):
                 splits[split].append(record)
-                for text in [record["prompt"][0], *record["references"]]:
+                for text in [*records.as_list(record["prompt"]), *record["references"]]:
                     problem = common.text_problem(text, "output", record)
                     if problem:
                         problems.append((f"{path}, {record['id']}", problem))

@@ -73,9 +73,8 @@ def test_prompt_and_answer(task, capsys):
     if task == "stsb":
         record["references"] = ["2.5"]
     assert prepare(task) == {split: [record] for split in files}
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("python seq2seq.py --model_init_path")
-    )
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown.startswith("python seq2seq.py --model_init_path") == ("train" in files)
     expected = {split: [{"input": prompt, "target": target}] for split in files}
     assert prepare(task, "--clf", out="clf.json") == (2 if target is None else expected)
 

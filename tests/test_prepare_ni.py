@@ -95,6 +95,7 @@ def test_records_of_training_have_five_prompts_and_all_references():
     "words, prompt",
     [
         ([], DEFINITION + QUERY),
+        (["--no_task_definition", "--num_pos_examples", 1], POSITIVE[0] + QUERY),
         (["--tk_instruct", "--num_pos_examples", 1], DEFINITION + POSITIVE[0] + QUERY),
         (["--no_task_definition", "--add_task_name"], "task7. " + QUERY),
         (["--num_neg_examples", 9], DEFINITION + "".join(NEGATIVE) + QUERY),
