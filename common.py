@@ -800,6 +800,41 @@ def is_held_out(args, key):
     return derive_seed("held out", key) % 10**6 < args.eval_fraction * 10**6
 
 
+def read_data_sets(args, problems):
+    """([(data set, where, split, record)] of --data, {data set: how much an epoch takes of it})"""
+    records = []
+    amounts = {}
+    for spec in args.data_name:
+        name, amount = parse_data_spec(spec, problems)
+        if name in amounts:
+            problems.append(f"--data {name}: named twice")
+        amounts[name] = amount
+        path = find_input(args, "data", name, DATA_ENDINGS, problems)
+        if path:
+            records += [(name, *found) for found in read_records(path, problems)]
+    return records, amounts
+
+
+def check_examples(args, examples, amounts, problems):
+    """Sizes of the training parts. examples: {split: [what has a .data_set and a .key]}; a key is
+    what two examples share when one gives the other's answer away."""
+    sizes = collections.Counter(example.data_set for example in examples["train"])
+    for name, amount in amounts.items():
+        if isinstance(amount, int) and amount > sizes[name]:
+            problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
+    keys = {}
+    for split in SPLITS:
+        keys[split] = {example.key for example in examples[split]}
+    if not keys["train"] and not args.no_train:
+        problems.append("no training records: a list train, or JSON lines")
+    if not keys["eval"] and not (args.no_train and keys["test"]):
+        problems.append("no evaluation records: a list eval, or --eval_fraction 0.05")
+    n_seen = len(keys["train"] & (keys["eval"] | keys["test"]))
+    if n_seen:
+        log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
+    return [sizes[name] for name in amounts]
+
+
 def tokenizer_sha256(tokenizer):
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()
@@ -946,6 +981,78 @@ def to_tensors(arrays):
 
 def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+ROLES = {  # other names of the three
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "developer": "system",
+}
+
+
+class Prompts:
+    """Conversations as the ids of the tokenizer's chat template: the same in training and chat.
+    is_raw: no template, texts as they are. Methods raise ValueError: what is wrong with a record.
+
+    end_token: ends a reply; stop_ids: where to stop a generation; begin: ids in front of raw text.
+    """
+
+    def __init__(self, tokenizer, is_raw=False):
+        self.tokenizer = tokenizer
+        self.is_raw = is_raw
+        bos = tokenizer.bos_token_id
+        self.begin = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+        self.end_token = tokenizer.eos_token
+        added = tokenizer.added_tokens_decoder.values()
+        names = [re.escape(token.content) for token in added if token.special]
+        self.special = re.compile("|".join(sorted(names, key=len, reverse=True)) or "(?!)")
+        if not is_raw:
+            text = self.render(
+                [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A."}]
+            )
+            ending = self.special.match(text.rpartition("A.")[2].lstrip())
+            if not ending:
+                raise ValueError(f"the chat template writes no end token after a reply: {text!r}")
+            self.end_token = ending[0]
+        end_id = tokenizer.convert_tokens_to_ids(self.end_token)
+        self.stop_ids = sorted({end_id, tokenizer.eos_token_id})
+
+    @staticmethod
+    def messages(record):
+        """[{"role", "content", "weight"}] of OpenAI's messages or ShareGPT's conversations."""
+        conversation = []
+        for message in record.get("messages") or record["conversations"]:
+            for name in ("tool_calls", "function_call", "tools"):
+                if message.get(name) or record.get(name):
+                    raise ValueError(f"{name!r} is not supported: write it into the texts")
+            role = message.get("role", message.get("from"))
+            role = ROLES.get(role, role)
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ValueError(f"role {role!r}, expected system, user, assistant or tool")
+            content = message.get("content", message.get("value"))
+            problem = text_problem(content, "content", message)
+            if problem:
+                raise ValueError(problem)
+            turn = {"role": role, "content": content}
+            conversation.append({**turn, "weight": message.get("weight", 1)})
+        return conversation
+
+    def render(self, messages, reply_follows=False):
+        """The text of a conversation; reply_follows: as far as the assistant's next words."""
+        for message in messages:
+            spelled = self.special.search(message["content"])
+            if spelled:
+                raise ValueError(f"the text holds the special token {spelled[0]!r}: remove it")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=reply_follows
+            )
+        except Exception as error:  # of jinja, or of what a template does to a message
+            raise ValueError(f"the chat template fails: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------ model
