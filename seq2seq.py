@@ -74,8 +74,9 @@ GREEDY = 0.001  # the highest --temperature that means: take the likeliest token
 # ------------------------------------------------------------------------------------------- data
 
 # prompts, completions, references: lists of texts, of which training draws one of each per epoch
-# and evaluation takes the first prompt and the best reference; record: as in the file
-Example = collections.namedtuple("Example", "data_set prompts completions references record")
+# and evaluation takes the first prompt and the best reference; key: the prompt, by which it is held
+# out; record: as in the file
+Example = collections.namedtuple("Example", "data_set key prompts completions references record")
 
 # rows: {split: Rows or Spans}; examples: {split: [Example]} to evaluate, none of a corpus;
 # sizes, amounts: of the training part of each data set, see common.Order
@@ -106,7 +107,8 @@ def to_example(data_set, record, where, problems):
             problem = common.text_problem(text, name, record)
             if problem:
                 problems.append((where, problem))
-    return Example(data_set, prompts, completions, references, record)
+    key = prompts[0] if prompts else None
+    return Example(data_set, key, prompts, completions, references, record)
 
 
 def answer_problem(example, args):
@@ -122,45 +124,19 @@ def answer_problem(example, args):
 def read_examples(args, problems):
     """({split: [Example]} of all data sets of --data, {name: amount of it in an epoch})"""
     examples = {split: [] for split in SPLITS}
-    amounts = {}
-    for spec in args.data_name:
-        name, amount = common.parse_data_spec(spec, problems)
-        if name in amounts:
-            problems.append(f"--data {name}: named twice")
-        amounts[name] = amount
-        path = common.find_input(args, "data", name, common.DATA_ENDINGS, problems)
-        if path is None:
+    records, amounts = common.read_data_sets(args, problems)
+    for data_set, where, split, record in records:
+        n_before = len(problems)
+        example = to_example(data_set, record, where, problems)
+        if len(problems) > n_before:
             continue
-        for where, split, record in common.read_records(path, problems):
-            n_before = len(problems)
-            example = to_example(name, record, where, problems)
-            if len(problems) > n_before:
-                continue
-            if split == "train" and common.is_held_out(args, example.prompts[0]):
-                split = "eval"
-            examples[split].append(example)
-            problem = answer_problem(example, args)
-            if problem and split != "train":
-                problems.append((where, problem))
+        if split == "train" and common.is_held_out(args, example.key):
+            split = "eval"
+        examples[split].append(example)
+        problem = answer_problem(example, args)
+        if problem and split != "train":
+            problems.append((where, problem))
     return examples, amounts
-
-
-def check_examples(args, examples, amounts, problems):
-    sizes = collections.Counter(example.data_set for example in examples["train"])
-    for name, amount in amounts.items():
-        if isinstance(amount, int) and amount > sizes[name]:
-            problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
-    prompts = {}
-    for split in SPLITS:
-        prompts[split] = {example.prompts[0] for example in examples[split]}
-    if not prompts["train"] and not args.no_train:
-        problems.append("no training records: a list train, or JSON lines")
-    if not prompts["eval"] and not (args.no_train and prompts["test"]):
-        problems.append("no evaluation records: a list eval, or --eval_fraction 0.05")
-    n_seen = len(prompts["train"] & (prompts["eval"] | prompts["test"]))
-    if n_seen:
-        log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
-    return [sizes[name] for name in amounts]
 
 
 def decode(tokenizer, ids):
@@ -254,7 +230,7 @@ class Rows:
 def load_records(args, tokenizer, problems):
     """Collective. Data of --data: every process reads the texts, one of each node tokenises."""
     examples, amounts = read_examples(args, problems)
-    sizes = [] if problems else check_examples(args, examples, amounts, problems)
+    sizes = [] if problems else common.check_examples(args, examples, amounts, problems)
     if problems:  # the model's included: without one there is no tokenizer
         return None
     build = functools.partial(tokenize, examples, args, tokenizer)

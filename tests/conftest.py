@@ -117,11 +117,11 @@ def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", launcher=None, environm
     return process
 
 
-def start_many(runs, n_ranks):
-    """Several runs of seq2seq.py, one after the other, in one start of torchrun."""
+def start_many(runs, n_ranks, module=seq2seq):
+    """Several runs of a script, one after the other, in one start of torchrun."""
     runs = [[str(word) for word in words] for words in runs]
     script = pathlib.Path(__file__).with_name("many.py")
-    return start(json.dumps(runs), n_ranks=n_ranks, script=script)
+    return start(module.__name__, json.dumps(runs), n_ranks=n_ranks, script=script)
 
 
 def finish(process, code=0, timeout=300):

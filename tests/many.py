@@ -1,21 +1,20 @@
-"""Several runs of seq2seq.py, one after the other, in one start of a process or of torchrun."""
+"""Several runs of a script, one after the other, in one start of a process or of torchrun."""
 
+import importlib
 import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import common  # first: it prepares the import of DeepSpeed
-
-# isort: split
-import seq2seq
+import common
 
 
 def main(runs):
+    script = importlib.import_module(sys.argv[1])
     for words in runs:
-        assert seq2seq.main(seq2seq.parse_args(words)) == 0
+        assert script.main(script.parse_args(words)) == 0
 
 
 if __name__ == "__main__":
-    common.launch(main, json.loads(sys.argv[1]))
+    common.launch(main, json.loads(sys.argv[2]))
