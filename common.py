@@ -1025,12 +1025,15 @@ class Prompts:
     def messages(record):
         """[{"role", "content", "weight"}] of OpenAI's messages or ShareGPT's conversations."""
         conversation = []
-        for message in record.get("messages") or record["conversations"]:
+        messages = record.get("messages", record.get("conversations"))
+        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+            raise ValueError("expected messages: a list of objects with role and content")
+        for message in messages:
             for name in ("tool_calls", "function_call", "tools"):
                 if message.get(name) or record.get(name):
                     raise ValueError(f"{name!r} is not supported: write it into the texts")
             role = message.get("role", message.get("from"))
-            role = ROLES.get(role, role)
+            role = ROLES.get(str(role), role)
             if role not in ("system", "user", "assistant", "tool"):
                 raise ValueError(f"role {role!r}, expected system, user, assistant or tool")
             content = message.get("content", message.get("value"))

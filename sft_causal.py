@@ -22,7 +22,6 @@ Shapes: R rows, S tokens of a row, N target tokens, D hidden, V vocabulary.
 import collections
 import functools
 import inspect
-import json
 import math
 import pathlib
 import sys
@@ -33,7 +32,6 @@ import common  # first: it prepares the import of DeepSpeed
 import deepspeed
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -53,10 +51,9 @@ FLAGS = {
     ),
     "raw_prompt": (False, "prompt and completion as they are, without a template"),
     "max_length": (2048, "longer examples lose their end, and are not taught to stop"),
-    "pad_token": ("", "a token that the tokenizer has, or a new one; else the end token"),
-    "eos_token": ("", "a token that the tokenizer has, or a new one"),
-    "sep_token": ("", "behind a user's turn in --template plain; else a newline"),
-    "show_examples": (0, "print so many training examples, targets between [[ and ]]"),
+    "pad_token": ("", "one of the tokenizer or a new one; else the end token"),
+    "eos_token": ("", "one of the tokenizer or a new one"),
+    "sep_token": ("", "behind a user's turn of --template plain; else a newline"),
     "n_generate": (200, "evaluation examples of each data set that are answered in text"),
     "max_new_tokens": (512, "generation limit at evaluation"),
     "temperature": (0.001, "of sampling at evaluation; <= 0.001 is greedy"),
@@ -64,14 +61,13 @@ FLAGS = {
 }
 POSITIVE_FLAGS = ("max_length", "max_new_tokens", "n_samples")
 # may differ when a run goes on: they only concern evaluation
-FREE_FLAGS = {"show_examples", "n_generate", "max_new_tokens", "temperature", "n_samples"}
+FREE_FLAGS = {"n_generate", "max_new_tokens", "temperature", "n_samples"}
 DEMO = (
     "--model_init_name tiny-llama --data instructions --training_run_name sft-demo "
     "--max_steps 1800 --train_batch_size 64 --learning_rate 0.006 --weight_decay 0.1 "
     "--warmup_steps 100 --eval_steps 900 --eval_batch_size 100 --max_new_tokens 24 "
     "--logging_steps 50 --n_generate 300"
 )
-INPUT = "\n\n### Input:\n"  # between instruction and input, as Alpaca has it
 TEMPLATES = {  # {bos}: the begin token, where the tokenizer puts one in front
     "chatml": """{bos}
 {%- for message in messages -%}
@@ -116,58 +112,54 @@ TEMPLATE_TOKENS = {
 }
 EXAMPLES_PER_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that `pack` considers
 MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
-LOW_IS_BETTER = ("loss", "perplexity")
-MAX_LOST = 0.01  # share of the examples that --max_length may leave without a target
+IGNORED = -100  # the label of a token that is no target
+MAX_LOST = 0.01  # share of the examples that may be left without a target
+UNLIKE_A_CHAT = (
+    "a chat would see other tokens than training: --targets last where the template rewrites "
+    "earlier turns, no blanks or newlines where a reply begins, or another --template"
+)
 GREEDY = 0.001  # the highest --temperature that means: take the likeliest token
 
 # --------------------------------------------------------------------------------------- template
 
 
-def set_tokens(args, tokenizer, problems):
-    for name in ("pad_token", "eos_token", "sep_token"):
-        token = getattr(args, name)
-        if token:  # added where the tokenizer lacks it
-            tokenizer.add_special_tokens({name: token})
-    if not tokenizer.eos_token:
-        there = " ".join(tokenizer.all_special_tokens)
-        problems.append(f"the tokenizer has no end token; its special tokens: {there}: --eos_token")
-    elif not tokenizer.pad_token:  # padding is never looked at
-        tokenizer.pad_token = tokenizer.eos_token
-
-
 def set_template(args, tokenizer):
-    """Write --template and its tokens into the tokenizer. Returns the name for rawtune.json."""
-    name = args.template
-    if name == "auto":
-        name = "tokenizer" if tokenizer.chat_template or args.raw_prompt else "chatml"
-    if name in TEMPLATES:
-        tokenizer.add_tokens(TEMPLATE_TOKENS.get(name, []), special_tokens=True)
+    """Write --template, which is resolved, and its tokens into the tokenizer."""
+    if args.template == "auto":
+        has_own = tokenizer.chat_template or args.raw_prompt
+        args.template = "tokenizer" if has_own else "chatml"
+    if args.template in TEMPLATES:
+        tokenizer.add_tokens(TEMPLATE_TOKENS.get(args.template, []), special_tokens=True)
         has_begin = common.Prompts(tokenizer, is_raw=True).begin
         begin = "{{ bos_token }}" if has_begin else ""
-        tokenizer.chat_template = TEMPLATES[name].replace("{bos}", begin)
-    return name
+        tokenizer.chat_template = TEMPLATES[args.template].replace("{bos}", begin)
 
 
 def open_prompts(args, source, tokenizer, problems):
-    """(name of the template, common.Prompts) of the tokenizer, which is changed."""
+    """common.Prompts of the tokenizer, to which the flags add tokens and a template; or None."""
     n_tokens = len(tokenizer)
-    n_before = len(problems)
-    set_tokens(args, tokenizer, problems)
-    if len(problems) > n_before:
-        return None, None
-    name = set_template(args, tokenizer)
+    for name in ("pad_token", "eos_token", "sep_token"):
+        token = getattr(args, name)
+        if token:
+            tokenizer.add_special_tokens({name: token})
+    if not tokenizer.eos_token:
+        problems.append(f"{source}: the tokenizer has no end token: --eos_token")
+        return None
+    if not tokenizer.pad_token:  # padding is never looked at
+        tokenizer.pad_token = tokenizer.eos_token
+    set_template(args, tokenizer)
     is_fixed = args.no_train or args.lora_rank or args.train_adapter or common.adapter_base(source)
     if is_fixed and len(tokenizer) > n_tokens:
         new = tokenizer.convert_ids_to_tokens(range(n_tokens, len(tokenizer)))
         problems.append(
-            f"{source}: the tokenizer lacks {' '.join(new)}, and only training of all weights adds "
-            "tokens: --template alpaca, --template plain or --raw_prompt need none"
+            f"{source} lacks the tokens {' '.join(new)}, which only training of all weights adds: "
+            "--template alpaca, --template plain or --raw_prompt needs none"
         )
     try:
-        return name, common.Prompts(tokenizer, args.raw_prompt)
+        return common.Prompts(tokenizer, args.raw_prompt)
     except ValueError as error:
         problems.append(f"{source}: {error}; choose another --template")
-        return name, None
+        return None
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -178,54 +170,62 @@ def open_prompts(args, source, tokenizer, problems):
 Document = collections.namedtuple("Document", "where prompt text replies")
 
 # documents: training draws one of them per epoch, evaluation takes the first; messages: of the
-# first; references: texts of which the best counts; record: as in the file
-Example = collections.namedtuple("Example", "data_set messages documents references record")
+# first; key: its prompt, by which it is held out; references: texts of which the best counts;
+# record: as in the file
+Example = collections.namedtuple("Example", "data_set key messages documents references record")
 
 # rows: {split: Rows}; examples: {split: [Example]} to evaluate; sizes, amounts: of the training
 # part of each data set, see common.Order
 Data = collections.namedtuple("Data", "rows examples sizes amounts sha256")
 
 
-def as_list(value):
-    return value if isinstance(value, list) else [value]
-
-
 def message(role, content):
     return {"role": role, "content": content}
+
+
+def texts_of(record, name):
+    """The text of a key, or its texts, as a list. Raises ValueError."""
+    texts = record.get(name)
+    if not isinstance(texts, list):
+        texts = [texts]
+    if not texts:
+        raise ValueError(f"{name!r} is an empty list")
+    for text in texts:
+        problem = common.text_problem(text, name, record)
+        if problem:
+            raise ValueError(problem)
+    return texts
 
 
 def to_conversations(args, record):
     """[[message]] of a record: one for each of its prompts and completions."""
     if "messages" in record or "conversations" in record:
-        return [common.Prompts.messages(record)]
-    names = ["prompt", "completion"]
+        messages = common.Prompts.messages(record)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()  # nobody has answered
+        return [messages]
     if "instruction" in record:  # Alpaca's names
-        names = ["instruction", "output"]
+        questions = texts_of(record, "instruction")
+        answers = texts_of(record, "output")
         if record.get("input"):
-            names.append("input")
+            separator = "\n\n### Input:\n" if args.template == "alpaca" else "\n\n"
+            questions = [separator.join([*questions, *texts_of(record, "input")])]
     elif "text" in record and "prompt" not in record:
-        names = ["text"]
-    for name in names:
-        if record.get(name) == []:
-            raise ValueError(f"{name!r} is an empty list")
-        for text in as_list(record.get(name)):
-            problem = common.text_problem(text, name, record)
-            if problem:
-                raise ValueError(problem)
-    if names == ["text"]:
-        return [[message("text", record["text"])]]
+        return [[message("text", text)] for text in texts_of(record, "text")]
+    else:
+        questions = texts_of(record, "prompt")
+        answers = texts_of(record, "completion")
     conversations = []
-    for prompt in as_list(record[names[0]]):
-        if "input" in names:
-            separator = INPUT if args.template == "alpaca" else "\n\n"
-            prompt = f"{prompt}{separator}{record['input']}"
-        for completion in as_list(record[names[1]]):
-            conversations.append([message("user", prompt), message("assistant", completion)])
+    for question in questions:
+        for answer in answers:
+            conversations.append([message("user", question), message("assistant", answer)])
     return conversations
 
 
 def to_document(args, prompts, messages, where):
     """The Document of a conversation that ends with the assistant, or of a plain text."""
+    if not messages:
+        raise ValueError("no message of the role 'assistant'")
     if messages[0]["role"] == "text":
         return Document(where, "", messages[0]["content"], None)
     if prompts.is_raw:
@@ -241,154 +241,110 @@ def to_document(args, prompts, messages, where):
         turn = prompts.render(messages[: i + 1])
         end = turn.rfind(prompts.end_token) + len(prompts.end_token)
         if not turn.startswith(prompt) or end <= len(prompt) or not text.startswith(turn[:end]):
-            raise ValueError(
-                "the chat template writes a turn in another way once others follow, so a chat "
-                "would not see what is trained: --targets last, or another --template"
-            )
+            raise ValueError(UNLIKE_A_CHAT)
         if messages[i].get("weight", 1):
             replies.append((len(prompt), end))
-    if not replies:
-        raise ValueError("there is no reply to train: all have the weight 0")
     return Document(where, prompt, text, replies)
 
 
 def to_example(args, prompts, data_set, record, where):
     """The Example of a record of a data file. Raises ValueError, which says what is wrong."""
     conversations = to_conversations(args, record)
-    documents = []
-    for messages in conversations:
-        while messages and messages[-1]["role"] not in ("assistant", "text"):
-            messages.pop()  # nobody has answered
-        if not messages:
-            raise ValueError("no message of the role 'assistant'")
-        documents.append(to_document(args, prompts, messages, where))
+    documents = [to_document(args, prompts, messages, where) for messages in conversations]
     references = [messages[-1]["content"] for messages in conversations]
-    references = as_list(record.get("references", references))
-    return Example(data_set, conversations[0], documents, references, record)
+    if "references" in record:
+        references = texts_of(record, "references")
+    key = documents[0].prompt or documents[0].text
+    return Example(data_set, key, conversations[0], documents, references, record)
 
 
 def read_examples(args, prompts, problems):
     """({split: [Example]} of all data sets of --data, {name: amount of it in an epoch})"""
     examples = {split: [] for split in SPLITS}
-    amounts = {}
-    for spec in args.data_name:
-        name, amount = common.parse_data_spec(spec, problems)
-        if name in amounts:
-            problems.append(f"--data {name}: named twice")
-        amounts[name] = amount
-        path = common.find_input(args, "data", name, common.DATA_ENDINGS, problems)
-        if path is None:
+    records, amounts = common.read_data_sets(args, problems)
+    for data_set, where, split, record in records:
+        try:
+            example = to_example(args, prompts, data_set, record, where)
+        except ValueError as error:
+            problems.append((where, str(error)))
             continue
-        for where, split, record in common.read_records(path, problems):
-            try:
-                example = to_example(args, prompts, name, record, where)
-            except ValueError as error:
-                problems.append((where, str(error)))
-                continue
-            if split == "train" and common.is_held_out(args, question_of(example)):
-                split = "eval"
-            examples[split].append(example)
+        if split == "train" and common.is_held_out(args, example.key):
+            split = "eval"
+        examples[split].append(example)
     return examples, amounts
 
 
-def question_of(example):
-    """What must not be asked in training and evaluation both."""
-    first = example.documents[0]
-    return first.prompt or first.text
-
-
-def check_examples(args, examples, amounts, problems):
-    sizes = collections.Counter(example.data_set for example in examples["train"])
-    for name, amount in amounts.items():
-        if isinstance(amount, int) and amount > sizes[name]:
-            problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
-    questions = {}
-    for split in SPLITS:
-        questions[split] = {question_of(example) for example in examples[split]}
-    if not questions["train"] and not args.no_train:
-        problems.append("no training records: a list train, or JSON lines")
-    if not questions["eval"] and not (args.no_train and questions["test"]):
-        problems.append("no evaluation records: a list eval, or --eval_fraction 0.05")
-    n_seen = len(questions["train"] & (questions["eval"] | questions["test"]))
-    if n_seen:
-        log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
-    return [sizes[name] for name in amounts]
-
-
-def find_targets(document, prompt_ids, input_ids, offsets):
-    """(n,) bool: tokens that begin in a reply. offsets: (start, end) of each, in characters."""
-    if input_ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            "the prompt alone has other tokens than before its reply, so a chat would not see what "
-            "is trained: no blanks or newlines where a reply begins, or another --template"
-        )
+def find_labels(document, input_ids, offsets):
+    """(n,) ids of the tokens that begin in a reply, else IGNORED. offsets: (start, end) of each
+    token, in characters."""
     starts = np.array(offsets)[:, 0]
-    is_target = np.zeros(len(input_ids), bool)
+    labels = np.full(len(input_ids), IGNORED)
     for start, end in document.replies:
-        is_target |= (starts >= start) & (starts < end)
-    return is_target
+        is_target = (starts >= start) & (starts < end)
+        labels[is_target] = np.array(input_ids)[is_target]
+    return labels
 
 
-def tokenize_documents(documents, args, prompts):
-    """[(input_ids, is_target, tokens of the prompt)], not cut yet; ids are the chat template's."""
+def tokenize_block(documents, args, prompts, problems):
+    """[(input_ids, labels, (tokens of the prompt, targets, tokens))], cut to --max_length."""
     tokenizer = prompts.tokenizer
+    prompt_texts = [document.prompt for document in documents]
+    prompt_rows = tokenizer(prompt_texts, add_special_tokens=False).input_ids
+    texts = [document.text for document in documents]
+    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     rows = []
-    problems = []
-    blocks = range(0, len(documents), 1000)
-    for first in tqdm(blocks, "tokenising", delay=5, disable=common.rank() > 0 or None):
-        block = documents[first : first + 1000]
-        prompt_texts = [document.prompt for document in block]
-        prompt_rows = tokenizer(prompt_texts, add_special_tokens=False).input_ids
-        texts = [document.text for document in block]
-        encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        columns = zip(block, prompt_rows, encoding.input_ids, encoding.offset_mapping)
-        for document, prompt_ids, input_ids, offsets in columns:
-            if document.replies is None:
-                prompt_ids = prompts.begin + prompt_ids
-                input_ids = [*prompt_ids, *input_ids, tokenizer.eos_token_id]
-                is_target = np.arange(len(input_ids)) >= len(prompt_ids)
-            else:
-                try:
-                    is_target = find_targets(document, prompt_ids, input_ids, offsets)
-                except ValueError as error:
-                    problems.append((document.where, str(error)))
-                    continue
-            if args.targets == "all":
-                is_target[:] = True
-            is_target[0] = False  # nothing predicts the first token
-            rows.append((input_ids, is_target, len(prompt_ids) if document.prompt else 0))
-    if problems:
-        common.fail(problems, only_here=True)
+    columns = zip(documents, prompt_rows, encoding.input_ids, encoding.offset_mapping)
+    for document, prompt_ids, input_ids, offsets in columns:
+        if document.replies is None:
+            prompt_ids = prompts.begin + prompt_ids
+            reply_ids = [*input_ids, tokenizer.eos_token_id]
+            input_ids = prompt_ids + reply_ids
+            labels = np.array([IGNORED] * len(prompt_ids) + reply_ids)
+        elif input_ids[: len(prompt_ids)] != prompt_ids:
+            problems.append((document.where, UNLIKE_A_CHAT))
+            continue
+        else:
+            labels = find_labels(document, input_ids, offsets)
+        if args.targets == "all":
+            labels = np.array(input_ids)
+        labels[0] = IGNORED  # nothing predicts it
+        labels = labels[: args.max_length]
+        # nothing to answer: a plain text, or one that has lost its reply
+        can_ask = document.prompt and len(prompt_ids) < len(labels)
+        n_targets = np.count_nonzero(labels != IGNORED)
+        counts = (len(prompt_ids) if can_ask else 0, n_targets, len(input_ids))
+        rows.append((np.array(input_ids[: args.max_length]), labels, counts))
     return rows
 
 
 def tokenize(examples, args, prompts):
     """{name: array}, as Rows reads them, of {split: [Example]}."""
     arrays = {}
-    n_documents = n_cut = n_lost = 0
+    problems = []
     for split in SPLITS:
-        documents = []
+        documents, choices, rows = [], [], []
         for example in examples[split]:
             documents += example.documents
-        input_ids, is_target, prompt_lengths = [], [], []
-        for ids, mask, prompt_length in tokenize_documents(documents, args, prompts):
-            n_documents += 1
-            n_cut += len(ids) > args.max_length
-            ids, mask = ids[: args.max_length], mask[: args.max_length]
-            n_lost += not mask.any()
-            input_ids.append(np.array(ids, np.int32))
-            is_target.append(mask)
-            prompt_lengths.append(prompt_length if prompt_length < len(ids) else 0)
-        arrays[f"{split}_choices"] = np.array([len(e.documents) for e in examples[split]], int)
-        arrays[f"{split}_n_targets"] = np.array([mask.sum() for mask in is_target], int)
-        arrays[f"{split}_prompt_lengths"] = np.array(prompt_lengths, int)
+            choices.append(len(example.documents))
+        blocks = range(0, len(documents), 1000)
+        for start in tqdm(blocks, "tokenising", delay=5, disable=common.rank() > 0 or None):
+            block = documents[start : start + 1000]
+            rows += tokenize_block(block, args, prompts, problems)
+        input_ids, labels, counts = zip(*rows) if rows else ([], [], [])
+        arrays[f"{split}_choices"] = np.array(choices, np.int64)
+        arrays[f"{split}_counts"] = np.array(counts, np.int64).reshape(-1, 3)
         arrays.update(common.Ragged.arrays(f"{split}_input_ids", input_ids))
-        arrays.update(common.Ragged.arrays(f"{split}_is_target", is_target))
-    cut = f"{n_cut} of {n_documents} examples are cut to --max_length {args.max_length}"
-    if n_lost > MAX_LOST * n_documents:
-        common.fail(f"{cut}, which leaves {n_lost} of them without a target", only_here=True)
-    if n_cut:
-        log(f"WARNING {cut}; {n_lost} of them have no target left and teach nothing")
+        arrays.update(common.Ragged.arrays(f"{split}_labels", labels))
+    _, n_targets, n_tokens = np.concatenate([arrays[f"{split}_counts"] for split in SPLITS]).T
+    n_lost = np.count_nonzero(n_targets == 0)
+    n_cut = np.count_nonzero(n_tokens > args.max_length)
+    cut = f"{n_cut} of {len(n_tokens)} examples are cut to --max_length {args.max_length}"
+    if n_lost > MAX_LOST * len(n_tokens):
+        problems.append(f"{n_lost} of {len(n_tokens)} examples have no target token; {cut}")
+    if problems:
+        common.fail(problems, only_here=True)
+    if n_cut or n_lost:
+        log(f"WARNING {cut}; {n_lost} have no target and teach nothing")
     return arrays
 
 
@@ -397,9 +353,8 @@ class Rows:
 
     def __init__(self, split, arrays):
         self.input_ids = common.Ragged(f"{split}_input_ids", arrays)
-        self.is_target = common.Ragged(f"{split}_is_target", arrays)
-        self.n_targets = arrays[f"{split}_n_targets"]
-        self.prompt_lengths = arrays[f"{split}_prompt_lengths"]  # 0: nothing to generate from
+        self.labels = common.Ragged(f"{split}_labels", arrays)  # of its own tokens, not shifted
+        self.counts = arrays[f"{split}_counts"]  # (documents, 3), see tokenize_block
         self.choices = arrays[f"{split}_choices"]  # (examples,), how many documents
         self.choose(0)
 
@@ -413,28 +368,19 @@ class Rows:
         offsets = np.cumsum(self.choices) - self.choices
         self.chosen = offsets + draws % self.choices
         n_tokens = self.input_ids.lengths[self.chosen]
-        self.lengths = np.stack([n_tokens, self.n_targets[self.chosen]], axis=1)
+        self.lengths = np.stack([n_tokens, self.counts[self.chosen, 1]], axis=1)
 
     def fetch(self, ids):
-        """({example: input_ids}, {example: is_target})"""
-        input_ids, is_target = {}, {}
+        """({example: input_ids}, {example: labels})"""
+        input_ids, labels = {}, {}
         for i in ids:
             input_ids[i] = self.input_ids[self.chosen[i]]
-            is_target[i] = self.is_target[self.chosen[i]]
-        return input_ids, is_target
+            labels[i] = self.labels[self.chosen[i]]
+        return input_ids, labels
 
-    def prompt(self, i):
-        return self.input_ids[self.chosen[i]][: self.prompt_lengths[self.chosen[i]]]
-
-
-def show(tokenizer, input_ids, is_target):
-    """The text of an example, targets between [[ and ]]."""
-    borders = np.flatnonzero(np.diff(is_target, prepend=0, append=0))
-    text = ""
-    for k, ids in enumerate(np.split(input_ids, borders)):
-        piece = tokenizer.decode(ids)
-        text += f"[[{piece}]]" if k % 2 else piece
-    return text
+    def question(self, i):
+        """The ids before the last reply; none of a plain text."""
+        return self.input_ids[self.chosen[i]][: self.counts[self.chosen[i], 0]]
 
 
 def load_records(args, prompts, problems):
@@ -442,16 +388,13 @@ def load_records(args, prompts, problems):
     if prompts is None:  # without a model there is no template
         return None
     examples, amounts = read_examples(args, prompts, problems)
-    sizes = [] if problems else check_examples(args, examples, amounts, problems)
+    sizes = [] if problems else common.check_examples(args, examples, amounts, problems)
     if problems:
         return None
     build = functools.partial(tokenize, examples, args, prompts)
     arrays = common.on_one_process(build)
     rows = {split: Rows(split, arrays) for split in SPLITS}
     del examples["train"]  # from here on its token ids are enough
-    shown = range(min(args.show_examples, len(rows["train"].choices)))
-    for i, (input_ids, is_target) in enumerate(zip(*map(dict.values, rows["train"].fetch(shown)))):
-        log(f"training example {i}: {show(prompts.tokenizer, input_ids, is_target)}")
     return Data(rows, examples, sizes, list(amounts.values()), common.sha256_of(arrays))
 
 
@@ -497,8 +440,8 @@ def flat(lists):
     return np.concatenate([np.zeros(0, np.int64), *lists])
 
 
-def collate(rows, input_ids, is_target, pad_id):
-    """Rows of example numbers -> tensors; input_ids, is_target: {example: (n,)}.
+def collate(rows, input_ids, labels, pad_id):
+    """Rows of example numbers -> tensors; input_ids, labels: {example: (n,)}.
 
     input_ids (R, S); position_ids (R, S), where a row has several examples: they restart with each.
     labels, label_example (N,) and label_index (N,): where in the flattened (R x S) states a label
@@ -507,22 +450,21 @@ def collate(rows, input_ids, is_target, pad_id):
     """
     columns = collections.defaultdict(list)
     for row in rows or [[]]:  # a rank without examples computes one padding token along
-        row_ids = flat([input_ids[i] for i in row])
         lengths = [len(input_ids[i]) for i in row]
-        mask = flat([is_target[i] for i in row])
-        columns["input_ids"].append(row_ids)
+        shifted = [np.append(labels[i][1:], IGNORED) for i in row]
+        columns["input_ids"].append(flat([input_ids[i] for i in row]))
         columns["position_ids"].append(flat([np.arange(length) for length in lengths]))
-        # never the first token of an example: no target is predicted by another example
-        columns["is_label"].append(np.append(mask[1:], 0))
-        columns["labels"].append(row_ids[mask == 1])
-        columns["label_example"].append(np.repeat(row, lengths)[mask == 1])
+        columns["labels"].append(flat(shifted))
+        columns["example"].append(np.repeat(row, lengths))
+    padded_labels = pad(columns["labels"], IGNORED).flatten()
+    label_index = np.flatnonzero(padded_labels != IGNORED)
     arrays = {
         "input_ids": pad(columns["input_ids"], pad_id),
-        "labels": flat(columns["labels"]),
-        "label_example": flat(columns["label_example"]),
-        "label_index": np.flatnonzero(pad(columns["is_label"], 0)),
+        "labels": padded_labels[label_index],
+        "label_example": pad(columns["example"], 0).flatten()[label_index],
+        "label_index": label_index,
     }
-    if any(len(row) > 1 for row in rows):
+    if max(map(len, rows), default=0) > 1:
         arrays["position_ids"] = pad(columns["position_ids"], 0)
     return common.to_tensors(arrays)
 
@@ -607,8 +549,7 @@ class TargetLosses(torch.nn.Module):
         """(n, V) fp32 of (n, D), with what a few families do behind their head."""
         logits = self.model.get_output_embeddings()(states).float()
         config = self.model.config
-        if getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / config.logits_scaling
+        logits = logits / getattr(config, "logits_scaling", 1)  # Granite
         if getattr(config, "logit_scale", None):  # Cohere
             logits = logits * config.logit_scale
         if getattr(config, "final_logit_softcapping", None):  # Gemma 2
@@ -627,37 +568,31 @@ class TargetLosses(torch.nn.Module):
 
 
 @torch.no_grad()
-def check_model(engine, pad_id, device):
+def check_model(args, engine, pad_id, device):
     """Collective. Whether rows may hold several examples: not in a family that lets one see the
     other, or that counts positions on. Fails where our logits are not the model's own."""
     model = engine.module.model
-    vocab_size = model.config.vocab_size
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    rng = np.random.default_rng(0)
-    examples = {0: rng.integers(vocab_size, size=9), 1: rng.integers(vocab_size, size=14)}
-    is_target = {i: np.arange(len(ids)) > 0 for i, ids in examples.items()}
+    tolerance = 1e-3 if args.precision == "fp32" else 0.05
+    ids = np.random.default_rng(0).integers(model.config.get_text_config().vocab_size, size=40)
+    examples = {0: ids[:10], 1: ids[10:], 2: ids[9::-1]}
 
-    def losses(rows):
-        batch = collate(rows, examples, is_target, pad_id)
-        found = engine(common.to_device(batch, device))[0]
-        return found[-13:]  # of example 1
+    def losses(row):
+        """Of example 1, the last of the row."""
+        batch = collate([row], examples, examples, pad_id)
+        return engine(common.to_device(batch, device))[0, -29:]
 
     engine.eval()
-    alone = losses([[1]])
-    input_ids = torch.as_tensor(examples[1], device=device)[None]
-    with torch.autocast(device.type, torch.bfloat16, enabled=engine.torch_autocast_enabled()):
-        logits = model(input_ids=input_ids, use_cache=False).logits[0]
-    expected = F.cross_entropy(logits[:-1].float(), input_ids[0, 1:], reduction="none")
+    alone = losses([1])
+    input_ids = torch.as_tensor(examples[1], device=device)
+    logits = model(input_ids=input_ids[None], use_cache=False).logits[0].float()
+    expected = common.CrossEntropy.apply(logits[:-1], input_ids[1:])
     if not torch.allclose(alone, expected, tolerance, tolerance):
-        family = model.config.model_type
-        common.fail(f"{family}: this family changes its logits in a way that sft_causal.py lacks")
-    is_packed = False
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        packed = losses([[0, 1]])
-        examples[0] = examples[0][::-1]
-        others = losses([[0, 1]])
-        is_packed = torch.allclose(packed, others, tolerance / 1000, tolerance / 1000)
-        is_packed &= torch.allclose(packed, alone, tolerance, tolerance)
+        common.fail(f"{model.config.model_type}: this family changes its logits in another way")
+    is_packed = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    if is_packed:
+        packed = losses([0, 1])
+        is_apart = torch.allclose(packed, losses([2, 1]), tolerance / 1000, tolerance / 1000)
+        is_packed = is_apart and torch.allclose(packed, alone, tolerance, tolerance)
     engine.train()
     return is_packed
 
@@ -676,13 +611,12 @@ def decode(prompts, ids):
     return tokenizer.decode([i for i in ids if i not in dropped])
 
 
-def generation_settings(args, prompts, n_tokens):
+def generation_settings(args, prompts):
     """Made anew: nothing is inherited from the generation_config.json of a model."""
     sampling = {}
     if args.temperature > GREEDY:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=n_tokens,
         num_return_sequences=args.n_samples,
         num_beams=1,
         pad_token_id=prompts.tokenizer.pad_token_id,
@@ -695,28 +629,29 @@ def generate(args, engine, prompts, rows, asked, device):
     """Collective. {example: [answers]} of this rank's share of the examples `asked`."""
     answers = {}
     n = args.n_samples
-    question = [rows.prompt(i) for i in asked]
-    batch_size = max(1, args.eval_batch_size // n)
+    settings = generation_settings(args, prompts)
     n_positions = count_positions(engine.module.model.config)
-    with common.generating(engine, generation_settings(args, prompts, 1)) as model:
-        for batch in common.my_batches([len(ids) for ids in question], batch_size):
-            if not batch:
+    batch_size = max(1, args.eval_batch_size // n)
+    questions = [rows.question(i).tolist() for i in asked]
+    with common.generating(engine, settings) as model:
+        for places in common.my_batches([len(ids) for ids in questions], batch_size):
+            if not places:
                 continue
-            tensors = prompts.tokenizer.pad(
-                {"input_ids": [question[k].tolist() for k in batch]},
+            ids = [asked[k] for k in places]
+            # the mask is made of lengths: padding may have the id of the end token
+            batch = prompts.tokenizer.pad(
+                {"input_ids": [questions[k] for k in places]},
                 padding_side="left",
                 return_tensors="pt",
             )
-            longest = tensors["input_ids"].shape[1]
-            n_tokens = min(args.max_new_tokens, n_positions - longest)
-            settings = generation_settings(args, prompts, n_tokens)
+            longest = batch["input_ids"].shape[1]
+            settings.max_new_tokens = min(args.max_new_tokens, n_positions - longest)
             # a batch is the same for any number of ranks, and so are its samples
-            torch.manual_seed(common.derive_seed(args.seed, "sample", [asked[k] for k in batch]))
-            output_ids = model.generate(**tensors.to(device), generation_config=settings)
-            output_ids = output_ids[:, longest:].tolist()
-            for place, k in enumerate(batch):
-                samples = output_ids[place * n : place * n + n]
-                answers[asked[k]] = [decode(prompts, sample) for sample in samples]
+            torch.manual_seed(common.derive_seed(args.seed, "sample", ids))
+            output_ids = model.generate(**batch.to(device))[:, longest:].tolist()
+            for k, i in enumerate(ids):
+                samples = output_ids[k * n : k * n + n]
+                answers[i] = [decode(prompts, sample) for sample in samples]
     return answers
 
 
@@ -741,9 +676,7 @@ def row_losses(args, engine, rows, pad_id, device):
 
 def mean_losses(sums, ids):
     loss, n_right, n_tokens = np.array([sums[i] for i in ids]).sum(axis=0)
-    loss /= n_tokens
-    perplexity = math.exp(min(loss, 700))
-    return {"loss": loss, "perplexity": perplexity, "token_accuracy": n_right / n_tokens}
+    return {"loss": loss / n_tokens, "token_accuracy": n_right / n_tokens}
 
 
 def write_predictions(args, examples, answers, split, run):
@@ -777,25 +710,24 @@ def evaluate(args, engine, prompts, data, split, run, device):
     sums = row_losses(args, engine, rows, prompts.tokenizer.pad_token_id, device)
     groups = collections.defaultdict(list)
     for i, example in enumerate(examples):
-        groups[example.data_set].append(i)
+        groups[f"{example.data_set}/"].append(i)
     asked = []
     for ids in groups.values():
-        asked += [i for i in ids if len(rows.prompt(i))][: args.n_generate]
+        asked += [i for i in ids if len(rows.question(i))][: args.n_generate]
     answers = common.gather(generate(args, engine, prompts, rows, asked, device))
-    prefixes = {"": range(len(examples))}
-    if len(data.sizes) > 1:
-        prefixes.update({f"{name}/": ids for name, ids in groups.items()})
+    scores = {}
+    for i in asked:
+        scores[i] = max(exact_match(answers[i][0], text) for text in examples[i].references)
+    if len(data.sizes) == 1:
+        groups.clear()
+    groups[""] = range(len(examples))
     metrics = {}
-    for prefix, ids in prefixes.items():
+    for prefix, ids in groups.items():
         for name, value in mean_losses(sums, ids).items():
             metrics[prefix + name] = value
-        scores = []
-        for i in ids:
-            if i in answers:
-                references = examples[i].references
-                scores.append(max(exact_match(answers[i][0], text) for text in references))
-        if scores:
-            metrics[f"{prefix}exact_match"] = float(np.mean(scores))
+        group_scores = [scores[i] for i in ids if i in scores]
+        if group_scores:
+            metrics[f"{prefix}exact_match"] = float(np.mean(group_scores))
     if common.rank() == 0:
         write_predictions(args, examples, answers, split, run)
     return metrics
@@ -808,8 +740,6 @@ def check_args(args, problems):
     common.check_shared_args(args, POSITIVE_FLAGS, problems)
     if args.temperature <= GREEDY and args.n_samples > 1:
         problems.append("--n_samples: greedy decoding gives the same each time: --temperature 0.8")
-    if args.raw_prompt and args.template != "auto":
-        problems.append("--raw_prompt takes no --template")
 
 
 def count_positions(config):
@@ -818,29 +748,28 @@ def count_positions(config):
 
 def check_model_folder(args, source, config, data, problems):
     n_positions = count_positions(config)
-    if data:
-        longest = max(data.rows[split].input_ids.lengths.max(initial=0) for split in SPLITS)
-        if longest > n_positions:
-            problems.append(
-                f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
-                f"{source} has {n_positions} positions: --max_length {n_positions}"
-            )
+    longest = max(data.rows[split].input_ids.lengths.max(initial=0) for split in SPLITS)
+    if longest > n_positions:
+        problems.append(
+            f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
+            f"{source} has {n_positions} positions: --max_length {n_positions}"
+        )
     about = pathlib.Path(source, "rawtune.json")
-    if about.exists() and json.loads(about.read_text()).get("bidirectional_prompt"):
+    if about.exists() and '"bidirectional_prompt": true' in about.read_text():
         problems.append(f"{source} was trained with --bidirectional_prompt, which is gone")
 
 
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = template = prompts = None
+    ds_config = stage = data_sha256 = prompts = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     if config and config.is_encoder_decoder:
         problems.append(f"{source} is a {config.model_type}: no decoder-only model, see seq2seq.py")
     elif config:
         ds_config = common.make_ds_config(args, AutoModelForCausalLM, config, problems)
-        template, prompts = open_prompts(args, source, tokenizer, problems)
+        prompts = open_prompts(args, source, tokenizer, problems)
     if ds_config:
         stage = ds_config["zero_optimization"]["stage"]
     data = load_records(args, prompts, problems)
@@ -851,18 +780,7 @@ def prepare(args):
     run = common.Run(args, FREE_FLAGS, identity, problems)
     if problems:
         common.fail(problems)
-    return source, config, ds_config, template, prompts, data, run
-
-
-def exported_generation_config(prompts):
-    """Where replies stop, for whoever loads the model; a padding token that stops them would make
-    every reply empty (transformers#48016)."""
-    pad_id = prompts.tokenizer.pad_token_id
-    return GenerationConfig(
-        bos_token_id=prompts.tokenizer.bos_token_id,
-        eos_token_id=prompts.stop_ids,
-        pad_token_id=None if pad_id in prompts.stop_ids else pad_id,
-    )
+    return source, config, ds_config, prompts, data, run
 
 
 def main(args):
@@ -870,7 +788,7 @@ def main(args):
     device = common.setup_distributed(args)
     rank = common.rank()
     world = common.world_size()
-    source, config, ds_config, template, prompts, data, run = prepare(args)
+    source, config, ds_config, prompts, data, run = prepare(args)
     tokenizer = prompts.tokenizer
     train_data = TrainingData(args, data, config, tokenizer.pad_token_id)
     n_chunks = train_data.n_chunks
@@ -881,21 +799,22 @@ def main(args):
         log(f"{run.dir} is finished: a larger --max_steps or --num_epochs goes on")
         return 0
     model = common.load_model(AutoModelForCausalLM, source, config, args, ds_config, tokenizer)
-    model.generation_config = exported_generation_config(prompts)
+    model.generation_config = GenerationConfig(eos_token_id=prompts.stop_ids)  # is exported
 
     # 2 engine
     optimizer = None if args.no_train else common.make_adamw(model, args, ds_config)
     engine, *_ = deepspeed.initialize(
         model=TargetLosses(model), optimizer=optimizer, config=ds_config
     )
-    train_data.is_packed = check_model(engine, tokenizer.pad_token_id, device)
+    train_data.is_packed = check_model(args, engine, tokenizer.pad_token_id, device)
+    if not train_data.is_packed:
+        log("WARNING this family would mix the examples of a row: one example per row")
     if run.resume_from:
         common.load_checkpoint(engine, run.resume_from)
     stage = engine.zero_optimization_stage()
     log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
     log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
-    layout = "packed" if train_data.is_packed else "one example per row"
-    log(f"template {template}, replies end with {prompts.end_token!r}, {layout}")
+    log(f"template {args.template}, replies end with {prompts.end_token!r}")
 
     def evaluation(split):
         return evaluate(args, engine, prompts, data, split, run, device)
@@ -910,11 +829,10 @@ def main(args):
         "script": "sft_causal.py",
         "task": "chat",
         "family": "causal",
-        "template": template,
+        "template": args.template,
         "end_token": prompts.end_token,
         "stop_ids": prompts.stop_ids,
         "raw_prompt": args.raw_prompt,
-        "max_length": args.max_length,
         "base": {"path": source, "sha256": None},
         "adapter": "none",
         "quantize": None,
@@ -922,7 +840,7 @@ def main(args):
     if rank == 0 and hasattr(model, "adapter"):
         about.update(model.adapter.about())
     if run.eval_is_due():  # the baseline, or what a stop left out
-        run.evaluated(evaluation("eval"), LOW_IS_BETTER)
+        run.evaluated(evaluation("eval"))
 
     # 3 loop: the forward steps of a step are a pure function of (seed, step)
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
@@ -954,7 +872,7 @@ def main(args):
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
         if run.eval_is_due() and not n_stop:  # after saving: it may run out of memory
-            run.evaluated(evaluation("eval"), LOW_IS_BETTER)
+            run.evaluated(evaluation("eval"))
         if n_stop:
             log(f"saved at step {run.step}: the same command, without --overwrite, continues")
             return common.EXIT_SAVED
