@@ -1,0 +1,139 @@
+"""data/prepare_oasst.py: a tree by hand, what is left out, real trees, mistakes."""
+
+import json
+import pathlib
+
+import pytest
+from conftest import SHARED, needs_shared
+
+import clf
+import prepare_oasst
+
+
+def message(name, role, text, rank=None, *replies, **others):
+    """A message of a nested tree."""
+    found = {"message_id": name, "role": role, "text": text, "replies": list(replies), **others}
+    return {**found, "rank": rank} if rank is not None else found
+
+
+TREE = message(
+    *("m1", "prompter", "Hi", None),
+    message(
+        *("m2", "assistant", "Bye.", 1),
+        message("m5", "prompter", "Why?", None),
+    ),
+    message(
+        *("m3", "assistant", "Hello!", 0),
+        message(
+            *("m6", "prompter", "How?", None),
+            message("m7", "assistant", "So.", None),
+            message("m8", "assistant", "Spam", None, review_result=False),
+        ),
+    ),
+    message("m4", "assistant", "Well.", 2),
+    message("m9", "assistant", "Gone", 3, deleted=True),
+)
+
+
+def flat(tree, parent=None):
+    """[message] of a nested tree, one by one."""
+    own = {name: value for name, value in tree.items() if name != "replies"}
+    found = [{**own, "parent_id": parent}]
+    for reply in tree["replies"]:
+        found += flat(reply, tree["message_id"])
+    return found
+
+
+def prepare(records, to, *words, out="out.json"):
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    pathlib.Path("trees.jsonl").write_text(lines)
+    try:
+        prepare_oasst.main(["--train", "trees.jsonl", "--to", to, "--out", out, *words])
+    except SystemExit as stop:
+        return stop.code
+    return json.loads(pathlib.Path(out).read_text())["train"]
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+def test_the_records_of_a_tree(layout):
+    records = [{"prompt": TREE}] if layout == "nested" else flat(TREE)
+    chats = []
+    for record in prepare(records, "conversations", out="chats.json"):
+        assert record["tree"] == "m1"
+        roles = [turn["role"] for turn in record["messages"]]
+        assert roles == (["user", "assistant"] * 2)[: len(roles)]
+        chats.append([turn["content"] for turn in record["messages"]])
+    # a question at the end that nobody has answered goes
+    assert sorted(chats) == [["Hi", "Bye."], ["Hi", "Hello!", "How?", "So."], ["Hi", "Well."]]
+    best = prepare(records, "conversations", "--threads", "best", out="best.json")
+    assert [len(record["messages"]) for record in best] == [4]
+    answers = {"replies": ["Hello!", "Bye.", "Well."], "thread": "Hi", "tree": "m1"}
+    pairs = prepare(records, "pairs", out="pairs.json")
+    assert pairs == [{"prompt": "Hi", **answers}]
+    args = clf.parse_args(["--model_init_name", "x", "--loss", "pairwise"])
+    clf.complete_flags(args, None, [])
+    example = clf.to_example(args, "d", "train", pairs[0], "here", [])
+    assert example.texts[0] == "Hi\n\nHello!"
+    prompts = prepare(records, "prompts", out="prompts.json")
+    assert {record["thread"] for record in prompts} == {
+        "Hi",
+        "User: Hi\n\nAssistant: Bye.\n\nUser: Why?",
+        "User: Hi\n\nAssistant: Hello!\n\nUser: How?",
+    }
+
+
+def test_what_is_left_out(capsys):
+    labels = {"name": ["toxicity", "quality"], "value": [0.9, 0.25]}
+    replies = [
+        message("a", "assistant", "poor", 0, labels=labels),
+        message("b", "assistant", "bien", 1, lang="fr"),
+        message("c", "assistant", "good", 2, lang="en", labels={"quality": {"value": 0.75}}),
+        message("d", "assistant", "fine", 3, lang="en"),
+        message("e", "assistant", "same rank", 3, lang="en"),
+        message("f", "prompter", "same role", 4, lang="en"),
+        message("g", "assistant", "by a model", 5, lang="en", synthetic=True),
+        message("h", "assistant", " ", 6, lang="en"),
+    ]
+    tree = {"prompt": message("r", "prompter", "Hi", None, *replies, lang="en")}
+    unfinished = {"prompt": message("s", "prompter", "No"), "tree_state": "growing"}
+    words = ["--lang", "en", "--min_quality", "0.5"]
+    (record,) = prepare([tree, unfinished], "pairs", *words)
+    assert (record["chosen"], record["rejected"]) == ("good", "fine")
+    shown = capsys.readouterr().out
+    assert "1 roots of unfinished trees" in shown and "1 written by a model" in shown
+
+
+def test_a_tree_is_on_one_side():
+    trees = [{"prompt": message(f"r{i}", "prompter", f"Hi {i}", None)} for i in range(60)]
+    for tree in trees:
+        tree["prompt"]["replies"] = [message(None, "assistant", text) for text in ("a", "b")]
+    found = prepare(trees, "conversations", "--eval_fraction", "0.3")
+    assert 60 < len(found) < 110 and len(found) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"text": "x"}, "trees.jsonl, line 1: no tree in 'prompt', and no id of its own"),
+        ({"prompt": {"text": "x"}}, "KeyError: 'role'"),
+        ({"prompt": {"text": 5, "role": "prompter"}}, "trees.jsonl-0: AttributeError"),
+    ],
+)
+def test_mistakes(record, message, capsys):
+    assert prepare([record], "prompts") == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("oasst1_en_validation_messages", (572, 257, 458)),
+        ("en_100_tree_first60", (319, 118, 278)),
+    ],
+)
+def test_real_trees(name, counts):
+    path = str(SHARED / "data" / "oasst" / f"{name}.jsonl")
+    for to, n in zip(("conversations", "pairs", "prompts"), counts):
+        prepare_oasst.main(["--train", path, "--to", to, "--out", f"{to}.json"])
+        assert len(json.loads(pathlib.Path(f"{to}.json").read_text())["train"]) == n
