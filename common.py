@@ -1023,7 +1023,7 @@ class Prompts:
 
     @staticmethod
     def messages(record):
-        """[{"role", "content", "weight"}] of OpenAI's messages or ShareGPT's conversations."""
+        """[{"role", "content"}] of OpenAI's messages or ShareGPT's conversations."""
         conversation = []
         messages = record.get("messages", record.get("conversations"))
         if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
@@ -1040,8 +1040,9 @@ class Prompts:
             problem = text_problem(content, "content", message)
             if problem:
                 raise ValueError(problem)
-            turn = {"role": role, "content": content}
-            conversation.append({**turn, "weight": message.get("weight", 1)})
+            conversation.append({"role": role, "content": content})
+            if "weight" in message:  # 0: not to be trained
+                conversation[-1]["weight"] = message["weight"]
         return conversation
 
     def render(self, messages, reply_follows=False):

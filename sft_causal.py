@@ -752,7 +752,7 @@ def check_model_folder(args, source, config, data, problems):
     if longest > n_positions:
         problems.append(
             f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
-            f"{source} has {n_positions} positions: --max_length {n_positions}"
+            f"{source} has {n_positions} positions"
         )
     about = pathlib.Path(source, "rawtune.json")
     if about.exists() and '"bidirectional_prompt": true' in about.read_text():

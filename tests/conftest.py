@@ -131,3 +131,38 @@ def finish(process, code=0, timeout=300):
     output = process.output.read()
     assert process.returncode == code, output[-3000:]
     return output
+
+
+CAUSAL = {  # transformers' configuration, and what is not SMALL_CAUSAL about it
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 8}),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "sliding_window": 8}),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 4.0}),
+    "pythia": (transformers.GPTNeoXConfig, {}),
+    "gpt2": (transformers.GPT2Config, {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "opt": (transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
+}
+SMALL_CAUSAL = {
+    **{"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    },
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def make_causal(kind, weights=True, **changes):
+    """models/<kind>: a small decoder-only model of a family, with the tiny Llama's tokenizer."""
+    path = pathlib.Path("models", kind)
+    shutil.copytree(ROOT / "models" / "tiny-llama", path)
+    config_class, options = CAUSAL[kind]
+    config = config_class(**{**SMALL_CAUSAL, **options, **changes})
+    config.save_pretrained(path)
+    if weights:
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
