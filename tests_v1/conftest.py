@@ -190,8 +190,8 @@ def flags(mount, run="run", **changes):
 
 
 def clf_flags(mount, run="run", **changes):
-    """The same for clf.py, on data/scores.json."""
-    return flags(mount, run, **{"data": "scores", "max_new_tokens": None, **changes})
+    """The same for clf.py, on data/scores.json; models/llama has 256 positions."""
+    return flags(mount, run, **{"data": "scores", "max_new_tokens": None, "max_length": 256, **changes})
 
 
 def ppo_flags(mount, run="run", **changes):
@@ -232,7 +232,7 @@ def in_process(script, monkeypatch):
     module = importlib.import_module(script)
 
     def run(words):
-        if script == "seq2seq":  # of version 2, where launch() does it
+        if module.common.__name__ == "common":  # of version 2, where launch() does it
             module.common.adopt_launcher()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         try:
@@ -268,10 +268,8 @@ def run_ppo(monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Drawing takes longer than a short run of clf.py itself."""
-    import clf
+    """Drawing takes longer than a short run itself."""
     import common_v1 as common
-    monkeypatch.setattr(clf, "plot_reliability", lambda *_: None)
     monkeypatch.setattr(common, "plot_curves", lambda *_: None)
 
 
@@ -408,15 +406,6 @@ def launch(launcher, words, cwd):
 
 def rows(run_dir, split="train"):
     return [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if row["split"] == split]
-
-
-def preds(path):
-    """The rows of a predictions file of clf.py."""
-    return json.loads(pathlib.Path(path).read_text())
-
-
-def scores(path):
-    return [row["pred_score"] for row in preds(path)]
 
 
 def weights(folder):

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 import transformers
-from conftest import bpe_tokenizer, clf_flags, distance, rows, weights
+from conftest import bpe_tokenizer, distance
 
 import common_v1 as common
 
@@ -410,34 +410,7 @@ def test_with_adapters_off_the_base_answers_to_the_bit_and_they_come_back(tmp_pa
     assert torch.equal(logits(model), before) and off(before, without) > 0.01
 
 
-# ------------------------------------------------------------------------------------------------ runs
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """The model of the newest run, as training left it."""
-    found, load_model = [], common.load_model
-    monkeypatch.setattr(common, "load_model", lambda *a, **k: found.append(load_model(*a, **k)) or found[-1])
-    return found
-
-
-LORA = {"lora_rank": 2, "max_steps": 5, "eval_steps": 5}
-
-
-def test_five_steps_move_every_lora_b_and_no_weight_of_the_base(clf_mount, run_clf, no_pictures, kept):
-    """J1, also with activations recomputed. A decoder that sees one token cannot train its queries and keys: a decoder-only model."""
-    mount = clf_mount
-    folders = {}
-    for folder, changes in (("run", {}), ("recomputed", {"gradient_checkpointing": True})):
-        assert run_clf(clf_flags(mount, folder, model_init_name="llama", **LORA, **changes)) == 0
-        folders[folder] = weights(mount / "models" / folder)
-        base = weights(mount / "models" / folder / "base")
-        model = {n.replace(".base_layer", ""): p.detach().double() for n, p in kept[-1].named_parameters() if not p.requires_grad}
-        assert model.keys() == base.keys() and all(torch.equal(base[n], p) for n, p in model.items())
-    found = [n for n in folders["run"] if "lora_B" in n]
-    assert len(found) == 2 * 3 and all(folders["run"][n].norm() > 0 for n in found)
-    assert distance(folders["run"], folders["recomputed"]) < 1e-6
-    assert rows(mount / "models" / "run")[-1]["loss"] != rows(mount / "models" / "run")[0]["loss"]
+# ------------------------------------------------------------------------------------------------ merging and refusals
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "falcon"])
@@ -463,10 +436,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refused(clf_mount, run_clf, capsys, monkeypatch, words):
-    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    assert run_clf([*clf_flags(clf_mount), *REFUSED[words]]) == 2
-    assert words in capsys.readouterr().err
+def test_refused(tmp_path, words):
+    """Before a model loads: only its configuration is there."""
+    CONFIGS["t5"].save_pretrained(tmp_path)
+    bpe_tokenizer().save_pretrained(tmp_path)
+    args, problems = arguments("--model_init_path", tmp_path, *REFUSED[words]), []
+    common.check_shared_args(args, problems)
+    source, config, _ = common.open_model_folder(args, problems)
+    common.count_trained(transformers.AutoModelForSeq2SeqLM, source, config, args, 1, problems)
+    assert any(words in problem for problem in problems), problems
 
 
 def test_bottlenecks_in_an_unknown_family_are_refused(tmp_path, monkeypatch):

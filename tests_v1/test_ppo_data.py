@@ -454,11 +454,9 @@ def clf_run(folder, template, max_length=512, task="score", model="llama", adds_
     """A folder as clf.py leaves it, as `read_reward_model` reads it; and the layout by which clf.py itself reads."""
     write_llama(folder, adds_end) if model == "llama" else write_model(folder)
     (folder / "model.safetensors").write_bytes(common.safetensors.torch.save({"x": torch.zeros(1)}))
-    layout = types.SimpleNamespace(**{**clf.LAYOUT, "template": template, "max_length": max_length,
-                                      "loss": "pairwise" if task == "preference" else "cross_entropy"},
-                                   family="causal" if model == "llama" else "seq2seq")
+    layout = types.SimpleNamespace(template=template, max_length=max_length, loss="pairwise" if task == "preference" else "cross_entropy")
     (folder / "rawtune.json").write_text(json.dumps({
-        "script": "clf.py", "task": task, "family": layout.family, "record_layout": {"template": template, "max_length": max_length},
+        "script": "clf.py", "task": task, "family": "causal" if model == "llama" else "seq2seq", "record_layout": {"template": template, "max_length": max_length},
         "verbaliser": {"negative_id": 17, "positive_id": 90}}))
     part = rl_ppo.read_reward_model(parsed("--reward_model", folder), str(folder), "--reward_model", problems := [])
     assert problems == [], problems
@@ -466,11 +464,8 @@ def clf_run(folder, template, max_length=512, task="score", model="llama", adds_
 
 
 def as_clf_reads(part, layout, text):
-    """Ids of a text in clf.py's own training files."""
-    tokenizer = part.tokenizer
-    n_begin = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    kept = layout.max_length if layout.loss == "pairwise" else len(clf.encode(tokenizer, [layout.template.rpartition("}")[2]], layout)[0])
-    return clf.cut(clf.encode(tokenizer, [text], layout)[0], layout.max_length, kept - n_begin)
+    """Ids of a text in clf.py's own training rows."""
+    return clf.tokenize_texts([text], layout, part.tokenizer, part.config.is_encoder_decoder)[0].tolist()
 
 
 RECORD = {"prompt": "the cat", "topic": "a book", "number": 3}
@@ -631,7 +626,9 @@ def test_a_clf_run_scores_exactly_as_clf_does(family, dtype):
         if family == "bart":
             made.final_logits_bias = torch.randn(1, 64)
         return made.to(dtype).eval()
-    mine, theirs = score(rl_ppo.RewardModel(model(), [17, 40]), TEXTS), score(clf.YesNo(model(), [17, 40]), TEXTS)
+    yes_no = clf.YesNo(model(), [17, 40], torch.device("cpu"))
+    mine, theirs = (score(reward, TEXTS) for reward in (rl_ppo.RewardModel(model(), [17, 40]),
+                                                        lambda ids, lengths: yes_no({"input_ids": ids, "lengths": lengths})))
     assert torch.equal(mine, theirs) and mine.dtype == torch.float32 and mine.std() > 1e-3
     assert torch.allclose(score(rl_ppo.RewardModel(model(), [40, 17]), TEXTS), -theirs, atol=1e-6)
     if dtype == torch.float32:

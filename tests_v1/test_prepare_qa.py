@@ -266,10 +266,11 @@ def test_seq2seq_and_sft_read_it(prepare, tmp_path, layout, file, content):
 
 def test_clf_and_ppo_read_it(prepare, tmp_path):
     assert prepare("webgpt", {"train": ("w.json", WEBGPT)}, out="p.jsonl")[0] == prepare("triviaqa", {"train": ("t.json", TRIVIA)})[0] == 0
-    layout = types.SimpleNamespace(loss="pairwise", template="{prompt}\n\n{reply}", target_min=0, target_max=1)
-    texts = [clf.to_texts(record, split, layout) for _, split, record in read(tmp_path / "p.jsonl")]
-    assert [wrong for *_, wrong in texts] == [None] * 3 and texts[1][0] == ["Why?\n\nyes", "Why?\n\nno"]
-    model, problems = ROOT / "models" / "tiny-llama", []
+    args, problems = clf.parse_args(["--model_init_name", "x", "--loss", "pairwise"]), []
+    clf.complete_flags(args, None, problems)
+    examples = [clf.to_example(args, "set", split, record, "here", problems) for _, split, record in read(tmp_path / "p.jsonl")]
+    assert len(examples) == 3 and examples[1].texts == ["Why?\n\nyes", "Why?\n\nno"] and not problems
+    model = ROOT / "models" / "tiny-llama"
     prompts = rl_ppo.Prompts(types.SimpleNamespace(raw_prompt=True, policy=str(model)), model, transformers.AutoConfig.from_pretrained(model),
                              transformers.AutoTokenizer.from_pretrained(model), problems)
     assert [prompts.read(record)[1] for _, _, record in read(tmp_path / "out.json")] == ["Which county is Leeds in?", "2 + 2?"] and not problems

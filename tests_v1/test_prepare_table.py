@@ -284,11 +284,14 @@ def test_every_format_is_what_its_scripts_read(prepare, tmp_path):
             conversations, _, wrong = sft_causal.to_conversations(record, options, None)
             assert wrong is None and len(conversations[0][1]) == n_turns and conversations[0][1][-1]["role"] == "assistant"
     assert [sft_causal.to_conversations(record, options, None)[0] for _, record in found["text"]] == [[(1.0, ("", "x"))], [(1.0, ("", "1 + 1"))]]
-    layout = types.SimpleNamespace(loss="cross_entropy", template="{input}", target_min=0, target_max=1)
-    assert [clf.to_texts(record, split, layout)[:2] for split, record in found["score"]] == [(["x"], 1.0), (["1 + 1"], 0.5)]
-    layout = types.SimpleNamespace(loss="pairwise", template="{prompt}\n\n{reply}", target_min=0, target_max=1)
-    assert [clf.to_texts(record, split, layout)[0] for split, record in found["preference"]] == [["x\n\ny", "x\n\nz"], ["1 + 1\n\n2", "1 + 1\n\n3"]]
-    model, problems = ROOT / "models" / "tiny-llama", []
+    scored = {}
+    for name, loss in (("score", "cross_entropy"), ("preference", "pairwise")):
+        args = clf.parse_args(["--model_init_name", "x", "--loss", loss])
+        clf.complete_flags(args, None, problems)
+        scored[name] = [clf.to_example(args, "set", split, record, "here", problems) for split, record in found[name]]
+    assert [(e.texts, e.target) for e in scored["score"]] == [(["x"], 1.0), (["1 + 1"], 0.5)] and not problems
+    assert [e.texts for e in scored["preference"]] == [["x\n\ny", "x\n\nz"], ["1 + 1\n\n2", "1 + 1\n\n3"]]
+    model = ROOT / "models" / "tiny-llama"
     prompts = rl_ppo.Prompts(argparse.Namespace(raw_prompt=True, policy=str(model)), model, transformers.AutoConfig.from_pretrained(model),
                              transformers.AutoTokenizer.from_pretrained(model), problems)
     for name in ("prompt", "asked"):
