@@ -533,14 +533,15 @@ def test_mistakes(words, content, message, monkeypatch, capsys):
 
 SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
 SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
-SHORT += ["--logging_steps", "1", "--eval_steps", "7", "--model_init_name", "gpt2"]
+SHORT += ["--logging_steps", "1", "--eval_steps", "7", "--model_init_name"]
 
 
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
-    conftest.make_causal("gpt2")
+    # no GPT-2: its bias of keys has no gradient but rounding errors, which Adam blows up
+    conftest.make_causal("llama")
     conftest.write_data("d", chats(100), chats(10, 100))
-    words = [*SHORT, "--temperature", "1", "--n_samples", "2", "--eval_batch_size", "8"]
+    words = [*SHORT, "llama", "--temperature", "1", "--n_samples", "2", "--eval_batch_size", "8"]
     two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
     runs = [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES]
     process = conftest.start_many(runs, 2, sft_causal)
@@ -560,7 +561,7 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     conftest.make_causal("gpt2", resid_pdrop=0.1)
     conftest.write_data("d", chats(100), chats(10, 100))
-    words = [*SHORT, "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
+    words = [*SHORT, "gpt2", "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
 
     def runs(prefix):
         names = [(stage, f"{prefix}-{stage}") for stage in ("zero0", "zero3")]
