@@ -189,6 +189,17 @@ def flags(mount, run="run", **changes):
     return words
 
 
+def trainer_args(words):
+    """The flags that the trainers share, as common_v1 reads them."""
+    import common_v1 as common
+    parser = common.Parser(prog="trainer.py")
+    for name in ("max_new_tokens", "n_samples"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    common.add_task_args(parser)
+    common.add_shared_args(parser)
+    return parser.parse_args(list(map(str, words)))
+
+
 def clf_flags(mount, run="run", **changes):
     """The same for clf.py, on data/scores.json; models/llama has 256 positions."""
     return flags(mount, run, **{"data": "scores", "max_new_tokens": None, "max_length": 256, **changes})

@@ -16,6 +16,7 @@ import torch
 import transformers
 from conftest import ROOT, copy_script, finish, flags, in_process, start, write_byt5, write_llama, write_model
 
+import adapters
 import chat
 import common_v1 as common
 import seq2seq
@@ -46,7 +47,7 @@ def prompts_of(tokenizer, rawtune=None, config=None, **options):
 
 def chatml():
     tokenizer = bpe_tokenizer()
-    sft_causal.set_template(argparse.Namespace(template="chatml"), tokenizer, [])
+    sft_causal.set_template(argparse.Namespace(template="chatml"), tokenizer)
     return tokenizer
 
 
@@ -71,31 +72,32 @@ def test_prompt_ids_are_those_that_sft_causal_trained_and_evaluated(tmp_path, te
     words = ["--raw_prompt"] if template == "raw" else ["--template", template]
     args = sft_causal.parse_args([*flags(tmp_path, data="chats"), *words])
     problems = []
-    _, config, tokenizer = common.open_model_folder(args, problems)
-    name, end = sft_causal.set_template(args, tokenizer, problems)
-    data, = sft_causal.load_data(args, tokenizer, name, end, problems)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "models" / "tiny")
+    trainer_prompts = sft_causal.open_prompts(args, "tiny", tokenizer, problems)
+    name = args.template
+    rows = sft_causal.load_records(args, trainer_prompts, problems).rows["eval"]
     assert not problems
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    prompts = prompts_of(saved, {"template": name, "raw_prompt": template == "raw", "stop_ids": sft_causal.stop_ids_of(tokenizer, end)})
-    assert len(data.prompt["eval"]) == len(records)
+    prompts = prompts_of(saved, {"template": name, "raw_prompt": template == "raw", "stop_ids": trainer_prompts.stop_ids})
+    assert len(rows.choices) == len(records)
     others = 0
     for i, record in enumerate(records):
         messages, text = prompts.of_record(record)
         ids = prompts.raw_ids(text) if messages is None else prompts.ids(messages)
-        trained, is_target = sft_causal.unseal(data.tokens["eval"][i])
-        assert ids == trained[: len(ids)].tolist() and is_target[len(ids)]
-        assert ids == list(data.prompt["eval"][i])
+        trained, labels = (column[i] for column in rows.fetch([i]))
+        assert ids == trained[: len(ids)].tolist() and labels[len(ids)] == trained[len(ids)]
+        assert ids == rows.question(i).tolist()
         others += ids != prompts_of(saved, {"template": name}, format="turns").ids(messages or [{"role": "user", "content": text}])
     assert others == len(records)
-    assert set(prompts.stop_ids(transformers.GenerationConfig())) >= {tokenizer.convert_tokens_to_ids(end)}
+    assert set(prompts.stop_ids(transformers.GenerationConfig())) >= {tokenizer.convert_tokens_to_ids(trainer_prompts.end_token)}
 
 
 @pytest.mark.parametrize("write", [write_model, write_byt5])
 def test_source_ids_are_those_that_seq2seq_trained(tmp_path, write):
     write(tmp_path / "models" / "tiny")
-    args, problems = sft_causal.parse_args(flags(tmp_path)), []
-    _, config, tokenizer = common.open_model_folder(args, problems)
+    problems = []
+    config, tokenizer = (auto.from_pretrained(tmp_path / "models" / "tiny") for auto in (transformers.AutoConfig, transformers.AutoTokenizer))
     prompts = prompts_of(tokenizer, {"record_layout": {"source": "{prompt}", "target": "{completion}"}}, config)
     assert prompts.format == "raw" and not prompts.multi_turn and not problems
     for record in (r for r in RECORDS if "messages" not in r):
@@ -298,7 +300,7 @@ def test_an_adapter_folder_a_checkpoint_and_quantised_weights_load(tmp_path, run
     assert run_sft([*base, "--model_init_name", "tiny", "--training_run_name", "full"]) == 0
     assert run_sft([*base, "--model_init_name", "full", "--training_run_name", "lora", "--lora_rank", 4]) == 0
     assert run_sft([*base, "--model_init_name", "full", "--training_run_name", "bottleneck", "--train_adapter", "--reduction_factor", 4]) == 0
-    assert run_sft(["--mount_dir", tmp_path, "--model_init_name", "lora", "--merge_lora", tmp_path / "models" / "merged"]) == 0
+    adapters.merge(adapters.parse_args([str(tmp_path / "models" / name) for name in ("lora", "merged")]))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     told = {}
     for name in ("full", "lora", "merged", "bottleneck", "full/checkpoint-3"):

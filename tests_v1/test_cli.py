@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import flags, ragged_records, write_llama
+from conftest import flags, ragged_records, trainer_args, write_llama
 
 import common_v1 as common
-import sft_causal
 
 
 @pytest.fixture
@@ -22,35 +21,11 @@ def mount(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def refused(run_sft, monkeypatch, capsys):
-    """refused(words) -> stderr of a run that ends with exit code 2 before the model loads."""
-    def refused(words):
-        def too_late(*_):
-            raise AssertionError("the model was loaded")
-        monkeypatch.setattr(common, "load_model", too_late)
-        assert run_sft(list(map(str, words))) == 2
-        return capsys.readouterr().err
-    return refused
-
-
 def parsed(*words):
-    return vars(sft_causal.parse_args(["--model_init_name", "x", *map(str, words)]))
+    return vars(trainer_args(["--model_init_name", "x", *map(str, words)]))
 
 
 # ------------------------------------------------------------------------------------------------ flags
-
-
-@pytest.mark.parametrize("words, named", [
-    (["--train_batch", "8"], "'--train_batch': did you mean --train_batch_size?"),
-                                          (["--learning_rte=1"], "did you mean --learning_rate?"),
-    (["--temp", "1"], "did you mean --temperature?"), (["--zzz"], "unknown argument '--zzz'"),
-                                          (["--max_steps", "many"], "--max_steps"),
-    (["--lr_scheduler_type", "step"], "'cosine'"), (["stray"], "'stray'"), (["--no_train", "--evl_steps", "5"],
-                                                                            "did you mean --eval_steps?"),
-    (["@missing/preset"], "missing/preset"), (["--force", "everything"], "changed_flags")])
-def test_unknown_and_abbreviated_flags_are_refused_with_the_nearest(refused, mount, words, named):
-    assert named in refused([*flags(mount), *words])
 
 
 def test_data_and_data_name_and_both_spellings_of_a_value_are_the_same():
@@ -76,62 +51,6 @@ def test_presets_are_found_beside_the_script(tmp_path, monkeypatch):
     assert parsed("@presets/short")["max_steps"] == 5
 
 
-@pytest.mark.parametrize("words, is_demo", [([], True), (["--seed", "3"], True), (["--model_init_name=x"], False),
-                                            (["--model_init_path", "x"], False),
-                                            (["--data", "x"], False), (["--data_name=x"], False),
-                                            (["@presets/x"], False)])
-def test_demo_flags_are_used_and_shown_only_where_no_model_and_no_data_are_named(tmp_path, monkeypatch, capsys, words,
-                                                                                 is_demo):
-    (tmp_path / "presets").mkdir()
-    (tmp_path / "presets" / "x").write_text("--max_steps 5")
-    monkeypatch.setattr(common, "HERE", tmp_path)
-    args = sft_causal.parse_args(words)
-    assert ((args.training_run_name, args.data_name) == ("sft-demo", ["instructions"])) == is_demo
-    assert ("demo: python sft_causal.py " + " ".join([sft_causal.DEMO, *words]) in capsys.readouterr().out) == is_demo
-    assert args.seed == (3 if "--seed" in words else 0)
-
-
-def test_all_problems_are_reported_at_once(refused, mount):
-    wrong = {"train_batch_size": 0, "learning_rate": "nan", "warmup_steps": -1, "max_length": 1, "top_p": 0,
-             "n_samples": 3, "num_epochs": 0, "max_grad_norm": "inf", "metric_for_best": "bleu",
-             "eval_fraction": 1, "save_total_limit": 0,
-             "max_new_tokens": 0, "training_run_name": "../x", "seed": -1, "resume": True, "overwrite": True}
-    error = refused(flags(mount, **wrong, model_init_name="tinny"))
-    assert [name for name in wrong if not re.search(rf"^ERROR .*--{name}\b", error, re.M)] == []
-    assert "did you mean tiny?" in error and len(re.findall("^ERROR ", error, re.M)) >= len(wrong)
-    assert refused(flags(mount, learning_rate="nan")).count("ERROR") == 1
-
-
-@pytest.mark.parametrize("changes, named", [
-    ({"top_p": 0.5}, "--top_p has no effect"),
-                                            ({"n_samples": 2}, "greedy"),
-    ({"early_stopping_patience": 2}, "needs --metric_for_best"), ({"data": "ragged:5000"}, "5000 of 43"),
-                                            ({"data": "ragged:0.001"}, "0 of 43"),
-    ({"data": "ragged:0"}, "--data ragged:0"), ({"training_run_name": "/abs"}, "--training_run_name"),
-                                            ({"ds_config": "zero7"}, "--ds_config zero7"),
-    ({"compile": True, "ds_config": "zero3"}, "--compile"), ({"model_init_name": None, "data": None}, "no model"),
-                                            ({"precision": "bf8"}, "--precision bf8")])
-def test_flags_that_exclude_each_other_or_mean_nothing_are_refused(refused, mount, changes, named):
-    words = flags(mount, **changes) if changes.get("model_init_name", 1) else ["--mount_dir", mount, "--data", "ragged"]
-    assert named in refused(words)
-
-
-def test_run_that_would_rename_its_own_model_is_refused(refused, mount):
-    assert "tiny" in refused(flags(mount, run="tiny", overwrite=True))
-    assert (mount / "models" / "tiny" / "config.json").exists()
-
-
-@pytest.mark.parametrize("batch, world, nearest", [(8, 3, 9), (7, 2, 8), (1, 4, 4), (10, 4, 8)])
-def test_batch_that_the_processes_cannot_share_is_refused(refused, mount, monkeypatch, batch, world, nearest):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.setenv("RANK", "0")
-    error = refused(flags(mount, train_batch_size=batch))
-    assert f"cannot be divided by {world} processes; nearest: {nearest}" in error
-    problems = []
-    sft_causal.check_args(sft_causal.parse_args(flags(mount, train_batch_size=nearest)), problems)
-    assert problems == []
-
-
 # ------------------------------------------------------------------------------------------------ precision
 
 ALIASES = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-true": "bf16",
@@ -141,8 +60,8 @@ ALIASES = {"fp32": "fp32", "32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf1
 
 @pytest.mark.parametrize("spelling", ALIASES)
 def test_precision_aliases(mount, spelling):
-    args, problems = sft_causal.parse_args(flags(mount, precision=spelling)), []
-    sft_causal.check_args(args, problems)
+    args, problems = trainer_args(flags(mount, precision=spelling)), []
+    common.check_shared_args(args, problems)
     assert problems == [] and common.resolve_precision(args) == ALIASES[spelling] and ALIASES[spelling] in common.DTYPES
     assert set(ALIASES) | {"16-mixed"} == set(common.PRECISIONS)
 
@@ -151,7 +70,7 @@ def test_precision_aliases(mount, spelling):
 def test_precision_auto_is_bf16_where_the_gpu_has_it(mount, monkeypatch, has_gpu, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert common.resolve_precision(sft_causal.parse_args(flags(mount, precision="auto"))) == expected
+    assert common.resolve_precision(trainer_args(flags(mount, precision="auto"))) == expected
 
 
 # ------------------------------------------------------------------------------------------------ DeepSpeed JSON
@@ -163,7 +82,7 @@ def read(tmp_path, mount):
     def read(content, precision="fp32", **changes):
         (tmp_path / "own.json").write_text(json.dumps(content))
         problems = []
-        return common.read_ds_config(sft_causal.parse_args(flags(mount, **changes)), str(tmp_path / "own.json"),
+        return common.read_ds_config(trainer_args(flags(mount, **changes)), str(tmp_path / "own.json"),
                                      precision, problems), problems
     return read
 
@@ -265,29 +184,6 @@ def test_setup_that_auto_names_exists_in_that_precision(monkeypatch):
 # ------------------------------------------------------------------------------------------------ estimate, schedule
 
 
-def test_estimate_prints_the_table_and_loads_no_weights(run_sft, mount, monkeypatch, capsys):
-    monkeypatch.setattr(common, "load_model", lambda *_: 1 / 0)
-    monkeypatch.setattr(common, "device_memory", lambda: 1)  # nothing fits: still a table
-    assert run_sft(flags(mount, estimate=True, precision="bf16", ds_config="auto")) == 0
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^{name} ", out, re.M) for name in common.STAGES) and "bf16" in out
-    assert not (mount / "models" / "run").exists()
-
-
-def test_estimate_is_printed_by_rank_0_only(run_sft, mount, monkeypatch, capsys):
-    for rank, prints in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert run_sft(flags(mount, estimate=True)) == 0 and ("zero3" in capsys.readouterr().out) == prints
-
-
-def test_estimate_does_not_mind_a_finished_run(run_sft, mount):
-    (mount / "models" / "run").mkdir()
-    common.write_json(mount / "models" / "run" / "args.json", {})
-    (mount / "models" / "run" / "COMPLETE").touch()
-    assert run_sft(flags(mount, estimate=True)) == 0
-
-
 THEIRS = {"linear": transformers.get_linear_schedule_with_warmup,
           "cosine": transformers.get_cosine_schedule_with_warmup,
           "constant_with_warmup": lambda optimizer, warmup,
@@ -320,7 +216,7 @@ def test_learning_rate_is_that_of_transformers_with_a_warmup_that_starts_one_ste
                                                                        (400, "linear", 1000, 400, True),
     (333, "linear", 1000, 333, False), (400, "constant", 1000, 400, False), (0, "linear", 10, 0, False)])
 def test_warmup_default_and_warning(mount, messages, given, schedule, steps, warmup, is_warned):
-    args = sft_causal.parse_args(flags(mount, warmup_steps=given, lr_scheduler_type=schedule))
+    args = trainer_args(flags(mount, warmup_steps=given, lr_scheduler_type=schedule))
     assert common.warmup_steps(args, steps) == warmup
     assert [f"--warmup_steps {given}" in line and f"{min(2000, steps // 10)} is usual" in line
             for line in messages] == [True] * is_warned

@@ -12,10 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, flags, start
+from conftest import ROOT, finish, flags, start, trainer_args
 
 import common_v1 as common
-import sft_causal
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
             "SLURM_PROCID",
@@ -231,7 +230,7 @@ def test_second_process_waits_for_the_lock_and_a_killed_one_frees_it(tmp_path):
 def made_run(mount, finished=False):
     """A run folder as start_run leaves it, with one checkpoint; returns (run_dir, what changed flags lead to)."""
     run_dir = mount / "models" / "run"
-    args = sft_causal.parse_args(flags(mount))
+    args = trainer_args(flags(mount))
     (run_dir / "checkpoint-2").mkdir(parents=True)
     (run_dir / "checkpoint-2" / "COMPLETE").touch()
     common.write_json(run_dir / "args.json", {**vars(args), **IDENTITY})
@@ -240,8 +239,8 @@ def made_run(mount, finished=False):
 
     def decide(identity=None, **changes):
         problems = []
-        args = sft_causal.parse_args(flags(mount, **changes))
-        found = common.start_of_run(args, run_dir, {**IDENTITY, **(identity or {})}, sft_causal.FREE_FLAGS, problems)
+        args = trainer_args(flags(mount, **changes))
+        found = common.start_of_run(args, run_dir, {**IDENTITY, **(identity or {})}, {"max_new_tokens"}, problems)
         return found and found.name, problems
     return run_dir, decide
 
@@ -285,7 +284,7 @@ def test_foreign_folder_is_refused_and_overwrite_renames_it(mount, no_launcher, 
     (run_dir / "args.json").unlink()
     assert "no run folder" in decide()[1][0]
     assert decide(overwrite=True) == (None, [])
-    common.start_run(sft_causal.parse_args(flags(mount, overwrite=True)), run_dir, IDENTITY, ROOT / "sft_causal.py")
+    common.start_run(trainer_args(flags(mount, overwrite=True)), run_dir, IDENTITY, ROOT / "sft_causal.py")
     assert (mount / "models" / "run.old-1" / "checkpoint-2").is_dir() and not (run_dir / "checkpoint-2").exists()
     assert json.loads((run_dir / "args.json").read_text())["effective_batch"] == 8
     assert (run_dir / "code" / "common_v1.py").exists()
@@ -295,7 +294,7 @@ def test_start_run_sweeps_what_a_killed_process_left(mount, no_launcher, message
     run_dir, _ = made_run(mount, finished=True)
     (run_dir / "checkpoint-4.tmp").mkdir()
     (run_dir / "model.safetensors.tmp").touch()
-    common.start_run(sft_causal.parse_args(flags(mount)), run_dir, IDENTITY, ROOT / "sft_causal.py")
+    common.start_run(trainer_args(flags(mount)), run_dir, IDENTITY, ROOT / "sft_causal.py")
     assert not list(run_dir.glob("*.tmp")) and not (run_dir / "COMPLETE").exists()
     assert (run_dir / "checkpoint-2").is_dir()
 

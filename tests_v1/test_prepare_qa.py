@@ -249,7 +249,6 @@ def read(path):
 
 @pytest.mark.parametrize("layout, file, content", [("squad", "a.json", SQUAD), ("triviaqa", "a.json", TRIVIA), ("sciq", "a.csv", SCIQ)])
 def test_seq2seq_and_sft_read_it(prepare, tmp_path, layout, file, content):
-    raw = types.SimpleNamespace(raw_prompt=False)
     for to, out in (("pairs", "p.json"), ("messages", "m.jsonl")):
         assert prepare(layout, {"eval": (file, content)}, "--to", to, out=out)[0] == 0
     pairs, chats = read(tmp_path / "p.json"), read(tmp_path / "m.jsonl")
@@ -260,8 +259,7 @@ def test_seq2seq_and_sft_read_it(prepare, tmp_path, layout, file, content):
         assert (split, chat_split, problems) == ("eval", "eval", []) and (example.prompts, example.completions) == ([prompt], [completion])
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         for each in (record, chat):
-            conversations, _, wrong = sft_causal.to_conversations(each, raw, None)
-            assert wrong is None and conversations == [(1.0, turns)]
+            assert sft_causal.to_conversations(None, each) == [turns]
 
 
 def test_clf_and_ppo_read_it(prepare, tmp_path):

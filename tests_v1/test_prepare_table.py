@@ -278,12 +278,13 @@ def test_every_format_is_what_its_scripts_read(prepare, tmp_path):
     problems = []
     examples = [seq2seq.to_example("set", record, "here", problems) for _, record in found["pair"]]
     assert [(e.prompts, e.completions) for e in examples] == [(["x"], ["y"]), (["1 + 1"], ["2"])] and not problems
-    options = types.SimpleNamespace(raw_prompt=False)
+    options = types.SimpleNamespace(template="chatml")
     for name, n_turns in (("pair", 2), ("chat", 5)):
         for _, record in found[name]:
-            conversations, _, wrong = sft_causal.to_conversations(record, options, None)
-            assert wrong is None and len(conversations[0][1]) == n_turns and conversations[0][1][-1]["role"] == "assistant"
-    assert [sft_causal.to_conversations(record, options, None)[0] for _, record in found["text"]] == [[(1.0, ("", "x"))], [(1.0, ("", "1 + 1"))]]
+            (messages,) = sft_causal.to_conversations(options, record)
+            assert len(messages) == n_turns and messages[-1]["role"] == "assistant"
+    texts = [sft_causal.to_conversations(options, record)[0][0]["content"] for _, record in found["text"]]
+    assert texts == ["x", "1 + 1"]
     scored = {}
     for name, loss in (("score", "cross_entropy"), ("preference", "pairwise")):
         args = clf.parse_args(["--model_init_name", "x", "--loss", loss])

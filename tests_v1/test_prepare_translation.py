@@ -308,5 +308,5 @@ def test_the_scripts_read_what_is_written(prepare):
     talks = prepare({}, "--pairs", *sets, "--multi_turn", 0.5, out="talks.json")[1]["train"]
     assert {record["dataset"] for record in talks} == {name.partition("=")[0] for name in sets}
     for record in talks:
-        (_, messages), = sft_causal.to_conversations(record, argparse.Namespace(raw_prompt=False), "chatml")[0]
+        (messages,) = sft_causal.to_conversations(None, record)
         assert messages[-1]["content"] == record.get("completion", messages[-1]["content"]) and len(messages) == (4 if "messages" in record else 2)

@@ -479,23 +479,31 @@ def test_a_way_to_the_anchor_against_the_gradients_is_said(place, moved, capsys,
     assert "goes against the gradients" in capsys.readouterr().err + caplog.text and json.loads((place / "n.csv.json").read_text())["step_size"] > 0
 
 
+def sft_rows(tokenizer, record, *words):
+    """(ids, whether each is trained, the token that ends a reply) as sft_causal.py reads a record; the tokenizer gets its template."""
+    import sft_causal
+    args, problems = sft_causal.parse_args(["--model_init_name", "x", *words]), []
+    prompts = sft_causal.open_prompts(args, "nowhere", tokenizer, problems)
+    example = sft_causal.to_example(args, prompts, "set", record, "here")
+    (ids, labels, _), = sft_causal.tokenize_block(example.documents, args, prompts, problems)
+    assert not problems
+    return ids.tolist(), (labels != sft_causal.IGNORED).tolist(), prompts.end_token
+
+
 def test_rows_are_encoded_as_the_trainers_do(place, monkeypatch):
     import seq2seq
-    import sft_causal
     tokenizer = bpe_tokenizer()
     record = {"prompt": "the cat:", "completion": " reads a book"}
     args = types.SimpleNamespace(max_length=2048, max_source_length=1024, raw_prompt=True, targets="assistant")
     _, ids, is_target = grads.encode(record, tokenizer, "causal", args, None)
-    (theirs, their_target, _), = sft_causal.encode(tokenizer, [(record["prompt"], record["completion"])], args, "</s>")
-    assert ids.tolist() == theirs.tolist() and is_target.tolist() == their_target.tolist()
+    theirs, their_target, _ = sft_rows(tokenizer, record, "--raw_prompt")
+    assert ids.tolist() == theirs and is_target.tolist() == their_target
     chat = copy.deepcopy(tokenizer)
-    template_args = types.SimpleNamespace(template="chatml")
-    name, end = sft_causal.set_template(template_args, chat, [])
     messages = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"},
                 {"role": "assistant", "content": "a book"}]
-    _, ids, is_target = grads.encode({"messages": messages}, chat, "causal", args, (name, grads.end_token(chat)))
-    (theirs, their_target, _), = sft_causal.encode(chat, [messages], args, end)
-    assert grads.end_token(chat) == end and ids.tolist() == theirs.tolist() and is_target.tolist() == their_target.tolist()
+    theirs, their_target, end = sft_rows(chat, {"messages": messages})
+    _, ids, is_target = grads.encode({"messages": messages}, chat, "causal", args, ("chatml", grads.end_token(chat)))
+    assert grads.end_token(chat) == end and ids.tolist() == theirs and is_target.tolist() == their_target
     t5 = transformers.AutoTokenizer.from_pretrained(place / "models" / "t5")
     for args.max_source_length, args.max_length in ((1024, 2048), (4, 3)):  # whole, and cut
         source, target, _ = grads.encode(record, t5, "seq2seq", args, None)
