@@ -184,19 +184,18 @@ def tokenize_texts(texts, args, tokenizer, has_encoder):
     words behind it stay. Of a preference all replies would be equal: it loses its beginning."""
     tail = args.template.rpartition("}")[2]
     *rows, tail_ids, letter = common.tokenize(tokenizer, [*texts, tail, "a"])
+    if not has_encoder and letter[-1] == tokenizer.eos_token_id:  # but the answer comes next
+        *rows, tail_ids = [input_ids[:-1] for input_ids in [*rows, tail_ids]]
     n_begin = int(letter[0] == tokenizer.bos_token_id)
     n_end = min(len(tail_ids) - n_begin, args.max_length)
     if args.loss == "pairwise":
         n_end = args.max_length - n_begin
     n_cut = 0
     for i, input_ids in enumerate(rows):
-        if not has_encoder and input_ids[-1] == tokenizer.eos_token_id:
-            input_ids = input_ids[:-1]  # the answer comes next
         if len(input_ids) > args.max_length:
             n_cut += 1
             end = input_ids[len(input_ids) - n_end :]
-            input_ids = np.concatenate([input_ids[: args.max_length - n_end], end])
-        rows[i] = input_ids
+            rows[i] = np.concatenate([input_ids[: args.max_length - n_end], end])
     if n_cut:
         log(f"WARNING {n_cut} of {len(rows)} texts are cut to --max_length {args.max_length}")
     return rows

@@ -229,6 +229,11 @@ def test_long_texts_lose_the_end_of_what_was_filled_in_and_preferences_their_beg
     (input_ids,) = clf.tokenize_texts([text], args, tokenizer, False)
     assert tokenizer(text).input_ids == [*plain, tokenizer.eos_token_id]
     assert input_ids.tolist() == [tokenizer.bos_token_id, *plain[-4:]]
+    args.loss = "cross_entropy"
+    for args.template, end in (("{input}", []), ("{input} dog", tokenizer(" dog").input_ids[1:-1])):
+        texts = [args.template.replace("{input}", text)]
+        (input_ids,) = clf.tokenize_texts(texts, args, tokenizer, False)
+        assert input_ids.tolist() == plain[: 5 - len(end)] + end
 
 
 def test_answers_are_pieces_where_an_answer_begins():
