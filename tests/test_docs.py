@@ -7,69 +7,90 @@ import shlex
 import pytest
 from conftest import ROOT, make_model, metrics, pairs, run, write_data
 
+import clf
 import common
 import seq2seq
+import sft_causal
 
-SPINE = [ROOT / "docs" / name for name in ("seq2seq.md", "pretraining.md", "adapters.md")]
-EXTEND = ROOT / "docs" / "extend.md"
-PAGES = [ROOT / "README.md", *SPINE, EXTEND]
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
+DOCS = ROOT / "docs"
+SPINE = [DOCS / name for name in ("seq2seq.md", "pretraining.md", "adapters.md")]
+SIBLINGS = [DOCS / name for name in ("clf.md", "sft_causal.md")]
+EXTEND = DOCS / "extend.md"
+PAGES = [ROOT / "README.md", *SPINE, *SIBLINGS, EXTEND, DOCS / "instructions.md"]
 PRESETS = [path for path in (ROOT / "presets").glob("*") if path.is_file()]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-OTHER_FLAGS = {"--requeue", "--kl_coefficient"}  # Slurm's; that of the diff in docs/extend.md
+# Slurm's; that of the diff in docs/extend.md; DeepSpeed's launcher's; of an earlier system
+OTHER_FLAGS = {"--requeue", "--kl_coefficient", "--include", "--ft_head_first"}
+OTHER_FLAGS.add("--save_best_metric")
 
 
 def commands():
-    """The words after seq2seq.py, of every command that runs it."""
+    """(script, words), of every command that runs one of ours."""
     for page in PAGES:
         for language, text in BLOCK.findall(page.read_text()):
             for line in text.replace("\\\n", " ").splitlines() if language == "bash" else ():
                 words = shlex.split(line, comments=True)
-                if "seq2seq.py" in words and words[0] != "cp":
-                    yield words[words.index("seq2seq.py") + 1 :]
+                for name in set(words) & set(SCRIPTS):
+                    if words[0] != "cp":
+                        yield name, words[words.index(name) + 1 :]
 
 
-def check(words):
+def check(name, words):
     problems = []
-    seq2seq.check_args(seq2seq.parse_args(words), problems)
+    script = SCRIPTS[name]
+    args = script.parse_args(words)
+    check_args = getattr(script, "check_args", None)
+    if check_args:
+        check_args(args, problems)
+    else:
+        common.check_shared_args(args, (), problems)
     assert not problems, words
 
 
 def test_commands_and_presets_parse(monkeypatch):
     monkeypatch.chdir(ROOT)  # where @presets/... is
     found = list(commands())
-    assert len(found) > 20
-    for words in found:
-        check(words)
+    assert len(found) > 30 and {name for name, _ in found} == set(SCRIPTS)
+    for name, words in found:
+        check(name, words)
     for preset in PRESETS:
-        if "seq2seq.py" in preset.read_text():
-            check([f"@{preset}", "--model_init_path", "x", "--data", "y"])
+        for name in SCRIPTS:
+            if name in preset.read_text() and preset.name != "rlhf-defaults":
+                check(name, [f"@{preset}", "--model_init_path", "x", "--data", "y"])
 
 
-@pytest.mark.parametrize("page", [*SPINE, EXTEND], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_flags_exist(page, capsys):
-    parser = common.Parser(seq2seq.__doc__, seq2seq.FLAGS)
+    script = SCRIPTS.get(f"{page.stem}.py", seq2seq)
+    parser = common.Parser(script.__doc__, script.FLAGS)
     known = OTHER_FLAGS | set(parser._option_string_actions)
-    for script in set(re.findall(r"data/(prepare_\w+)\.py", page.read_text())):
+    for name in set(re.findall(r"data/((?:prepare|score)_\w+)\.py", page.read_text())):
         with pytest.raises(SystemExit):
-            importlib.import_module(script).main(["--help"])
+            importlib.import_module(name).main(["--help"])
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
     text = BLOCK.sub("", page.read_text())
     named = re.findall(r"`[^`]*`", text)
     assert set(re.findall(r"(?<!\w)--\w+", " ".join(named))) <= known
 
 
-def test_every_metric_is_explained():
-    page = SPINE[0].read_text()
+@pytest.mark.parametrize("name", ["seq2seq.py", "clf.py"])
+def test_every_metric_is_explained(name):
+    page = (DOCS / name.replace(".py", ".md")).read_text()
     make_model("t5")
-    for name in ("one", "two"):
-        write_data(name, pairs(4), pairs(2, 4), test=pairs(2, 6))
+    for data in ("one", "two"):
+        records = pairs(8)
+        for i, record in enumerate(records):
+            record.update(input=record["prompt"], target=i % 2)
+        write_data(data, records[:4], records[4:6], test=records[6:])
     words = ["--model_init_name", "t5", "--data", "one", "two", "--max_steps", 1]
-    run(*words, "--max_new_tokens", 2, "--training_run_name", "r")
-    logged = {f"eval/{name}" for name in seq2seq.METRICS}
+    run(*words, "--training_run_name", "r", module=SCRIPTS[name])
+    found = set()
     for row in metrics("r"):
-        logged |= {re.sub("^(eval|test)/(one/|two/)?", "eval/", name) for name in row}
-    explained = set(re.findall(r"`([\w/]+)`", page))
-    assert logged <= explained
+        if row["split"] != "train" or name == "seq2seq.py":
+            found |= {re.sub("^(eval|test)/(one/|two/)?", "", metric) for metric in row}
+    explained = set(re.findall(r"`(?:eval/)?(\w+)`", page)) | {"step", "epoch", "split"}
+    assert found <= explained
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,4 +108,5 @@ def test_links_lead_somewhere(page):
 
 def test_sizes():
     assert sum(page.stat().st_size for page in SPINE) <= 25_000
+    assert sum(page.stat().st_size for page in SIBLINGS) <= 20_000
     assert EXTEND.stat().st_size <= 6_000
