@@ -287,7 +287,8 @@ def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypat
     )
     args = types.SimpleNamespace(precision="fp32")
     arguments = (args, engine_class(), 0, torch.device("cpu"))
-    assert sft_causal.check_model(*arguments) == (kind in PACKED)
+    for args.precision in ("bf16", "fp32"):
+        assert sft_causal.check_model(*arguments) == (kind in PACKED)
     logits = losses_of.logits
     monkeypatch.setattr(losses_of, "logits", lambda states: 2 * logits(states))
     with pytest.raises(SystemExit):
@@ -334,9 +335,10 @@ def chats(n, start=0):
     return found
 
 
-def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
+def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(capsys):
     conftest.make_causal("llama")
     records = chats(6)
+    records.append({"prompt": "nine", "completion": "9", "references": ["IX", "9"]})
     conftest.write_data("d", records, records, test=records[:2])
     flags = "--max_steps 60 --eval_steps 30 --lr_scheduler_type constant_with_warmup"
     flags += " --max_new_tokens 30 --metric_for_best exact_match"
@@ -366,7 +368,7 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
     assert sorted(model.generation_config.eos_token_id) == about["stop_ids"]
     data, _ = load()
     losses = []
-    for i in range(6):
+    for i in range(7):
         input_ids, labels = data.rows["eval"].fetch([i])
         losses.append(reference_losses(model, input_ids[i], labels[i]))
     loss = float(torch.cat(losses).mean())
@@ -381,6 +383,13 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
     pathlib.Path("models/run/generation_config.json").write_text(json.dumps(settings))
     assert train("again", "--no_train --max_new_tokens 30", "run") == 0
     assert predictions("again/temperature=0.00_n=1_step=0.json")[3] == answer
+
+    assert train("run", flags) == 0
+    assert "models/run is finished" in capsys.readouterr().out
+    conftest.write_data("d", records[1:], records)
+    with pytest.raises(SystemExit):
+        train("run", flags)
+    assert "data_sha256 was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -426,11 +435,11 @@ def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
 
 
 def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
-    conftest.make_causal("gpt2", resid_pdrop=0.1)
+    conftest.make_causal("gpt2", resid_pdrop=0.1, max_position_embeddings=128)
     lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
     conftest.write_data("d", [*chats(24), lists], chats(4, start=90))
     flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --max_steps 7"
-    flags += " --logging_steps 4 --eval_steps 3"
+    flags += " --logging_steps 4 --eval_steps 3 --max_new_tokens 500"  # answers end at position 128
     assert train("whole", flags, "gpt2") == 0
     stepped = common.Run.stepped
 
