@@ -1095,10 +1095,16 @@ def adam_scales(checkpoint, tracked, problems):
         problems.append(f"--precond adam:{checkpoint}: no checkpoint-N folder with engine/ and state.json")
         return {}
     moments, steps = {}, max(1, state["step"])
+    if "zero_stage" not in state:  # version 2 of a trainer writes it down with the flags
+        state["zero_stage"] = json.loads((checkpoint.parent / "args.json").read_text())["zero_stage"]
+        if state["zero_stage"]:
+            problems.append(f"--precond adam:{checkpoint}: the moments of ZeRO stage {state['zero_stage']} lie in pieces; train with --ds_config zero0")
+            return {}
     if state["zero_stage"] == 0:
-        saved = torch.load(stage_file, map_location="cpu", weights_only=False)["optimizer"]["state"]
-        # the trainer's optimizer holds matrices first, then the rest (common.param_groups), numbered through
-        names = [n for decayed in (True, False) for n, p in tracked.items() if (p.dim() > 1) == decayed]
+        optimizer = torch.load(stage_file, map_location="cpu", weights_only=False)["optimizer"]
+        saved, names = optimizer["state"], list(tracked)
+        if len(optimizer["param_groups"]) > 1:  # with weight decay: matrices first, then the rest (common.param_groups), numbered through
+            names = [n for decayed in (True, False) for n, p in tracked.items() if (p.dim() > 1) == decayed]
         if len(names) != len(saved):
             problems.append(f"--precond adam:{checkpoint}: it trained {len(saved)} weights, {len(names)} are tracked; use --params all (or lora)")
             return {}
