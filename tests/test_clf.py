@@ -112,18 +112,30 @@ def test_bf16_models_score_in_fp32():
     assert len(scores) > 30 and max(scores) < 1
 
 
-def test_loss_of_a_step_is_the_mean_over_its_texts():
-    """By hand, from the untrained model's own scores; one step of two forward steps."""
-    make_model("t5")
+@pytest.mark.parametrize("layout", [(10, 1), (5, 2)])
+def test_loss_and_gradient_of_a_step_are_those_of_the_mean_over_its_texts(layout):
+    """Against transformers, one text at a time."""
+    path = make_model("t5")
     write_data("d", records(9), records(9))
     words = ["--model_init_name", "t5", "--logging_steps", 1, "--max_steps", 1]
-    assert train(*words, "--train_batch_size", 5, "--gradient_accumulation_steps", 2) == 0
-    expected = []
-    for row in predictions("checkpoint-0-preds.json"):
-        p, t = row["pred_score"], row["orig_d"]["target"]
-        expected.append(-t * math.log(p) - (1 - t) * math.log(1 - p))
-    assert metrics("run", "train")[0]["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert metrics("run", "eval")[0]["eval/loss"] == pytest.approx(np.mean(expected), rel=1e-6)
+    words += ["--train_batch_size", layout[0], "--gradient_accumulation_steps", layout[1]]
+    assert train(*words) == 0
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(path)
+    no_yes = tokenizer.convert_tokens_to_ids(["▁no", "▁yes"])
+    start = torch.tensor([[model.config.decoder_start_token_id]])
+    loss = 0.0
+    for record in records(9):
+        input_ids = tokenizer(record["input"], return_tensors="pt").input_ids
+        logits = model(input_ids=input_ids, decoder_input_ids=start).logits[0, 0, no_yes]
+        target = torch.tensor([1 - record["target"], record["target"]])
+        loss = loss - (target * logits.log_softmax(0)).sum() / 9
+    loss.backward()
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    row = metrics("run", "train")[0]
+    assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(float(torch.nn.utils.get_total_norm(grads)), rel=1e-4)
+    assert metrics("run", "eval")[0]["eval/loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_pairs_are_those_of_one_prompt_and_weigh_1_together():
@@ -292,16 +304,17 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
     assert clf.point_metrics(args, logits, np.full(300, np.nan)) == {}
 
 
-def test_a_lower_loss_breaks_ties_of_the_metric_for_best():
-    """auc is 1.0 twice; the checkpoint that is surer of it is exported."""
+@pytest.mark.parametrize("metric", ["auc", "brier"])
+def test_the_best_checkpoint_is_exported_and_a_lower_loss_breaks_ties(metric):
+    """auc is 1.0 twice: the checkpoint that is surer of it is the better one."""
     make_model("t5")
     easy = [{"input": word, "target": target} for word, target in (("cat", 1), ("dog", 0))]
     write_data("d", easy * 32, easy)
-    words = ["--model_init_name", "t5", "--metric_for_best", "auc", "--eval_steps", 10]
+    words = ["--model_init_name", "t5", "--metric_for_best", metric, "--eval_steps", 10]
     assert train(*words, "--max_steps", 40) == 0
     rows = [row for row in metrics("run", "eval") if row["eval/auc"] == 1.0 and row["step"]]
     best = min(rows, key=lambda row: row["eval/loss"])
-    assert len(rows) > 1
+    assert len(rows) > 1 and best["eval/brier"] == min(row["eval/brier"] for row in rows)
     exported = pathlib.Path("models/run/model.safetensors").read_bytes()
     checkpoint = pathlib.Path("models/run", f"checkpoint-{best['step']}", "model.safetensors")
     assert exported == checkpoint.read_bytes()
