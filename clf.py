@@ -95,12 +95,14 @@ def complete_flags(args, source, problems):
             layout[name] = type(default)(getattr(args, name) or layout[name])
         except ValueError:
             problems.append(f"--{name} {getattr(args, name)}: expected a number")
+        if getattr(args, name):
+            layout["threshold"] = None  # it was for what the model was trained on
     vars(args).update(layout)
-    needed = "{reply}" if args.loss == "pairwise" else "{"
+    needed = r"\{reply\}" if args.loss == "pairwise" else PLACE
     args.template = args.template.replace("\\n", "\n")  # as a shell passes it
     if not args.template:
         args.template = "{prompt}\n\n{reply}" if args.loss == "pairwise" else "{input}"
-    if needed not in args.template:
+    if not re.search(needed, args.template):
         problems.append(
             f"--template {args.template}: expected keys, such as {{reply}} or {{input}}"
         )
@@ -113,7 +115,10 @@ def find_replies(record, split, where, problems):
     if "reply" in record and split != "train":
         return [record["reply"]]  # has a reward, but no rival
     replies = record.get("replies", [record.get("chosen"), record.get("rejected")])
-    if not isinstance(replies, list) or None in replies:
+    if "replies" in record and not isinstance(replies, list):
+        problems.append((where, f"'replies' is {replies!r:.40}, expected a list of texts"))
+        return []
+    if None in replies:
         problems.append((where, common.text_problem(None, "chosen and rejected", record)))
         return []
     if len(set(map(str, replies))) < max(2, len(replies)):
@@ -533,7 +538,7 @@ def answer_ids(args, tokenizer, has_encoder, problems):
     found = []
     for word in (args.negative_word, args.positive_word):
         ids = tokenizer(context + word, add_special_tokens=False).input_ids[len(before) :]
-        found.append(ids[0])
+        found += ids[:1] or [None]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             pieces = tokenizer.convert_ids_to_tokens(ids)
             problems.append(f"the answer {word!r} is not one piece of the tokenizer: {pieces}")

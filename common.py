@@ -715,8 +715,9 @@ class Run:
         lines = (self.dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         for split, name in (("train", "loss"), ("eval", "eval/loss")):
-            points = [(row["step"], row[name]) for row in rows if row["split"] == split]
-            axes.plot(*zip(*points), marker=".", label=split)
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=split)
         axes.legend()
         figure.savefig(self.dir / "curves.png")
 
@@ -1041,7 +1042,9 @@ class Prompts:
             if problem:
                 raise ValueError(problem)
             conversation.append({"role": role, "content": content})
-            if "weight" in message:  # 0: not to be trained
+            if message.get("weight", 1) not in (0, 1):
+                raise ValueError(f"weight {message['weight']!r}, expected 0 (not trained) or 1")
+            if "weight" in message:
                 conversation[-1]["weight"] = message["weight"]
         return conversation
 

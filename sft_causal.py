@@ -676,6 +676,8 @@ def row_losses(args, engine, rows, pad_id, device):
 
 def mean_losses(sums, ids):
     loss, n_right, n_tokens = np.array([sums[i] for i in ids]).sum(axis=0)
+    if n_tokens == 0:  # all of them have lost their targets
+        return {}
     return {"loss": loss / n_tokens, "token_accuracy": n_right / n_tokens}
 
 

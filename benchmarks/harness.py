@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as common.py sets it, for all peers: it counts only before torch is imported
 import torch
 import transformers
 
