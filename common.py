@@ -1271,6 +1271,9 @@ def without_auto(pairs):
 def make_ds_config(args, auto_class, model_config, problems):
     """DeepSpeed's configuration: the JSON of --ds_config, in which batch, clipping and precision
     are the flags'."""
+    if type(model_config) not in auto_class._model_mapping:
+        problems.append(f"a {model_config.model_type} writes no text: expected another model")
+        return None
     name = args.ds_config
     if args.precision not in DTYPES:
         return None

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_model, metrics, run, write_data
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DistilBertConfig,
+    LlamaConfig,
+)
 
 import clf
 import common
@@ -344,6 +350,15 @@ def test_mistakes_are_reported_before_the_model_loads(words, message, capsys):
         train("--model_init_name", "llama", *words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not pathlib.Path("models/run").exists()
+
+
+def test_an_encoder_is_refused(capsys):
+    AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5").save_pretrained("models/encoder")
+    DistilBertConfig(vocab_size=320).save_pretrained("models/encoder")
+    write_data("d", records(4), records(2))
+    with pytest.raises(SystemExit) as stop:
+        train("--model_init_name", "encoder")
+    assert stop.value.code == 2 and "a distilbert writes no text" in capsys.readouterr().err
 
 
 def test_the_earlier_command_finds_a_folder_or_takes_the_hub_id():
