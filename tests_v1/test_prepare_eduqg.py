@@ -1,16 +1,20 @@
 """data/prepare_eduqg.py: a miniature in EduQG's layout, SciQ, plain text; nothing of a book on two sides; what it writes is read back."""
 
 import json
+import types
 
 import prepare_eduqg
 import pytest
 from conftest import ROOT
-from test_instructions import args_of
 
 import common_v1 as common
 
 
 SHARED = ROOT.parent / "shared" / "data" / "sciq" / "SciQ_valid.csv"
+
+
+def args_of(**changes):
+    return types.SimpleNamespace(**{"data_format": "ni", "seed": 0, **common.TASK_FLAGS, **changes})
 
 
 def item(n, **changes):
