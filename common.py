@@ -519,9 +519,8 @@ class Run:
         """Refuse to mix two runs in one folder, or take up the one that is there."""
         path = self.dir / "args.json"
         if not path.exists():
-            if {other.name for other in self.dir.iterdir()} - {
-                "args.json.tmp"
-            }:  # of a killed start
+            others = {path.name for path in self.dir.iterdir()} - {"args.json.tmp"}
+            if others:  # more than a killed start leaves
                 problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
             return
         earlier = json.loads(path.read_text())
@@ -749,14 +748,19 @@ def unique_keys(pairs):
     return record
 
 
+def open_text(path, newline=None):
+    open_file = gzip.open if path.suffix == ".gz" else open
+    # a byte that is not UTF-8 becomes half a character, so that its record can be named; utf-8-sig
+    # drops the mark that Windows writes at the start of a file
+    return open_file(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
 def read_records(path, problems):
     """Yield (where, split, record) of a file of JSON lines, of a list, or of lists by split."""
-    opener = gzip.open if path.suffix == ".gz" else open
     where = path
     found = []
     try:
-        # utf-8-sig drops the mark that Windows writes at the start of a file
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open_text(path) as file:
             if ".jsonl" in path.name:
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"

@@ -244,11 +244,12 @@ def to_records(args, split_of_task, task, count, tally):
     """Yield (split, record) of a task. Of several prompts or completions, training draws one of
     each for every epoch."""
     about = first_text(task.get("Instruction Prompt") or task["Definition"])
+    prompts_of = {split: make_prompts(args, split, task) for split in SPLITS}
     for instance in choose_instances(args, split_of_task, task):
         text = instance["input"]
         split = records.hold_out(args, split_of_task, f"{about}\n{text}")
         prompts = []
-        for prompt in make_prompts(args, split, task):
+        for prompt in prompts_of[split]:
             filled, lost = fit(prompt, text, args.max_source_length, count)
             prompts.append(filled)
             tally.update(["prompts", *lost])

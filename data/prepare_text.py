@@ -30,8 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 import common
-from common import SPLITS, log
-from records import load_tokenizer, open_text
+from common import SPLITS, log, open_text
+from records import load_tokenizer
 
 ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 LONGEST = 2**20  # characters of a document

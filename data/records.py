@@ -4,7 +4,6 @@ show what they wrote. No script; a preparer that is copied elsewhere needs this 
 
 import argparse
 import csv
-import gzip
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 import common
-from common import SPLITS, log
+from common import SPLITS, log, open_text
 
 TEXT_FIELDS = ("prompt", "completion", "input", "messages")  # whose lengths are shown
 
@@ -80,12 +79,6 @@ def load_tokenizer(name, problems):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def open_text(path, newline=None):
-    open_file = gzip.open if path.suffix == ".gz" else open
-    # a byte that is not UTF-8 becomes half a character, so that its record can be named
-    return open_file(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
 def load_json(path, problems):
     """The value that a JSON file holds, or None."""
     try:
@@ -141,9 +134,9 @@ def read(path, problems, names=None):
 def hold_out(args, split, key):
     """The split of a record of `split`: the shares of train that --eval_fraction and
     --test_fraction say leave it, by a hash, so that records of the same key stay together."""
-    place = common.derive_seed("held out", key) / 2**63  # from 0 to 1
     if split != "train":
         return split
+    place = common.derive_seed("held out", key) / 2**63  # from 0 to 1
     if place < args.eval_fraction:
         return "eval"
     if place < args.eval_fraction + args.test_fraction:

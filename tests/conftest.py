@@ -17,6 +17,7 @@ import common  # first: it prepares the import of DeepSpeed
 
 # isort: split
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -93,6 +94,30 @@ def make_model(kind, weights=True, **changes):
 def run(*words, module=seq2seq):
     """A run in this process; returns its exit code. Mistakes raise SystemExit(2)."""
     return module.main(module.parse_args([str(word) for word in words]))
+
+
+def weights(name):
+    """{name: tensor} of the exported model of a run."""
+    return safetensors.torch.load_file(f"models/{name}/model.safetensors")
+
+
+def distance(name, other):
+    """Norm of the difference of the weights, as a share of their norm."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    others = weights(other)
+    for key, weight in weights(name).items():
+        weight = weight.double()
+        squares += torch.stack([(weight - others[key]).square().sum(), weight.square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def gradients(model):
+    """{name: gradient}, which are set to zero."""
+    grads = {}
+    for name, weight in model.named_parameters():
+        grads[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+    model.zero_grad()
+    return grads
 
 
 def metrics(name, split=None):

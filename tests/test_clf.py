@@ -22,8 +22,6 @@ from transformers import (
 import clf
 import common
 
-WORDS = "the cat dog reads water book answer no yes a".split()
-
 
 def make_llama():
     """models/llama, with a head of its own and the tiny Llama's tokenizer."""
@@ -176,10 +174,6 @@ def test_a_reward_model_learns_which_reply_is_better():
 # ------------------------------------------------------------------------------------------- data
 
 
-def layout(**changes):
-    return clf.parse_args(["--model_init_name", "x"]), {**clf.LAYOUT, **changes}
-
-
 def examples_of(record, split="train", **changes):
     """(Example, problems)"""
     args = clf.parse_args(["--model_init_name", "x"])
@@ -225,7 +219,7 @@ def test_records_that_are_wrong(record, changes, message):
 
 
 def test_long_texts_lose_the_end_of_what_was_filled_in_and_preferences_their_beginning():
-    args, _ = layout()
+    args = clf.parse_args(["--model_init_name", "x"])
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5")
     args.template, args.loss, args.max_length = "{input} Answer:", "cross_entropy", 13
     text = "the cat the cat the cat"
@@ -255,7 +249,7 @@ def test_long_texts_lose_the_end_of_what_was_filled_in_and_preferences_their_beg
 
 
 def test_answers_are_pieces_where_an_answer_begins():
-    args, _ = layout()
+    args = clf.parse_args(["--model_init_name", "x"])
     args.negative_word, args.positive_word, args.template = "no", "yes", "{input}"
     t5 = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5")
     assert clf.answer_ids(args, t5, True, []) == t5.convert_tokens_to_ids(["▁no", "▁yes"])
@@ -281,7 +275,7 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
     logits = np.round(rng.normal(size=300), 1)  # with ties
     targets = np.round(1 / (1 + np.exp(-logits - rng.normal(size=300))), 1)
     logits, targets = np.append(logits, 0.0), np.append(targets, np.nan)
-    args, _ = layout()
+    args = clf.parse_args(["--model_init_name", "x"])
     args.target_min, args.target_max, args.threshold = 1.0, 5.0, 3.0
     found = clf.point_metrics(args, logits, targets)
     logits, targets = logits[:-1], targets[:-1]  # the one without a target does not count

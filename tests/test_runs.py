@@ -14,8 +14,6 @@ import time
 import conftest
 import psutil
 import pytest
-import safetensors.torch
-import torch
 
 import common
 import seq2seq
@@ -30,20 +28,6 @@ SHORT += ["--logging_steps", "1", "--eval_steps", "7"]
 def prepared(folder):
     """7 steps of 16 examples, the last one short; 10 rows to evaluate."""
     conftest.write_data("d", conftest.pairs(100), conftest.pairs(10, 100))
-
-
-def weights(name):
-    return safetensors.torch.load_file(f"models/{name}/model.safetensors")
-
-
-def distance(name, other):
-    """Norm of the difference of the weights, as a share of their norm."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    others = weights(other)
-    for key, weight in weights(name).items():
-        weight = weight.double()
-        squares += torch.stack([(weight - others[key]).square().sum(), weight.square().sum()])
-    return float((squares[0] / squares[1]).sqrt())
 
 
 def predictions(name):
@@ -72,11 +56,11 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     conftest.finish(process)
     assert len(predictions("one")) == 2
     for name in ("four", *STAGES):
-        assert distance("one", name) < 1e-6, name
+        assert conftest.distance("one", name) < 1e-6, name
         assert predictions(name) == predictions("one"), name
         for key in ("loss", "grad_norm"):
             assert losses(name, key) == pytest.approx(losses("one", key), rel=1e-5)
-    assert distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
+    assert conftest.distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
 
 
 @pytest.mark.slow
@@ -100,7 +84,9 @@ def test_precisions_offload_compilation_and_checkpointing_agree(monkeypatch, cap
     assert losses("adafactor")[-1] < losses("adafactor")[0]
     for stage in ("zero2_offload", "zero3_offload"):
         conftest.run(*words, stage, "--ds_config", stage)
-        assert distance("plain", stage) < 1e-5  # DeepSpeed's Adam keeps beta ** step in fp32
+        assert (
+            conftest.distance("plain", stage) < 1e-5
+        )  # DeepSpeed's Adam keeps beta ** step in fp32
     assert "cannot be built" not in capsys.readouterr().out
 
     def load(self):
@@ -108,7 +94,7 @@ def test_precisions_offload_compilation_and_checkpointing_agree(monkeypatch, cap
 
     monkeypatch.setattr(common.deepspeed.ops.op_builder.CPUAdamBuilder, "load", load)
     conftest.run(*words, "torch", "--ds_config", "zero2_offload")
-    assert distance("plain", "torch") < 1e-6
+    assert conftest.distance("plain", "torch") < 1e-6
     assert "torch's AdamW on the CPU, for DeepSpeed's cannot be built" in capsys.readouterr().out
 
 
@@ -223,7 +209,7 @@ def test_a_signal_saves_and_leaves(capsys):
     assert newest(pathlib.Path("models/time")) == (1, False)
     for name in ("TERM", "time", "undisturbed"):
         assert conftest.run(*words, name) == 0
-        assert bits(name)[1] == bits("TERM")[1] and distance(name, "TERM") == 0
+        assert bits(name)[1] == bits("TERM")[1] and conftest.distance(name, "TERM") == 0
     # torchrun hands SIGTERM on, and leaves with 1 whatever its processes say
     process = conftest.start(*words, "ranks", n_ranks=2)
     wait_for_training(process, "ranks")
@@ -275,5 +261,5 @@ def test_copied_files_run_under_every_launcher(folder):
         conftest.finish(process)
     for name in ("deepspeed", "srun"):
         assert json.loads(pathlib.Path(f"models/{name}/args.json").read_text())["world_size"] == 2
-        assert distance("0216syn_explain", name) < 1e-6
+        assert conftest.distance("0216syn_explain", name) < 1e-6
         assert predictions("0216syn_explain") == predictions(name)

@@ -167,14 +167,6 @@ def reference_losses(model, source, target):
     return F.cross_entropy(logits, torch.tensor(target), reduction="none")
 
 
-def gradients(model):
-    grads = {}
-    for name, weight in model.named_parameters():
-        grads[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-    model.zero_grad()
-    return grads
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_single_examples(kind):
     losses_of, sources, targets = make_losses(kind)
@@ -187,7 +179,7 @@ def test_losses_and_gradients_are_those_of_single_examples(kind):
     )
     losses = losses_of(batch, n_chunks=3)
     losses.sum().backward()
-    grads = gradients(model)
+    grads = conftest.gradients(model)
     # of the 25 targets and nothing else, in 3 chunks, and again in the backward pass
     assert kind == "bart" or n_logits == [9, 8, 8, 8, 8, 9]
     for i in range(5):
@@ -196,7 +188,7 @@ def test_losses_and_gradients_are_those_of_single_examples(kind):
         torch.testing.assert_close(
             losses[batch["label_example"] == i], expected, atol=1e-5, rtol=1e-5
         )
-    for name, expected_grad in gradients(model).items():
+    for name, expected_grad in conftest.gradients(model).items():
         error = (grads[name] - expected_grad).norm()
         assert error < 1e-5 * expected_grad.norm() + 1e-6, name
     with torch.no_grad():
@@ -224,7 +216,7 @@ def test_a_rank_without_examples_has_a_loss_of_zero_and_no_gradient(kind):
     losses.sum().backward()
     assert losses.shape == (0,)
     assert losses_of.model.get_input_embeddings().weight.grad is not None  # it took part
-    for grad in gradients(losses_of.model).values():
+    for grad in conftest.gradients(losses_of.model).values():
         assert not grad.any()
 
 
@@ -456,7 +448,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path)
     loss = reference_loss(model, records)
     loss.backward()
-    grad_norm = torch.nn.utils.get_total_norm(gradients(model).values())
+    grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
     (row,) = conftest.metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)

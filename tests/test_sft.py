@@ -10,7 +10,6 @@ import types
 import conftest
 import numpy as np
 import pytest
-import safetensors.torch
 import test_runs
 import torch
 import torch.nn.functional as F
@@ -241,14 +240,6 @@ def reference_losses(model, input_ids, labels):
     return F.cross_entropy(logits[:-1], torch.tensor(input_ids[1:]), reduction="none")[is_target]
 
 
-def gradients(model):
-    grads = {}
-    for name, weight in model.named_parameters():
-        grads[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-    model.zero_grad()
-    return grads
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_single_examples_packed_or_not(kind):
     losses_of, input_ids, labels = make_losses(kind)
@@ -260,7 +251,7 @@ def test_losses_and_gradients_are_those_of_single_examples_packed_or_not(kind):
     for i in range(5):
         expected[i] = reference_losses(model, input_ids[i], labels[i])
     sum(losses.sum() for losses in expected.values()).backward()
-    expected_grads = gradients(model)
+    expected_grads = conftest.gradients(model)
     n_logits.clear()
     for rows in (ROWS, [[i] for i in range(5)]) if kind in PACKED else ([[i] for i in range(5)],):
         batch = sft_causal.collate(rows, input_ids, labels, 0)
@@ -270,7 +261,7 @@ def test_losses_and_gradients_are_those_of_single_examples_packed_or_not(kind):
         for i in range(5):
             found = losses[batch["label_example"] == i]
             torch.testing.assert_close(found, expected[i], atol=1e-5, rtol=1e-5)
-        for name, grad in gradients(model).items():
+        for name, grad in conftest.gradients(model).items():
             error = (grad - expected_grads[name]).norm()
             assert error < 1e-5 * expected_grads[name].norm() + 1e-6, name
         with torch.no_grad():
@@ -301,7 +292,7 @@ def test_a_rank_without_examples_has_a_loss_of_zero_and_no_gradient():
     losses = losses_of(sft_causal.collate([], {}, {}, 0), n_chunks=2)
     losses.sum().backward()
     assert losses.shape == (0,)
-    for grad in gradients(losses_of.model).values():
+    for grad in conftest.gradients(losses_of.model).values():
         assert not grad.any()
 
 
@@ -317,10 +308,6 @@ def train(name, flags="", model="llama"):
 
 def predictions(path):
     return json.loads(pathlib.Path("models", path).read_text())
-
-
-def weights(name):
-    return safetensors.torch.load_file(f"models/{name}/model.safetensors")
 
 
 def chats(n, start=0):
@@ -413,7 +400,7 @@ def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsy
         for row, expected in zip(rows, whole):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-        assert test_runs.distance("whole", name) < 1e-6
+        assert conftest.distance("whole", name) < 1e-6
     assert kind == "opt" or paddings["whole"] < paddings["rows"]
 
 
@@ -428,7 +415,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
     losses = [reference_losses(model, input_ids[i], labels[i]) for i in range(7)]
     loss = torch.cat(losses).mean()
     loss.backward()
-    grad_norm = torch.nn.utils.get_total_norm(gradients(model).values())
+    grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
     (row,) = conftest.metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)
@@ -559,7 +546,7 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     conftest.finish(process)
     assert len(test_runs.predictions("one")) == 2
     for name in STAGES:
-        assert test_runs.distance("one", name) < 1e-6, name
+        assert conftest.distance("one", name) < 1e-6, name
         assert test_runs.predictions(name) == test_runs.predictions("one"), name
         for key in ("loss", "grad_norm"):
             one = test_runs.losses("one", key)
