@@ -234,8 +234,10 @@ def messages(monkeypatch):
     lines, handler = [], logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     monkeypatch.setattr(common.log, "handlers", [handler])
-    monkeypatch.setattr(common.log, "level", logging.INFO)
-    return lines
+    level = common.log.level
+    common.log.setLevel(logging.INFO)  # not by setattr: the logger remembers which levels were on
+    yield lines
+    common.log.setLevel(level)
 
 
 def in_process(script, monkeypatch):
