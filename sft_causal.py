@@ -797,25 +797,18 @@ def main(args):
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
-    if run.is_exported():
-        log(f"{run.dir} is finished: a larger --max_steps or --num_epochs goes on")
-        return 0
     model = common.load_model(AutoModelForCausalLM, source, config, args, ds_config, tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=prompts.stop_ids)  # is exported
 
     # 2 engine
-    optimizer = None if args.no_train else common.make_adamw(model, args, ds_config)
+    optimizer = None if args.no_train else common.make_adamw(model, args)
     engine, *_ = deepspeed.initialize(
         model=TargetLosses(model), optimizer=optimizer, config=ds_config
     )
     train_data.is_packed = check_model(args, engine, tokenizer.pad_token_id, device)
     if not train_data.is_packed:
         log("WARNING this family would mix the examples of a row: one example per row")
-    if run.resume_from:
-        common.load_checkpoint(engine, run.resume_from)
-    stage = engine.zero_optimization_stage()
-    log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
-    log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
+    run.resume(engine)
     log(f"template {args.template}, replies end with {prompts.end_token!r}")
 
     def evaluation(split):
@@ -848,9 +841,7 @@ def main(args):
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
     steps = common.ahead(train_data.forward_steps, run.step, last_step)
     for step, (batches, n_targets, padding_share) in steps:
-        lr = common.lr_at(step, args, max_steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(engine, step, args, max_steps)
         # seeded by the step, so that a checkpoint needs no state of random numbers
         torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -866,10 +857,8 @@ def main(args):
         # one exchange: every rank learns the loss of the step, and whether any rank has to stop
         loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
         engine.step()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
         loss = loss_sum / n_targets
-        common.check_step(engine, args, step, loss, grad_norm)
+        grad_norm = common.check_step(engine, args, step, loss, grad_norm)
         run.stepped(loss, n_targets, lr=lr, padding_share=padding_share, grad_norm=grad_norm)
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
@@ -883,8 +872,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if len(data.rows["test"].lengths):
-        if run.chosen() != run.dir / f"checkpoint-{run.step}":
-            common.load_checkpoint(engine, run.chosen(), weights_only=True)
+        run.load_chosen(engine)
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)
@@ -892,10 +880,7 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
-        log(f"demo: python sft_causal.py {DEMO}")
-        argv = [*DEMO.split(), *argv]
-    return common.Parser(__doc__, FLAGS).parse_args(argv)
+    return common.Parser(__doc__, FLAGS, DEMO).parse_args(argv)
 
 
 if __name__ == "__main__":
