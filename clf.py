@@ -24,7 +24,6 @@ import collections
 import functools
 import json
 import math
-import pathlib
 import re
 import shutil
 import sys
@@ -84,8 +83,7 @@ def complete_flags(args, source, problems):
     """Flags that are not given become those that the model was trained with, else LAYOUT. Sets
     args.threshold, from which on the model says yes, or None."""
     layout = {**LAYOUT, "threshold": None}
-    path = pathlib.Path(source or "", "rawtune.json")
-    about = json.loads(path.read_text()) if source and path.is_file() else {}
+    about = common.read_about(source) if source else {}
     if about.get("script") == "clf.py":
         words = {f"{kind}_word": about["verbaliser"][kind] for kind in ("positive", "negative")}
         known = {**about, **about["record_layout"], **words}
@@ -106,7 +104,7 @@ def complete_flags(args, source, problems):
         problems.append(
             f"--template {args.template}: expected keys, such as {{reply}} or {{input}}"
         )
-    if not args.target_min < args.target_max:
+    if not -math.inf < args.target_min < args.target_max < math.inf:
         problems.append("--target_min: expected less than --target_max")
 
 
@@ -127,10 +125,11 @@ def find_target(args, record, split, where, problems):
     """The target of a record in [0, 1], nan where there is none."""
     target = record.get("target")
     low, high = args.target_min, args.target_max
-    if target is None and split == "train":
+    if target is None and split != "train":
+        return math.nan
+    if "target" not in record:
         problem = common.text_problem(None, "target", record)
         problems.append((where, f"{problem}; preferences need --loss pairwise"))
-    if target is None:
         return math.nan
     if type(target) in (int, float) and low <= target <= high:
         return (target - low) / (high - low)

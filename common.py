@@ -804,11 +804,11 @@ def read_records(path, problems):
 
 def text_problem(text, name, record):
     """What is wrong with a text of a record, or None."""
-    if text is None:
+    if text is None and name not in record:
         keys = ", ".join(record)
         return f"{name!r} is missing; there is {keys}: data/prepare_table.py can rename them"
     if not isinstance(text, str) or not text.strip():
-        return f"{name!r} is {str(text)[:40]!r}, expected text"
+        return f"{name!r} is {text!r:.40}, expected text"
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         return f"{name!r} holds bytes that are no UTF-8, or half a character"
     return None
@@ -839,7 +839,7 @@ def check_examples(args, examples, amounts, problems):
     what two examples share when one gives the other's answer away."""
     sizes = collections.Counter(example.data_set for example in examples["train"])
     for name, amount in amounts.items():
-        if isinstance(amount, int) and amount > sizes[name]:
+        if isinstance(amount, int) and amount > sizes[name] and not args.no_train:
             problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
     keys = {}
     for split in SPLITS:
@@ -1095,6 +1095,12 @@ def adapter_base(source):
     return None
 
 
+def read_about(folder):
+    """rawtune.json of a trained model: how it was trained. {} of other models."""
+    path = pathlib.Path(folder, "rawtune.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def has_weights(base):
     """Of a hub id we assume so."""
     folder = pathlib.Path(base)
@@ -1311,6 +1317,7 @@ def make_ds_config(args, auto_class, model_config, problems):
         bf16={"enabled": args.precision == "bf16" and stage > 0},
         fp16={"enabled": args.precision == "fp16" and stage > 0},
         data_types={"grad_accum_dtype": "fp32"},
+        zero_force_ds_cpu_optimizer=False,  # torch's AdamW is as fast and needs no compiler
     )
     if args.precision == "bf16":  # or gradients are rounded to bf16 where ranks add theirs
         config.setdefault("communication_data_type", "fp32")

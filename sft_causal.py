@@ -22,8 +22,8 @@ Shapes: R rows, S tokens of a row, N target tokens, D hidden, V vocabulary.
 import collections
 import functools
 import inspect
+import itertools
 import math
-import pathlib
 import sys
 
 import common  # first: it prepares the import of DeepSpeed
@@ -209,7 +209,9 @@ def to_conversations(args, record):
         answers = texts_of(record, "output")
         if record.get("input"):
             separator = "\n\n### Input:\n" if args.template == "alpaca" else "\n\n"
-            questions = [separator.join([*questions, *texts_of(record, "input")])]
+            contexts = texts_of(record, "input")
+            pairs = itertools.product(questions, contexts)
+            questions = [separator.join(pair) for pair in pairs]
     elif "text" in record and "prompt" not in record:
         return [[message("text", text)] for text in texts_of(record, "text")]
     else:
@@ -340,7 +342,8 @@ def tokenize(examples, args, prompts):
     n_cut = np.count_nonzero(n_tokens > args.max_length)
     cut = f"{n_cut} of {len(n_tokens)} examples are cut to --max_length {args.max_length}"
     if n_lost > MAX_LOST * len(n_tokens):
-        problems.append(f"{n_lost} of {len(n_tokens)} examples have no target token; {cut}")
+        lost = f"{n_lost} of {len(n_tokens)} examples have no target token"
+        problems.append(f"{lost}: their replies have weight 0, or {cut}")
     if problems:
         common.fail(problems, only_here=True)
     if n_cut or n_lost:
@@ -573,13 +576,15 @@ def check_model(args, engine, pad_id, device):
     other, or that counts positions on. Fails where our logits are not the model's own."""
     model = engine.module.model
     tolerance = 1e-3 if args.precision == "fp32" else 0.05
-    ids = np.random.default_rng(0).integers(model.config.get_text_config().vocab_size, size=40)
-    examples = {0: ids[:10], 1: ids[10:], 2: ids[9::-1]}
+    n_rows = model.config.get_text_config().vocab_size
+    first, second = np.random.default_rng(0).integers(n_rows, size=(2, 20))
+    examples = {0: first, 1: second, 2: first[::-1]}
+    n_targets = len(second) - 1
 
     def losses(row):
         """Of example 1, the last of the row."""
         batch = collate([row], examples, examples, pad_id)
-        return engine(common.to_device(batch, device))[0, -29:]
+        return engine(common.to_device(batch, device))[0, -n_targets:]
 
     engine.eval()
     alone = losses([1])
@@ -756,8 +761,7 @@ def check_model_folder(args, source, config, data, problems):
             f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
             f"{source} has {n_positions} positions"
         )
-    about = pathlib.Path(source, "rawtune.json")
-    if about.exists() and '"bidirectional_prompt": true' in about.read_text():
+    if common.read_about(source).get("bidirectional_prompt"):
         problems.append(f"{source} was trained with --bidirectional_prompt, which is gone")
 
 

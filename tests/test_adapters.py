@@ -88,7 +88,12 @@ def test_peft_reads_what_training_wrote(words):
     plain = auto_class("t5").from_pretrained(base)
     assert distance(ours, plain) > 0.05
     script = conftest.ROOT / "adapters.py"
+    about = {**common.read_about("models/a"), "stop_ids": [1, 5]}
+    common.write_json(pathlib.Path("models/a/rawtune.json"), about)
     conftest.finish(conftest.start("models/a", "models/merged", script=script))
+    assert common.read_about("models/merged")["adapter"] == "none"
+    settings = transformers.GenerationConfig.from_pretrained("models/merged")
+    assert settings.eos_token_id == [1, 5]
     assert_close(auto_class("t5").from_pretrained("models/merged"), ours)
     assert_close(peft.PeftModel.from_pretrained(plain, "models/a"), ours)
     assert all(".lora_" in name for name in saved_names(pathlib.Path("models/a/checkpoint-4")))

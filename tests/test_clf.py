@@ -205,11 +205,11 @@ def test_templates_and_targets():
         ({"input": "x", "target": True}, {}, "'target' is True, expected a number"),
         ({"input": "x", "target": 2}, {}, "0 (a sure no, --target_min) to 1 (a sure yes"),
         ({"input": " ", "target": 1}, {}, "'input' is ' ', expected text"),
-        ({"input": 5, "target": 1}, {}, "'input' is '5', expected text"),
+        ({"input": 5, "target": 1}, {}, "'input' is 5, expected text"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, {}, "preferences need --loss pairwise"),
         ({"prompt": "p", "chosen": "a"}, {"loss": "pairwise"}, "there is prompt, chosen"),
         ({"prompt": "p", "replies": ["a", "a"]}, {"loss": "pairwise"}, "a list of different texts"),
-        ({"prompt": "p", "replies": ["a", 7]}, {"loss": "pairwise"}, "'reply' is '7'"),
+        ({"prompt": "p", "replies": ["a", 7]}, {"loss": "pairwise"}, "'reply' is 7"),
     ],
 )
 def test_records_that_are_wrong(record, changes, message):
@@ -332,6 +332,8 @@ def test_the_best_checkpoint_is_exported_and_a_lower_loss_breaks_ties(metric):
         (["--max_length", 200], "--max_length 200: models/llama has 128 positions"),
         (["--target_min", "low"], "--target_min low: expected a number"),
         (["--target_min", "2"], "--target_min: expected less than --target_max"),
+        (["--target_max", "inf"], "--target_min: expected less than --target_max"),
+        (["--precision", "fp16", "--ds_config", "zero0"], "--precision fp16 needs ZeRO"),
         (["--loss", "pairwise"], "a list of different texts; there is input, target"),
         (["--positive_word", "no"], "are the same piece"),
         (["--data", "x"], "data/x not found; there is: d.json"),
