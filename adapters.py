@@ -45,8 +45,7 @@ def sizes(linear):
 def new_linear(n_in, n_out, like, dtype, seed=None, bias=False):
     """Of zeros, or with torch's (and PEFT's) start from a seed of its own: the same beside any
     other layers, on every rank and at every stage."""
-    if seed is not None:
-        torch.manual_seed(seed)
+    torch.manual_seed(seed or 0)
     linear = torch.nn.Linear(n_in, n_out, bias, device=like.weight.device, dtype=dtype)
     if seed is None:
         for weight in linear.parameters():
@@ -267,7 +266,7 @@ def merge(args):
     source, config, tokenizer = common.open_model(args, problems)
     out = pathlib.Path(args.training_run_name)
     if out.exists() or not pathlib.Path(args.model_init_path, "adapter_config.json").exists():
-        problems.append("expected a folder that holds LoRA, and one that does not exist")
+        problems.append("expected a LoRA folder, and one that does not exist")
     if problems:
         common.fail(problems)
     auto_class = transformers.AutoModelForCausalLM
