@@ -487,8 +487,9 @@ def run_name(args):
 class Run:
     """A run folder, and where its training stands: the bookkeeping around a loop, not the loop."""
 
-    def __init__(self, args, free_flags, identity, problems):
-        """identity: what must not change when a run goes on besides flags, as the data's hashes."""
+    def __init__(self, args, free_flags, ds_config, data_sha256, problems):
+        """free_flags: of the script, may differ when a run goes on. Where there are problems,
+        ds_config may be None."""
         self.args = args
         self.dir = mount(args) / "models" / run_name(args)
         self.tracker = None
@@ -502,8 +503,9 @@ class Run:
         self.state.update(log_bytes=0, best_score=None, best_step=None)
         # their product counts, not how it is made; the layout counts for the bits of a resumed run
         batch = args.train_batch_size * args.gradient_accumulation_steps
-        layout = {"batch": batch, "world_size": world_size(), "format": 2}
-        self.record = {**vars(args), **identity, **layout}
+        self.record = {**vars(args), "batch": batch, "world_size": world_size(), "format": 2}
+        self.record["zero_stage"] = ds_config and ds_config["zero_optimization"]["stage"]
+        self.record["data_sha256"] = data_sha256
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
 
@@ -657,7 +659,7 @@ class Run:
     def evaluated(self, metrics, low_is_better=("loss",)):
         """Log an evaluation, keep which was the best, and write that into the checkpoint."""
         self.log("eval", metrics)
-        self.state["last_eval"] = self.step
+        self.state.update(last_eval=self.step, metrics=metrics)
         name = self.args.metric_for_best
         if name and name not in metrics:
             fail(f"--metric_for_best {name}: expected one of {', '.join(metrics)}")

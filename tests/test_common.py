@@ -264,7 +264,7 @@ def start_run(flags=""):
     words = f"--model_init_name t5 --training_run_name r {flags}"
     args = seq2seq.parse_args(words.split())
     device = common.setup_distributed(args)
-    run = common.Run(args, set(), {}, [])
+    run = common.Run(args, set(), None, None, [])
     run.start(conftest.__file__, device, max_steps=5)
     return run
 
