@@ -371,7 +371,7 @@ class Parser(argparse.ArgumentParser):
     """argparse from tables of flags, with @file presets; an unknown flag names the nearest one.
     demo: the flags of a command that names neither model nor data."""
 
-    def __init__(self, description, own_flags, demo=""):
+    def __init__(self, description, own_flags, demo="", shared_flags=SHARED_FLAGS):
         super().__init__(
             description=description,
             usage=argparse.SUPPRESS,
@@ -379,7 +379,7 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for name, spec in {**SHARED_FLAGS, **own_flags}.items():  # a script's own default wins
+        for name, spec in {**shared_flags, **own_flags}.items():  # a script's own default wins
             add_flag(self, name, *spec)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
         self.demo = demo
@@ -388,7 +388,8 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def parse_args(self, argv):
-        if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
+        names = ("@", "-h", "--help", "--model", "--data")
+        if self.demo and not any(word.startswith(names) for word in argv):
             log(f"demo: python {self.prog} {self.demo}")
             argv = [*self.demo.split(), *argv]
         args, unknown = self.parse_known_args(argv)
