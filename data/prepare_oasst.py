@@ -17,7 +17,6 @@ a model, empty, in another language, of low quality or of the same role as the o
 with all that is below it. A tree is whole on one side of a split.
 """
 
-import argparse
 import collections
 import math
 import sys
@@ -171,11 +170,8 @@ def convert(args, split_of_file, path, splits, roots, problems):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    records.add_flags(parser)
+    parser = records.make_parser(__doc__)
     records.add_files(parser)
-    records.add_fractions(parser)
     add = parser.add_argument
     add("--to", required=True, choices=["conversations", "pairs", "prompts"])
     add("--threads", choices=["all", "best"], default="all", help="best: only the best replies")

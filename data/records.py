@@ -54,16 +54,27 @@ def share(text):
     return float(text)
 
 
-def add_flags(parser):
+def make_parser(doc):
+    """With the flags that all preparers have."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("--out", required=True, type=new_file, metavar="FILE", help="the .json or .jsonl to write")
     add("--tokenizer", metavar="MODEL", help="folder or hub id: lengths are shown in its tokens")
+    return parser
+
+
+def add_fractions(parser):
+    for split in ("eval", "test"):
+        text = f"share of the training data held out for {split}"
+        parser.add_argument(f"--{split}_fraction", type=share, default=0.0, help=text)
 
 
 def add_files(parser):
     for split in SPLITS:
         text = f"for {split}: .csv, .tsv, .json or .jsonl, also .gz"
         parser.add_argument(f"--{split}", metavar="FILE", help=text)
+    add_fractions(parser)
 
 
 def files_of(args):
@@ -71,10 +82,9 @@ def files_of(args):
     return {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
 
 
-def add_fractions(parser):
-    for split in ("eval", "test"):
-        text = f"share of the training data held out for {split}"
-        parser.add_argument(f"--{split}_fraction", type=share, default=0.0, help=text)
+def add_skip(parser):
+    text = "drop rows that cannot be used, and count them"
+    parser.add_argument("--skip_malformed", action="store_true", help=text)
 
 
 def load_tokenizer(name, problems):
@@ -202,6 +212,27 @@ def read(path, problems, names=None):
                 yield where, SPLIT_OF.get(name), row
             else:
                 problems.append((where, f"{row!r:.40}: expected an object"))
+
+
+def convert(path, to_record, args, problems, names=None):
+    """[(split or None, to_record(row))] of a file, see read. A row that cannot be used is a
+    problem, or with --skip_malformed dropped and counted."""
+    found = []
+    wrong = []  # a pair (where, text) is about a row, a text about the file
+    for where, split, row in read(path, wrong, names):
+        try:
+            found.append((split, to_record(row)))
+        except ValueError as error:
+            wrong.append((where, str(error)))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            wrong.append((where, f"{type(error).__name__}: {error}"))
+    malformed = [problem for problem in wrong if isinstance(problem, tuple)]
+    problems += [problem for problem in wrong if isinstance(problem, str)]
+    if malformed and args.skip_malformed:
+        log(f"{path}: dropped {len(malformed)} rows; the first: {': '.join(malformed[0])}")
+    else:
+        problems += [(where, f"{text}; --skip_malformed drops it") for where, text in malformed]
+    return found
 
 
 # ----------------------------------------------------------------------------------------- splits
