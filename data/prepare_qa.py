@@ -19,7 +19,6 @@ import records  # first: it makes common.py importable
 
 # isort: split
 import common
-from common import SPLITS
 
 DISTRACTORS = ("distractor1", "distractor2", "distractor3")
 
@@ -100,14 +99,8 @@ def main(argv=None):
     add("--choices", action="store_true", help="sciq: the prompt ends with (A) to (D)")
     args = parser.parse_args(argv)
     problems = []
-    splits = {split: [] for split in SPLITS}
     use = functools.partial(to_records, args=args)
-    for split_of_file, path in records.files_of(args).items():
-        for _, found in records.convert(path, use, args, problems):
-            for record in found:
-                split = records.hold_out(args, split_of_file, records.normal(key_of(record)))
-                splits[split].append(record)
-    records.clean(splits, lambda record: [key_of(record)])
+    splits = records.split_files(args, use, key_of, problems)
     records.finish(args, splits, problems)
     return 0
 

@@ -31,7 +31,6 @@ import records  # first: it makes common.py importable
 
 # isort: split
 import common
-from common import SPLITS
 
 PLACE = r"\{([^{}]+)\}"
 QUESTIONS = ("prompt", "instruction", "input", "text")
@@ -87,8 +86,8 @@ def to_target(value, name, positive):
     return target
 
 
-def to_record(row, args):
-    """(question, record) of a row; the record has its split if a column says it."""
+def to_records(row, args):
+    """[the record of a row], with its split if a column says it."""
     record = {}
     if str(row.get("split")) in records.SPLIT_OF:
         record["split"] = row["split"]
@@ -109,7 +108,8 @@ def to_record(row, args):
         raise ValueError(f"split {record['split']!r}, expected train, eval or test")
     if "chosen" in record and record["chosen"] == record.get("rejected"):
         raise ValueError("chosen and rejected are equal")
-    return question(record), record
+    question(record)  # raises what is wrong with messages
+    return [record]
 
 
 def question(record):
@@ -135,20 +135,12 @@ def main(argv=None):
     add("--no_header", action="store_true", help="columns of a table are named 0, 1, 2, ...")
     args = parser.parse_args(argv)
     problems = []
-    splits = {split: [] for split in SPLITS}
-    use = functools.partial(to_record, args=args)
-    for split_of_file, path in records.files_of(args).items():
-        names = [] if args.no_header else None
-        rows = records.convert(path, use, args, problems, names)
-        for split_of_list, (key, record) in rows:
-            split = records.SPLIT_OF[record.pop("split", split_of_list or "train")]
-            if split_of_file != "train":
-                split = split_of_file
-            splits[records.hold_out(args, split, records.normal(key))].append(record)
+    use = functools.partial(to_records, args=args)
+    names = [] if args.no_header else None
+    splits = records.split_files(args, use, question, problems, names)
     targets = [record.get("target") for found in splits.values() for record in found]
     if args.positive and targets and 1.0 not in targets:
         problems.append(f"--positive {args.positive}: no row has this word")
-    records.clean(splits, lambda record: [question(record)])
     records.finish(args, splits, problems)
     return 0
 

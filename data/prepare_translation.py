@@ -1,14 +1,15 @@
 """Make requests for translation from sentence pairs, in twelve languages and both directions.
 
+    paste ted.nl ted.en > ted.tsv
     python data/prepare_translation.py --eval_fraction 0.01 --out data/pairs.jsonl \\
-        --pairs wmt2019_zh-en=news.tsv ted_trans_nl-en=ted.nl,ted.en
+        --pairs wmt2019_zh-en=news.tsv ted_trans_nl-en=ted.tsv
 
     {"prompt": "Vertaal deze tekst naar het Engels:\\n\\nDag.", "completion": "Hello.",
      "dataset": "ted_trans_nl-en", "source_lang": "nl", "target_lang": "en"}
 
-The name of a set ends with two of ar de fr en it nl tr ru ms ko ja zh. Its file is a table of two
-columns in this order (.csv, else between tabs), or there are two files with as many lines. The
-request is in the language of the source, in one of three wordings, drawn by a hash of the pair.
+The name of a set ends with two of ar de fr en it nl tr ru ms ko ja zh; its file is a table of two
+columns in this order, .csv or else with a tab between them. The request is in the language of the
+source, in one of three wordings, drawn by a hash of the text.
 
 Pairs of which a side is empty are dropped and counted, and so are repeats, and pairs that share a
 text with one that is held out. Both directions of a pair are on one side of a split.
@@ -22,7 +23,7 @@ import records  # first: it makes common.py importable
 
 # isort: split
 import common
-from common import SPLITS, log, open_text
+from common import SPLITS, log
 
 LANGUAGES = "ar de fr en it nl tr ru ms ko ja zh".split()
 # how a speaker of a language asks, and what the twelve are called there, as the sentences need it
@@ -120,31 +121,6 @@ def languages_of(name):
     return codes
 
 
-def read_pairs(codes, paths, problems):
-    """Yield the texts of each pair, of a table or of two files with as many lines."""
-    if len(paths) == 1:
-        for where, row in records.read_table(paths[0], problems, codes):
-            texts = list(row.values())
-            if texts == codes[::-1]:
-                problems.append(f"{where}: expected the columns {', '.join(codes)}, in this order")
-            elif texts != codes:  # else a header
-                yield texts
-        return
-    columns = []
-    for path in paths:
-        try:
-            with open_text(path, newline="\n") as file:
-                columns.append(list(file))
-        except records.READ_ERRORS as error:
-            problems.append(f"{path}: {error}")
-            return
-    n_lines = [len(column) for column in columns]
-    if len(paths) > 2 or len(set(n_lines)) > 1:
-        names = ", ".join(map(str, paths))
-        problems.append(f"{names}: {n_lines} lines, expected two files with as many")
-    yield from zip(*columns)
-
-
 def sides(item):
     """What two pairs share if one gives the other's answer away."""
     return [f"{code} {text}" for code, text in item["pair"].items()]
@@ -165,35 +141,37 @@ def to_records(item, one_way):
     return found
 
 
-def read_set(name, paths, args, splits, problems):
-    """Add the pairs of a set to {split: [{"dataset", "pair"}]}."""
+def read_set(spec, args, splits, problems):
+    """Add the pairs of NAME=FILE to {split: [{"dataset", "pair"}]}."""
+    name, _, path = spec.partition("=")
     codes = languages_of(name)
-    n_pairs = n_empty = 0
-    for texts in read_pairs(codes, paths, problems):
-        item = {"dataset": name, "pair": dict(zip(codes, map(str.strip, texts)))}
-        n_pairs += 1
-        if not all(item["pair"].values()):
+    n_empty = 0
+    for where, pair in records.read_table(pathlib.Path(path), problems, codes):
+        item = {"dataset": name, "pair": {code: pair[code].strip() for code in codes}}
+        texts = list(item["pair"].values())
+        if texts == codes[::-1]:
+            problems.append(f"{where}: expected the columns {', '.join(codes)}, in this order")
+        if not all(texts):
             n_empty += 1
-            continue
-        key = records.normal("\n".join(sorted(sides(item))))
-        splits[records.hold_out(args, "train", key)].append(item)
-    log(f"{name}: {n_pairs} pairs, of which {n_empty} lack a side and are left out")
+        elif texts != codes:  # else a header
+            key = records.normal("\n".join(sorted(sides(item))))
+            splits[records.hold_out(args, "train", key)].append(item)
+    if n_empty:
+        log(f"{name}: left out {n_empty} pairs that lack a side")
 
 
 def main(argv=None):
     parser = records.make_parser(__doc__)
     records.add_fractions(parser)
     add = parser.add_argument
-    add("--pairs", required=True, nargs="+", metavar="NAME=FILE", help="or NAME=FILE,FILE")
+    add("--pairs", required=True, nargs="+", metavar="NAME=FILE", help="a table of two columns")
     add("--one_way", action="store_true", help="only from the first language to the second")
     args = parser.parse_args(argv)
     problems = []
     splits = {split: [] for split in SPLITS}
     for spec in args.pairs:
-        name, _, files = spec.partition("=")
-        paths = [pathlib.Path(path) for path in files.split(",")]
         try:
-            read_set(name, paths, args, splits, problems)
+            read_set(spec, args, splits, problems)
         except ValueError as error:
             problems.append(f"--pairs {error}")
     records.clean(splits, sides)

@@ -275,6 +275,21 @@ def clean(splits, keys):
             later.update(map(normal, keys(record)))
 
 
+def split_files(args, to_records, key_of, problems, names=None):
+    """{split: [record]} of the files of --train, --eval and --test, clean. to_records: row ->
+    [record], whose key "split" says more than its file; key_of: record -> text, see hold_out."""
+    splits = {split: [] for split in SPLITS}
+    for split_of_file, path in files_of(args).items():
+        for split_of_list, found in convert(path, to_records, args, problems, names):
+            for record in found:
+                split = SPLIT_OF[record.pop("split", split_of_list or "train")]
+                if split_of_file != "train":
+                    split = split_of_file
+                splits[hold_out(args, split, normal(key_of(record)))].append(record)
+    clean(splits, lambda record: [key_of(record)])
+    return splits
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 
