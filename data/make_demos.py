@@ -168,25 +168,26 @@ def single(family, rng):
 
 
 def conversation(family, rng):
-    """([(role, text)], what may occur only once)"""
+    """([text of a turn], what may occur only once)"""
     if family == "again":
         instruction, _, output = single("add", rng)
         follow = rng.choice(["And once more?", "Add one again."])
-        turns = [instruction, output, follow, str(int(output) + 1)]
-        return list(zip(["user", "assistant"] * 2, turns)), int(output)
+        return [instruction, output, follow, str(int(output) + 1)], output
     instruction, text, output = single(rng.choice(["last", "first"]), rng)
     question = f"{instruction}\n\n{text}"
     if family == "system":  # the same question has another answer under another system message
         is_loud = rng.random() < 0.5
         system = rng.choice(SHOUT if is_loud else SPEAK)
-        answer = output.upper() if is_loud else output
-        return [("system", system), ("user", question), ("assistant", answer)], text
+        return [system, question, output.upper() if is_loud else output], text
     words = text.split()
-    answers = {"And the first?": words[0], "And the last?": words[-1]}
-    answers.update({"And in upper case?": output.upper(), "And the second?": words[1]})
-    follow = rng.choice(list(answers))
-    turns = [question, output, follow, answers[follow]]
-    return list(zip(["user", "assistant"] * 2, turns)), text
+    follows = {
+        "And the first?": words[0],
+        "And the last?": words[-1],
+        "And in upper case?": output.upper(),
+        "And the second?": words[1],
+    }
+    follow, answer = rng.choice(list(follows.items()))
+    return [question, output, follow, answer], text
 
 
 def instructions():
@@ -196,14 +197,20 @@ def instructions():
         family = FAMILIES[n % len(FAMILIES)]
         if family in ASK:
             instruction, text, output = single(family, rng)
+            once = text or output
             record = {"instruction": instruction, "input": text, "output": output}
             if not text:
                 del record["input"]
-            once = text or output
         else:
             turns, once = conversation(family, rng)
-            record = {"messages": [{"role": role, "content": text} for role, text in turns]}
-        return str(once), record if split == "train" else {**record, "family": family}
+            roles = ["user", "assistant"] * 2
+            if family == "system":
+                roles = ["system", *roles]
+            messages = [{"role": role, "content": text} for role, text in zip(roles, turns)]
+            record = {"messages": messages}
+        if split != "train":
+            record["family"] = family
+        return once, record
 
     return fill({"train": 7400, "eval": 300, "test": 300}, draw)
 

@@ -42,7 +42,7 @@ PRICE = (
 
 # why: of an example in the prompt
 Item = collections.namedtuple("Item", "group question answer wrong passage why", defaults=[""])
-POSITIVE = [
+EXAMPLES = [
     Item(
         *("", "Which gas do plants take from the air for photosynthesis?", "carbon dioxide"),
         *(["oxygen", "nitrogen", "hydrogen"], LEAF),
@@ -153,14 +153,14 @@ def split_groups(args, items):
     return splits
 
 
-def to_example(task, item):
-    given, output = to_pair(task, item)
-    return {"input": given, "output": output, "explanation": item.why}
-
-
 def write_tasks(folder, name, splits):
     """<name>_<task>_<side>.json of each task and split, and the lists of them."""
+    (folder / "tasks").mkdir(parents=True)
     for task, (category, definition) in TASKS.items():
+        examples = []
+        for item in EXAMPLES:
+            given, output = to_pair(task, item)
+            examples.append({"input": given, "output": output, "explanation": item.why})
         for split, items in splits.items():
             side = "dev" if split == "eval" else split
             instances = []
@@ -170,11 +170,10 @@ def write_tasks(folder, name, splits):
             about = {
                 "Categories": [category],
                 "Definition": [definition],
-                "Positive Examples": [to_example(task, item) for item in POSITIVE],
+                "Positive Examples": examples,
                 "Negative Examples": [],
                 "Instances": instances,
             }
-            (folder / "tasks").mkdir(parents=True, exist_ok=True)
             common.write_json(folder / "tasks" / f"{name}_{task}_{side}.json", about)
             for kind in (task, "default"):
                 path = folder / "splits" / kind / f"{side}_tasks.txt"
@@ -219,8 +218,7 @@ def main(argv=None):
     splits = {split: found for split, found in splits.items() if found}
     write_tasks(out, "eduqg" if args.eduqg else "sciq", splits)
     for split, found in splits.items():
-        n_groups = len({item.group for item in found})
-        log(f"{out}: {len(found)} {split} questions, {n_groups} books or passages")
+        log(f"{out}: {len(found)} {split} questions")
     return 0
 
 

@@ -19,42 +19,45 @@ import records  # first: it makes common.py importable
 
 # isort: split
 import common
+from prepare_table import to_text
 
-DISTRACTORS = ("distractor1", "distractor2", "distractor3")
+CHOICES = ("correct_answer", "distractor1", "distractor2", "distractor3")
 
 
 def answered(answers):
     """The keys of a record that hold its answers, of which the first is trained."""
-    references = [text.strip() for text in answers if text.strip()]
-    return {"completion": references[0], "references": list(dict.fromkeys(references))}
+    completion = to_text(answers[0], "answer")
+    references = dict.fromkeys([completion, *map(str.strip, answers)])
+    return {"completion": completion, "references": list(filter(None, references))}
 
 
 def squad(article, args):
     found = []
     for paragraph in article["paragraphs"]:
+        context = to_text(paragraph["context"], "context")
         for item in paragraph["qas"]:
-            prompt = f"{paragraph['context'].strip()}\n\n{item['question'].strip()}"
             answers = [answer["text"] for answer in item["answers"]]
             if not answers and args.no_answer:
                 answers = [args.no_answer]
             if answers:
+                prompt = f"{context}\n\n{to_text(item['question'], 'question')}"
                 found.append({"prompt": prompt, **answered(answers), "article": article["title"]})
     return found
 
 
 def triviaqa(row, args):
-    answer = row["Answer"]
-    return [{"prompt": row["Question"].strip(), **answered([answer["Value"], *answer["Aliases"]])}]
+    answers = [row["Answer"]["Value"], *row["Answer"]["Aliases"]]
+    return [{"prompt": to_text(row["Question"], "Question"), **answered(answers)}]
 
 
 def sciq(row, args):
-    question = row["question"].strip()
+    question = to_text(row["question"], "question")
     prompt = f"{row['support'].strip()}\n\n{question}".strip()
     if args.choices:
-        choices = {row[name] for name in ("correct_answer", *DISTRACTORS)}
+        choices = {to_text(row[name], name) for name in CHOICES}
         # an order that says nothing, the same every time
         choices = sorted(choices, key=functools.partial(common.derive_seed, question))
-        lines = [f"({letter}) {choice.strip()}" for letter, choice in zip("ABCD", choices)]
+        lines = [f"({letter}) {choice}" for letter, choice in zip("ABCD", choices)]
         prompt = "\n".join([prompt, "", *lines])
     return [{"prompt": prompt, **answered([row["correct_answer"]]), "question": question}]
 
@@ -63,25 +66,17 @@ def webgpt(row, args):
     question = row["question"]
     if isinstance(question, dict):
         question = question["full_text"]
-    replies = [(float(row[f"score_{i}"]), row[f"answer_{i}"].strip()) for i in (0, 1)]
-    (low, worse), (high, better) = sorted(replies)
+    scored = []
+    for i in (0, 1):
+        scored.append((float(row[f"score_{i}"]), to_text(row[f"answer_{i}"], "answer")))
+    (low, worse), (high, better) = sorted(scored)
     if low == high or worse == better:
         return []
-    return [{"prompt": question.strip(), "chosen": better, "rejected": worse}]
+    return [{"prompt": to_text(question, "question"), "chosen": better, "rejected": worse}]
 
 
-# of a row of the file, an article of squad, the records
+# (row of the file, args) -> [record]; a row of squad is an article
 LAYOUTS = {"squad": squad, "triviaqa": triviaqa, "sciq": sciq, "webgpt": webgpt}
-
-
-def to_records(row, args):
-    found = LAYOUTS[args.layout](row, args)
-    for record in found:
-        for name in ("prompt", "completion", "chosen", "rejected"):
-            problem = name in record and common.text_problem(record[name], name, record)
-            if problem:
-                raise ValueError(problem)
-    return found
 
 
 def key_of(record):
@@ -99,7 +94,7 @@ def main(argv=None):
     add("--choices", action="store_true", help="sciq: the prompt ends with (A) to (D)")
     args = parser.parse_args(argv)
     problems = []
-    use = functools.partial(to_records, args=args)
+    use = functools.partial(LAYOUTS[args.layout], args=args)
     splits = records.split_files(args, use, key_of, problems)
     records.finish(args, splits, problems)
     return 0

@@ -50,13 +50,11 @@ def look_up(row, name):
     if name in row:
         return row[name]
     value = row
-    for part in name.split("."):
-        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        elif isinstance(value, dict) and part in value:
-            value = value[part]
-        else:
-            raise ValueError(f"no {name!r}; there is {', '.join(row)}")
+    try:
+        for part in name.split("."):
+            value = value[int(part) if isinstance(value, list) else part]
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"no {name!r}; there is {', '.join(row)}") from None
     return value
 
 

@@ -30,7 +30,7 @@ SCIENCE = {
     **{"question": "What moves?", "support": "", "correct_answer": "genes"},
     **{"distractor1": "a", "distractor2": "b", "distractor3": "c "},
 }
-WEBGPT = {"question": "Why?", "answer_0": "x", "answer_1": "y [1]", "score_0": "-10", "score_1": 9}
+WEBGPT = {"question": "Why?", "answer_0": "y [1]", "answer_1": "x", "score_0": 9, "score_1": "-10"}
 FIRST = {"prompt": "Vikings came.\n\nWho?", "completion": "Vikings", "article": "Normandy"}
 
 
@@ -55,7 +55,7 @@ def prepare(module, content, *words, out="out.json"):
         ),
         (
             "webgpt",
-            [WEBGPT, {**WEBGPT, "score_1": -10}, {**WEBGPT, "answer_1": "x"}],
+            [WEBGPT, {**WEBGPT, "score_1": 9, "answer_1": "z"}, {**WEBGPT, "answer_1": "y [1]"}],
             [{"prompt": "Why?", "chosen": "y [1]", "rejected": "x"}],
         ),
     ],
@@ -87,7 +87,7 @@ def test_choices_are_in_an_order_that_says_nothing():
     "layout, row, message",
     [
         ("squad", {"title": "x"}, "KeyError: 'paragraphs'"),
-        ("triviaqa", {**TRIVIA, "Question": " "}, "'prompt' is '', expected text"),
+        ("triviaqa", {**TRIVIA, "Question": " "}, "'Question' is empty"),
         ("sciq", {**SCIENCE, "support": None}, "AttributeError"),
         ("webgpt", {**WEBGPT, "score_0": "good"}, "could not convert string to float: 'good'"),
     ],
