@@ -19,7 +19,6 @@ passage, is whole in train, dev or test.
 
 import argparse
 import collections
-import functools
 import pathlib
 import re
 import sys
@@ -30,6 +29,7 @@ import records  # first: it makes common.py importable
 import common
 from common import SPLITS, log
 
+MAX_WORDS = 300  # of a passage
 LEAF = (
     "Leaves have small openings on their lower side. <hl> Through them a plant takes in carbon "
     "dioxide, from which it makes sugar in the light. <hl> Oxygen leaves the same way."
@@ -95,7 +95,7 @@ def sentences(text):
     return re.split(rf"(?<=[.!?]){abbreviation}\s+(?=[\"'(A-Z0-9])", " ".join(text.split()))
 
 
-def around_marks(passage, max_words):
+def around_marks(passage, max_words=MAX_WORDS):
     """At most so many words of a passage: the marked sentence and what stands around it."""
     before, marked, after = [part.split() for part in passage.split("<hl>")]
     room = max(0, max_words - len(marked))
@@ -105,15 +105,15 @@ def around_marks(passage, max_words):
     return " ".join([*before, "<hl>", *marked, "<hl>", *after])
 
 
-def make_item(args, group, question, answer, wrong, passage):
+def make_item(group, question, answer, wrong, passage):
     """The Item, or None if it cannot be used."""
     question, *choices = [text.strip() for text in [question, answer, *wrong]]
     if passage.count("<hl>") != 2 or not question or not all(choices) or len(choices) < 2:
         return None
-    return Item(group, question, choices[0], choices[1:], around_marks(passage, args.max_words))
+    return Item(group, question, choices[0], choices[1:], around_marks(passage))
 
 
-def from_chapter(chapter, args):
+def from_chapter(chapter):
     """[Item or None] of a chapter of a book."""
     items = []
     for entry in chapter["questions"]:
@@ -122,11 +122,11 @@ def from_chapter(chapter, args):
         wrong = list(question["question_choices"])
         answer = wrong.pop(entry["answer"]["ans_choice"])
         passage = " ".join(records.as_list(entry["hl_context"] or ""))
-        items.append(make_item(args, chapter["bname"], text, answer, wrong, passage))
+        items.append(make_item(chapter["bname"], text, answer, wrong, passage))
     return items
 
 
-def from_sciq(row, args):
+def from_sciq(row):
     """[Item or None] of a row."""
     answer, passage = row["correct_answer"].strip(), row["support"]
     parts = sentences(passage)
@@ -135,7 +135,7 @@ def from_sciq(row, args):
             parts[i] = f"<hl> {part} <hl>"
             break
     wrong = [row[f"distractor{i}"] for i in (1, 2, 3)]
-    return [make_item(args, passage, row["question"], answer, wrong, " ".join(parts))]
+    return [make_item(passage, row["question"], answer, wrong, " ".join(parts))]
 
 
 def split_groups(args, items):
@@ -185,14 +185,12 @@ def write_tasks(folder, name, splits):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--out", required=True, metavar="FOLDER", help="to write")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="to write")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--eduqg", nargs="+", metavar="FILE", help="chapters, .json")
     source.add_argument("--sciq", nargs="+", metavar="FILE", help="a row a question, .csv, .json")
     records.add_fractions(parser)
     records.add_skip(parser)
-    add("--max_words", type=records.natural, default=300, help="of a passage, around its mark")
     parser.set_defaults(eval_fraction=0.1, test_fraction=0.1)
     args = parser.parse_args(argv)
     out = pathlib.Path(args.out)
@@ -200,7 +198,7 @@ def main(argv=None):
     if out.exists():
         problems.append(f"--out {out}: exists")
     rows = []
-    to_items = functools.partial(from_chapter if args.eduqg else from_sciq, args=args)
+    to_items = from_chapter if args.eduqg else from_sciq
     for path in args.eduqg or args.sciq:
         rows += records.convert(path, to_items, args, problems)
     found = [item for _, items in rows for item in items]

@@ -8,14 +8,13 @@
      "dataset": "ted_trans_nl-en", "source_lang": "nl", "target_lang": "en"}
 
 The name of a set ends with two of ar de fr en it nl tr ru ms ko ja zh; its file is a table of two
-columns in this order, .csv or else with a tab between them. The request is in the language of the
-source, in one of three wordings, drawn by a hash of the text.
+columns in this order, .tsv or .csv. The request is in the language of the source, in one of three
+wordings, drawn by a hash of the text.
 
-Pairs of which a side is empty are dropped and counted, and so are repeats, and pairs that share a
-text with one that is held out. Both directions of a pair are on one side of a split.
+Repeats are dropped and counted, and so are pairs that share a text with one that is held out. Both
+directions of a pair are on one side of a split.
 """
 
-import pathlib
 import re
 import sys
 
@@ -23,7 +22,7 @@ import records  # first: it makes common.py importable
 
 # isort: split
 import common
-from common import SPLITS, log
+from common import SPLITS
 
 LANGUAGES = "ar de fr en it nl tr ru ms ko ja zh".split()
 # how a speaker of a language asks, and what the twelve are called there, as the sentences need it
@@ -141,28 +140,33 @@ def to_records(item, one_way):
     return found
 
 
+def to_pair(row):
+    """{language: text}"""
+    pair = {code: text.strip() for code, text in row.items()}
+    if not all(pair.values()):
+        raise ValueError("a side is empty")
+    return pair
+
+
 def read_set(spec, args, splits, problems):
     """Add the pairs of NAME=FILE to {split: [{"dataset", "pair"}]}."""
     name, _, path = spec.partition("=")
     codes = languages_of(name)
-    n_empty = 0
-    for where, pair in records.read_table(pathlib.Path(path), problems, codes):
-        item = {"dataset": name, "pair": {code: pair[code].strip() for code in codes}}
-        texts = list(item["pair"].values())
+    for _, pair in records.convert(path, to_pair, args, problems, codes):
+        texts = list(pair.values())
+        if texts == codes:  # a header
+            continue
         if texts == codes[::-1]:
-            problems.append(f"{where}: expected the columns {', '.join(codes)}, in this order")
-        if not all(texts):
-            n_empty += 1
-        elif texts != codes:  # else a header
-            key = records.normal("\n".join(sorted(sides(item))))
-            splits[records.hold_out(args, "train", key)].append(item)
-    if n_empty:
-        log(f"{name}: left out {n_empty} pairs that lack a side")
+            problems.append(f"{path}: expected the columns {', '.join(codes)}, in this order")
+        item = {"dataset": name, "pair": pair}
+        key = records.normal("\n".join(sorted(sides(item))))
+        splits[records.hold_out(args, "train", key)].append(item)
 
 
 def main(argv=None):
     parser = records.make_parser(__doc__)
     records.add_fractions(parser)
+    records.add_skip(parser)
     add = parser.add_argument
     add("--pairs", required=True, nargs="+", metavar="NAME=FILE", help="a table of two columns")
     add("--one_way", action="store_true", help="only from the first language to the second")

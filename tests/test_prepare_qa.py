@@ -106,8 +106,8 @@ def translate(*words):
 
 def test_both_directions_of_a_pair_in_the_language_of_the_source(capsys):
     pathlib.Path("p.tsv").write_text("nl\ten\nDag {x}.\t Hello.\nDoei.\t\nDag  {X}.\tHello.\n")
-    there, back = translate("ted_trans_nl-en=p.tsv")["train"]
-    assert "left out 1 pairs that lack a side" in capsys.readouterr().out
+    there, back = translate("ted_trans_nl-en=p.tsv", "--skip_malformed")["train"]
+    assert "dropped 1 rows; the first: p.tsv, row 3: a side is empty" in capsys.readouterr().out
     about = {"dataset": "ted_trans_nl-en", "source_lang": "nl", "target_lang": "en"}
     prompts = [
         words.format(language="Engels", text="Dag {x}.")
@@ -115,7 +115,7 @@ def test_both_directions_of_a_pair_in_the_language_of_the_source(capsys):
     ]
     assert there["prompt"] in prompts and there == {**there, "completion": "Hello.", **about}
     assert "Dutch" in back["prompt"] and back["completion"] == "Dag {x}."
-    assert translate("ted_trans_nl-en=p.tsv", "--one_way")["train"] == [there]
+    assert translate("ted_trans_nl-en=p.tsv", "--one_way", "--skip_malformed")["train"] == [there]
 
 
 def test_every_language_asks_in_three_ways_and_names_all_others():
@@ -132,8 +132,11 @@ def test_every_language_asks_in_three_ways_and_names_all_others():
     [
         ("wmt_nl-xx=p.tsv", "wmt_nl-xx: expected a name such as wmt2019_zh-en"),
         ("wmt_nl-nl=p.tsv", "wmt_nl-nl: expected a name"),
-        ("wmt_en-nl=p.tsv", "row 1: expected the columns en, nl, in this order"),
-        ("wmt_nl-en=three.tsv", "three.tsv, row 1: 3 columns, expected 2"),
+        ("wmt_en-nl=p.tsv", "p.tsv: expected the columns en, nl, in this order"),
+        (
+            "wmt_nl-en=three.tsv",
+            "three.tsv, row 1: 3 columns, expected 2; --skip_malformed drops it",
+        ),
         ("wmt_nl-en", "Is a directory"),
     ],
 )
@@ -228,6 +231,8 @@ def test_books_that_are_wrong(chapters, message, capsys):
 )
 def test_the_words_around_the_marked_sentence(n, words):
     assert prepare_eduqg.around_marks("a b c <hl> D e. <hl> f g h", n) == words
+    # what is not needed on one side goes to the other
+    assert prepare_eduqg.around_marks("a b c d <hl> E. <hl>", 4) == "b c d <hl> E. <hl>"
 
 
 def test_sentences():
