@@ -39,19 +39,22 @@ PRICE = (
     "the price rises until fewer people want to buy. <hl> In time, producers may offer more."
 )
 
-
-# why: of an example in the prompt
-Item = collections.namedtuple("Item", "group question answer wrong passage why", defaults=[""])
+# group: the book or passage; why: of an example in the prompt
+Item = collections.namedtuple("Item", "question answer wrong passage group why", defaults=["", ""])
 EXAMPLES = [
     Item(
-        *("", "Which gas do plants take from the air for photosynthesis?", "carbon dioxide"),
-        *(["oxygen", "nitrogen", "hydrogen"], LEAF),
-        "The marked sentence says what the plant takes in.",
+        "Which gas do plants take from the air for photosynthesis?",
+        "carbon dioxide",
+        ["oxygen", "nitrogen", "hydrogen"],
+        LEAF,
+        why="The marked sentence says what the plant takes in.",
     ),
     Item(
-        *("", "What happens to a price when more people want a good whose supply stays the same?"),
-        *("it rises", ["it falls", "it stays the same", "it becomes zero"], PRICE),
-        "The marked sentence names the condition and its effect.",
+        "What happens to a price when more people want a good whose supply stays the same?",
+        "it rises",
+        ["it falls", "it stays the same", "it becomes zero"],
+        PRICE,
+        why="The marked sentence names the condition and its effect.",
     ),
 ]
 TASKS = {  # category and definition
@@ -110,7 +113,7 @@ def make_item(group, question, answer, wrong, passage):
     question, *choices = [text.strip() for text in [question, answer, *wrong]]
     if passage.count("<hl>") != 2 or not question or not all(choices) or len(choices) < 2:
         return None
-    return Item(group, question, choices[0], choices[1:], around_marks(passage))
+    return Item(question, choices[0], choices[1:], around_marks(passage), group)
 
 
 def from_chapter(chapter):

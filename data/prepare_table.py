@@ -8,6 +8,7 @@ KEY=COLUMN renames, COLUMN alone keeps its name; columns that are not named stay
 nested JSON: answers.text.0. Which script reads the records, the keys say:
 
     prompt=question completion=answer          seq2seq.py, sft_causal.py
+    instruction input output=answer            seq2seq.py, sft_causal.py; input may be empty
     messages=chat                              sft_causal.py
     text="{title}\\n\\n{body}"                   sft_causal.py, prepare_text.py
     input=sentence target=label                clf.py; words: --positive spam makes 1 and 0
@@ -95,6 +96,8 @@ def to_records(row, args):
             value = re.sub(PLACE, lambda place: to_text(look_up(row, place[1]), place[1]), source)
         else:
             value = look_up(row, source)
+        if key == "input" and not value and "instruction" in record:  # Alpaca's may be empty
+            continue
         if key == "target":
             value = to_target(value, source, args.positive)
         elif key in TEXTS and isinstance(value, list):  # alternatives

@@ -46,6 +46,10 @@ def test_columns_are_renamed_and_templates_filled(words, first):
 def test_cells_of_all_kinds():
     row = {"a.b": "dot", "c [d]": "{f}", "f": 1.5, "g": True, "h": {"i": [{"j": " deep "}, 2]}}
     words = ["text={a.b}|{c [d]}|{f}|{g}|{h.i.0.j}|{h.i.1}|{}", "h", "prompt=n"]
+    alpaca = [{"instruction": "Go.", "input": "", "output": 5}]
+    assert prepare(alpaca, "instruction", "input", "output") == {
+        "train": [{"instruction": "Go.", "output": "5"}]
+    }
     found = prepare([{**row, "n": [1, " two "]}], *words)
     text = "dot|{f}|1.5|true|deep|2|{}"
     assert found == {"train": [{"text": text, "h": row["h"], "prompt": ["1", "two"]}]}
