@@ -742,6 +742,7 @@ class Run:
 
 DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "eval", "test")
+INNER_MARK = "a byte order mark inside the file, as joined files have it: remove it"
 
 
 def parse_data_spec(spec, problems):
@@ -761,8 +762,23 @@ def unique_keys(pairs):
     """For json: of a repeated key it would silently keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
+        names = ", ".join(key for key, _ in pairs)
+        raise ValueError(f"a key is repeated among {names}: rename or delete one")
     return record
+
+
+def refuse_constant(word):
+    raise ValueError(f"{word} is no JSON: write null or a number")
+
+
+def parse_json(text):
+    """The value of a JSON text; a ValueError names the remedy. json would take some of it."""
+    if text.startswith("\ufeff"):
+        raise ValueError(INNER_MARK)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply: write the inner part as a text") from None
 
 
 def open_text(path, newline=None):
@@ -782,16 +798,16 @@ def read_records(path, problems):
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        record = json.loads(line, object_pairs_hook=unique_keys)
+                        record = parse_json(line)
                         found.append((where, "train", record))
             else:
-                lists = json.load(file, object_pairs_hook=unique_keys)
+                lists = parse_json(file.read())
                 if not isinstance(lists, dict):
                     lists = {"train": lists}
                 for split, records in lists.items():
                     for i, record in enumerate(records):
                         found.append((f"{path}, {split}[{i}]", split, record))
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         problems.append(f"{where}: {error}; expected lists train, eval, test, or lines in a .jsonl")
     for where, split, record in found:
         if not isinstance(record, dict):

@@ -5,9 +5,9 @@
 
 TF-IDF of words and word pairs (sublinear) with logistic regression where every target is 0 or 1, else with ridge
 regression. How strongly it is regularised is chosen by cross-validation on "train"; "eval" and "test" are only scored.
-Where the records carry "sentence1" and "sentence2" (data/prepare_tsv.py), "cosine" is the similarity of the two TF-IDF
+Where the records carry "sentence1" and "sentence2" (prepare_table.py: sentence1 sentence2), "cosine" is the similarity of the two TF-IDF
 vectors, which learns from no target. "majority" is the accuracy of always saying the more frequent answer of "train".
-Prints one JSON line; the data of data/prepare_tsv.py's docstring give, on eval (scikit-learn 1.9.1):
+Prints one JSON line; the data sets of results/clf_real_sets.json gave, on eval (scikit-learn 1.9.1):
     sst2    accuracy 0.742, AUC 0.798, Pearson 0.507, Spearman 0.509
     spam    accuracy 0.973, AUC 0.986, Pearson 0.915, Spearman 0.616 (test: accuracy 0.995, AUC 1.000)
     stsb    Pearson 0.132, Spearman 0.115; cosine: Pearson 0.645, Spearman 0.641
