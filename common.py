@@ -374,7 +374,7 @@ def add_flag(parser, name, default, text, *choices):
 class Parser(argparse.ArgumentParser):
     """argparse from tables of flags, with @file presets; an unknown flag names the nearest one."""
 
-    def __init__(self, description, own_flags):
+    def __init__(self, description, own_flags, shared_flags=SHARED_FLAGS):
         super().__init__(
             description=description,
             usage=argparse.SUPPRESS,
@@ -382,7 +382,7 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for name, spec in {**SHARED_FLAGS, **own_flags}.items():  # a script's own default wins
+        for name, spec in {**shared_flags, **own_flags}.items():  # a script's own default wins
             add_flag(self, name, *spec)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
 
