@@ -33,7 +33,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
 
 import common  # first: it prepares the import of DeepSpeed
 
@@ -49,29 +48,25 @@ FLAGS = {
     "model_path": ("", "run, checkpoint or adapter folder, name under models/, or hub id"),
     "max_new_tokens": (512, "longest reply"),
     "temperature": (0.8, "of sampling; <= 0.001 is greedy"),
-    "top_p": (0.9, "sample from the likeliest tokens of this mass; 1: off"),
-    "top_k": (0, "sample from this many likeliest tokens; 0: off"),
+    "top_p": (0.9, "take the likeliest tokens of this mass; 1: off"),
+    "top_k": (0, "take so many likeliest tokens; 0: off"),
     "do_sample": ("true", "false: greedy", "true", "false"),
     "seed": (0, "of sampling"),
-    "mount_dir": ("", "where models/ is; else ./mount if it exists, else ."),
+    "mount_dir": ("", "where models/ is; else ./mount or ."),
     "dtype": ("auto", "fp32, bf16 or fp16; auto: bf16 where the GPU has it"),
     "quantize": ("", "4 or 8 bits (package bitsandbytes); else as trained", "nf4", "int8"),
-    # conversation
     "format": (
         "auto",
-        "how a conversation becomes text; auto: as trained, else the tokenizer's template, else "
-        "turns",
+        "how a conversation becomes text; auto: as trained",
         *("auto", "template", "raw", "turns", "v2", "v2.5"),
     ),
-    "system_prefix": ("", "system turn in front of every conversation"),
+    "system_prefix": ("", "system turn of every conversation"),
     "bot_name": ("Assistant", "the model's name on the screen and in --format turns"),
-    # files
-    "input": ("", "prompts: .jsonl or .json, also with .gz"),
-    "output": ("", "replies: a JSON line for each prompt"),
+    "input": ("", "file of prompts: .jsonl or .json, also with .gz"),
+    "output": ("", "file of replies: a JSON line for each prompt"),
     "n_samples": (1, "replies to each prompt of --input"),
-    # server
-    "serve": (-1, "port of the server; 0: any free one"),
-    "host": ("127.0.0.1", "address to listen on; others than this one need an --api_key"),
+    "serve": (-1, "port of a server; 0: any free one"),
+    "host": ("127.0.0.1", "address of the server; another one needs an --api_key"),
     "api_key": ("", "what clients must send; else of the variable CHAT_API_KEY"),
     "max_batch": (32, "replies that are written together"),
 }
@@ -423,10 +418,8 @@ def change_setting(settings, name, text):
     """Of /set."""
     if name not in RANGES:
         raise ValueError(f"expected one of {', '.join(RANGES)}")
-    value = text
-    with contextlib.suppress(ValueError):
-        value = json.loads(text)
-    settings[name] = check_number(name, value, RANGES[name])
+    kind = RANGES[name][0]
+    settings[name] = check_number(name, kind(text), RANGES[name])
 
 
 def print_reply(request):
@@ -449,8 +442,7 @@ def talk(engine):
     prompts = engine.prompts
     is_interactive = sys.stdin.isatty()
     if is_interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401, edits lines where Python has it
+        import readline  # noqa: F401, lets input() edit lines
     settings = settings_of(args)
     messages = []
     while True:
@@ -467,7 +459,8 @@ def talk(engine):
             elif command == "/system":
                 prompts.system = rest
             elif command == "/set":
-                change_setting(settings, *rest.partition(" ")[::2])
+                name, _, value = rest.partition(" ")
+                change_setting(settings, name, value)
             elif command.startswith("/"):
                 print(HELP)
             elif line:
@@ -513,10 +506,8 @@ def open_output(args, source, found):
     try:
         file = open(part, "a+", encoding="utf-8")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-    except BlockingIOError:
-        common.fail(f"{part}: another process is writing it")
     except OSError as error:
-        common.fail(f"--output {args.output}: {error}")
+        common.fail(f"{part}: {error}; is another process writing it?")
     # everything that is asked, and of whom
     paths = sorted(pathlib.Path(source).glob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in paths]
@@ -649,7 +640,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self):
         name = self.server.name
-        path = urllib.parse.unquote(self.path.partition("?")[0])
+        path = self.path.partition("?")[0]
         if path == "/":
             self.send_head(200, "text/html; charset=utf-8")
             self.wfile.write(PAGE.read_bytes())
@@ -679,7 +670,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
             return
         # a page of another site can point its own name here (DNS rebinding)
-        host = urllib.parse.urlsplit(f"//{self.headers.get('Host')}").hostname
+        host = self.headers.get("Host", "").partition(":")[0]
         if host not in LOOPBACK:
             raise Refusal(403, f"{host!r}: this server answers to localhost only")
 
@@ -703,9 +694,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(n_bytes)
 
     def check_client(self):
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+        is_readable = select.select([self.connection], [], [], 0)[0]
+        if is_readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the client has left")
 
     def complete(self):
@@ -714,32 +704,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = parse_body(engine.args, engine.prompts, body)
         options = body.get("stream_options") or {}
         has_usage = options.get("include_usage")
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
-        head["model"] = self.server.name
+        head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.server.name,
+        }
         engine.waiting.put(request)
-        pieces = request.wait(self.check_client)
         try:
             if body.get("stream"):
-                self.stream(request, pieces, head, has_usage)
-                return
-            texts, finish_reasons = zip(*pieces)
+                self.stream(request, head, has_usage)
+            else:
+                self.send_reply(request, head)
         finally:
             request.is_over = True  # a client that leaves frees its row
+
+    def send_reply(self, request, head):
+        texts, finish_reasons = zip(*request.wait(self.check_client))
         message = {"role": "assistant", "content": "".join(texts)}
         choice = {"index": 0, "message": message, "finish_reason": finish_reasons[-1]}
-        reply = {**head, "object": "chat.completion", "choices": [choice]}
-        self.send_json(200, {**reply, "usage": request.usage()})
+        head.update(object="chat.completion", choices=[choice], usage=request.usage())
+        self.send_json(200, head)
 
     def send_event(self, event):
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
-    def stream(self, request, pieces, head, has_usage):
+    def stream(self, request, head, has_usage):
         """Server-sent events: a chunk for each piece, and an end mark."""
         head["object"] = "chat.completion.chunk"
         self.send_head(200, "text/event-stream")
         role = {"role": "assistant"}
         try:
-            for text, finish_reason in pieces:
+            for text, finish_reason in request.wait(self.check_client):
                 delta = {**role, "content": text}
                 choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
                 self.send_event({**head, "choices": [choice]})
@@ -772,8 +767,6 @@ def serve(engine, name):
 
 
 def check_args(args, problems):
-    if args.n_samples > 1 and args.temperature <= GREEDY:
-        problems.append("--n_samples: greedy replies are all the same: --temperature 0.8")
     if bool(args.input) != bool(args.output):
         problems.append("--input and --output go together")
     if os.path.exists(args.output):
@@ -787,19 +780,19 @@ def check_args(args, problems):
 def find_model(args, problems):
     """The path or hub id of --model_path; without it that of the newest run."""
     name = args.model_path
-    owner, _, rest = name.partition("/")
-    if rest and not os.path.exists(owner or "/"):
+    owner, slash, _ = name.partition("/")
+    if slash and owner and not os.path.exists(owner):
         return name  # a hub id
     if name:
         return str(common.find_input(args, "models", name, [], problems) or "")
-    runs = {}
     models = common.mount(args) / "models"
-    for path in models.glob(f"*/{common.COMPLETE}"):
+    newest = ""
+    for path in sorted(models.glob(f"*/{common.COMPLETE}"), key=os.path.getmtime):
         if json.loads(path.with_name("rawtune.json").read_text())["script"] != "clf.py":
-            runs[path.stat().st_mtime] = str(path.parent)
-    if not runs:
+            newest = str(path.parent)
+    if not newest:
         problems.append(f"no finished run in {models}: --model_path, or train one: sft_causal.py")
-    return runs[max(runs)] if runs else ""
+    return newest
 
 
 def prepare(args):
