@@ -58,7 +58,7 @@ FLAGS = {
     "format": (
         "auto",
         "how a conversation becomes text; auto: as trained",
-        *("auto", "template", "raw", "turns", "v2", "v2.5"),
+        *("auto", "template", "raw", "turns", "v2"),
     ),
     "system_prefix": ("", "system turn of every conversation"),
     "bot_name": ("Assistant", "the model's name on the screen and in --format turns"),
@@ -87,29 +87,21 @@ FORMATS = {  # chat templates for models whose tokenizer has none
     {{ names[message.role] + message.content + ('</prefix>' if message.role == 'system' else '') }}
 {%- endfor -%}
 {{ '<bot>' if add_generation_prompt }}""",
-    # of its later ones
-    "v2.5": """
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {{ '<|prefix_begin|>' + message.content + '<|prefix_end|>' }}
-    {%- else -%}
-        {{ '<|prompter|>' if message.role == 'user' else '<|assistant|>' }}
-        {{- message.content + eos_token }}
-    {%- endif -%}
-{%- endfor -%}
-{{ '<|assistant|>' if add_generation_prompt }}""",
 }
-FORMAT_STOPS = {"turns": ["\nUser:"], "v2": ["<human>"], "v2.5": ["<|prompter|>"]}
+FORMAT_STOPS = {"turns": ["\nUser:"], "v2": ["<human>"]}
 RANGES = {  # of what /set and the API change: type, smallest, largest
     "temperature": (float, 0, 100),
     "top_p": (float, 0, 1),
     "top_k": (int, -1, 2**31),
     "max_new_tokens": (int, 1, 2**31),
 }
-API_READ = {"messages", "stream", "stream_options", "stop", "seed"}
-API_READ |= {"temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens"}
-API_HARMLESS = {"model", "user", "metadata", "store", "service_tier", "prompt_cache_key"}
-API_HARMLESS |= {"safety_identifier", "parallel_tool_calls"}
+API_KNOWN = {
+    *("messages", "stream", "stream_options", "stop", "seed"),
+    *("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens"),
+    # change nothing
+    *("model", "user", "metadata", "store", "service_tier", "prompt_cache_key"),
+    *("safety_identifier", "parallel_tool_calls"),
+}
 API_OFF = {  # values with which a name changes nothing
     "n": [1],
     "tools": [[]],
@@ -128,7 +120,6 @@ UNLIMITED = 8192  # tokens that a model without a limit of positions may read
 MAX_READ = 8192  # tokens of prompts that are read in one step, while running replies wait
 CANDIDATES = 256  # tokens that top_p looks at first: to sort a vocabulary takes long
 MAX_BODY = 2**21  # bytes of a request
-MAX_STOP = 1000  # characters of stop strings
 PAGE = common.HERE / "chat.html"
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -168,8 +159,9 @@ class Prompts(common.Prompts):
             return self.tokenizer(text).input_ids
         return self.begin + self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def ids(self, messages):
-        """Of a conversation that the assistant goes on with."""
+    def ids(self, record):
+        """Of a conversation, or a body of OpenAI's API, that the assistant goes on with."""
+        messages = self.messages(record)
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             raise ValueError("the last message must be the user's")
         if self.system and messages[0]["role"] != "system":
@@ -191,14 +183,14 @@ class Prompts(common.Prompts):
             messages = self.messages(record)
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()  # what training would have learned
-            return self.ids(messages)
-        name = "text" if "text" in record else "prompt"
-        problem = common.text_problem(record.get(name), name, record)
+            return self.ids({"messages": messages})
+        if "text" not in record:
+            message = {"role": "user", "content": record.get("prompt")}
+            return self.ids({"messages": [message]})
+        problem = common.text_problem(record["text"], "text", record)
         if problem:
             raise ValueError(problem)
-        if name == "text":
-            return self.raw_ids(record["text"])
-        return self.ids([{"role": "user", "content": record["prompt"]}])
+        return self.raw_ids(record["text"])
 
 
 @dataclasses.dataclass
@@ -215,6 +207,7 @@ class Request:
     pieces: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue, repr=False)
     ids: list = dataclasses.field(default_factory=list)  # of the reply so far
     text: str = ""  # the part of it that is in pieces
+    generator: torch.Generator = None  # of the noise; None: greedy
     is_over: bool = False  # finished, or nobody waits for it
 
     def wait(self, check=None):
@@ -299,16 +292,13 @@ def truncate(scores, top_k, top_p):
 def choose(logits, requests):
     """The next token of each request, (B,), of logits (B, V)."""
     scores = []
-    generators = []
     for row, request in zip(logits, requests):
-        generator = None
-        if request.temperature > GREEDY:
-            generator = request.generator
+        if request.generator:
             row = row / request.temperature
             if request.top_k > 0 or request.top_p < 1:
                 row = truncate(row, request.top_k, request.top_p)
         scores.append(row)
-        generators.append(generator)
+    generators = [request.generator for request in requests]
     return decoding.choose(torch.stack(scores), generators)
 
 
@@ -358,8 +348,9 @@ class Engine(threading.Thread):
             if not request.is_over:
                 joining.append(request)
                 n_read += len(request.prompt_ids)
-                generator = torch.Generator(self.model.device)
-                request.generator = generator.manual_seed(request.seed)
+                if request.temperature > GREEDY:
+                    generator = torch.Generator(self.model.device)
+                    request.generator = generator.manual_seed(request.seed)
         return joining
 
     def step(self):
@@ -467,8 +458,9 @@ def talk(engine):
                 if not prompts.has_turns:
                     messages = []
                 asked = [*messages, {"role": "user", "content": line}]
+                prompt_ids = prompts.ids({"messages": asked})
                 seed = common.derive_seed(args.seed, "terminal", len(asked))
-                request = new_request(prompts, prompts.ids(asked), settings, seed)
+                request = new_request(prompts, prompt_ids, settings, seed)
                 engine.waiting.put(request)
                 if is_interactive:
                     print(f"{args.bot_name}: ", end="", flush=True)
@@ -500,54 +492,45 @@ def read_requests(args, prompts, problems):
     return found
 
 
-def open_output(args, source, found):
+def open_output(path, command):
     """(file, number of rows) of the unfinished output, which is locked and may be new."""
-    part = pathlib.Path(f"{args.output}.part")
+    part = f"{path}.part"
     try:
-        file = open(part, "a+", encoding="utf-8")
+        # half characters of a record are written as \\udc80
+        file = open(part, "a+", encoding="utf-8", errors="backslashreplace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
     except OSError as error:
         common.fail(f"{part}: {error}; is another process writing it?")
-    # everything that is asked, and of whom
-    paths = sorted(pathlib.Path(source).glob("*.safetensors"))
-    times = [path.stat().st_mtime_ns for path in paths]
-    command = common.derive_seed(source, times, args.dtype, args.quantize, found)
-    head = json.dumps({"command": command}) + "\n"
     file.seek(0)
     lines = file.readlines()
     if lines and not lines[-1].endswith("\n"):  # cut by a kill
         lines.pop()
         file.truncate(len("".join(lines).encode()))
-    if not lines:
-        file.write(head)
-    elif lines[0] != head:
+    if {json.loads(line)["command"] for line in lines} - {command}:
         common.fail(
             f"{part} was begun with other flags, prompts or weights: finish it with those, or move "
             "it away"
         )
-    return file, max(0, len(lines) - 1)
+    return file, len(lines)
 
 
-def answer_file(engine, found, file, n_done):
-    """Append replies in the order of the prompts; at last the output has them without the head."""
-    for _, requests in found[n_done:]:
+def answer_file(engine, found, file, n_done, command):
+    """Append replies, in the order of the prompts."""
+    rest = found[n_done:]
+    for _, requests in rest:
         for request in requests:
             engine.waiting.put(request)
-    for record, requests in tqdm(found[n_done:], "replies", delay=5, disable=None):
-        row = {"row": n_done, "replies": [], "finish_reasons": [], "orig_d": record}
+    for i, (record, requests) in enumerate(tqdm(rest, "replies", delay=5, disable=None)):
+        row = {"row": n_done + i, "replies": [], "finish_reasons": []}
         for request in requests:
             texts, finish_reasons = zip(*request.wait())
             row["replies"].append("".join(texts))
             row["finish_reasons"].append(finish_reasons[-1])
+        row.update(orig_d=record, command=command)
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
-        n_done += 1
-    file.seek(0)
-    aside = pathlib.Path(f"{file.name}.tmp")
-    aside.write_text("".join(file.readlines()[1:]), encoding="utf-8")
-    os.rename(aside, engine.args.output)
-    os.unlink(file.name)
-    log(f"{engine.args.output}: replies to {n_done} prompts")
+    os.rename(file.name, engine.args.output)
+    log(f"{engine.args.output}: replies to {len(found)} prompts")
 
 
 # ----------------------------------------------------------------------------------------- server
@@ -570,13 +553,13 @@ def join_parts(parts):
 def parse_body(args, prompts, body):
     """The Request of a JSON body. What would change the reply is never left out in silence."""
     for name, value in body.items():
-        is_known = name in API_READ or name in API_HARMLESS or value is None
+        is_known = name in API_KNOWN or value is None
         if not is_known and value not in API_OFF.get(name, []):
             raise ValueError(f"{name!r} is not supported: leave it out")
     for message in body.get("messages") or []:
         if isinstance(message.get("content"), list):
             message["content"] = join_parts(message["content"])
-    prompt_ids = prompts.ids(prompts.messages(body))
+    prompt_ids = prompts.ids(body)
     settings = settings_of(args)
     for key in ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens"):
         if body.get(key) is not None:
@@ -588,9 +571,7 @@ def parse_body(args, prompts, body):
     stop = body.get("stop") or []
     if isinstance(stop, str):
         stop = [stop]
-    if len("".join(stop)) > MAX_STOP:
-        raise ValueError(f"stop: more than {MAX_STOP} characters")
-    stop = [text for text in stop if text]
+    stop = [str(text) for text in stop if text]
     return new_request(prompts, prompt_ids, settings, common.derive_seed("server", seed), stop)
 
 
@@ -646,7 +627,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(PAGE.read_bytes())
             return
         self.check_access()
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "rawtune"}
+        model = {"id": name, "object": "model"}
         model["has_turns"] = self.server.engine.prompts.has_turns  # for the page
         readable = {
             "/healthz": model,
@@ -817,7 +798,7 @@ def prepare(args):
     found = []
     try:
         prompts = Prompts(args, config, tokenizer, about)
-        prompts.ids([{"role": "user", "content": "Q"}])  # with the system turn
+        prompts.record_ids({"prompt": "Q"})  # with the system turn
         if args.input:
             found = read_requests(args, prompts, problems)
     except ValueError as error:
@@ -836,8 +817,6 @@ def load_engine(args, load_args, config, prompts):
     model = common.load_model(auto_class, source, config, load_args, ds_config, tokenizer)
     model.to(device).eval()
     log(f"{source}: {load_args.precision} on {device.type}, --format {prompts.format}")
-    if not prompts.has_turns:
-        log("each message is a prompt of its own: the model was trained without turns")
     of_model = model.generation_config.eos_token_id
     if not isinstance(of_model, list):
         of_model = [of_model]
@@ -850,13 +829,17 @@ def main(args):
         load_args, config, prompts, found = prepare(args)
         source = load_args.model_init_path
         if args.input:
-            file, n_done = open_output(args, source, found)
+            # everything that is asked, and of whom
+            paths = sorted(pathlib.Path(source).glob("*.safetensors"))
+            times = [path.stat().st_mtime_ns for path in paths]
+            command = common.derive_seed(source, times, args.dtype, args.quantize, found)
+            file, n_done = open_output(args.output, command)
         engine = load_engine(args, load_args, config, prompts)
     engine.start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if args.input:
-            answer_file(engine, found, file, n_done)
+            answer_file(engine, found, file, n_done, command)
         elif args.serve >= 0:
             serve(engine, pathlib.Path(source).name)
         else:
