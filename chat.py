@@ -184,13 +184,14 @@ class Prompts(common.Prompts):
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()  # what training would have learned
             return self.ids({"messages": messages})
-        if "text" not in record:
-            message = {"role": "user", "content": record.get("prompt")}
-            return self.ids({"messages": [message]})
-        problem = common.text_problem(record["text"], "text", record)
+        name = "text" if "text" in record else "prompt"
+        text = record.get(name)
+        problem = common.text_problem(text, name, record)
         if problem:
             raise ValueError(problem)
-        return self.raw_ids(record["text"])
+        if name == "text":
+            return self.raw_ids(text)
+        return self.ids({"messages": [{"role": "user", "content": text}]})
 
 
 @dataclasses.dataclass

@@ -495,18 +495,16 @@ def test_two_hundred_streams_of_which_half_are_dropped(served):
 @pytest.mark.slow
 def test_the_page_in_a_browser(served):
     webdriver = pytest.importorskip("selenium.webdriver")
-    browsers = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browsers = [path for path in browsers if path]
-    if not browsers:
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (chromium and driver):
         pytest.skip("no Chromium")
     options = webdriver.ChromeOptions()
-    options.binary_location = browsers[0]
+    options.binary_location = chromium
     for word in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(word)
-    browser = webdriver.Chrome(options)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
         browser.get(f"http://{served.address}/")
-        browser.find_element("id", "temperature").send_keys("0")
         browser.find_element("id", "input").send_keys("hi there\n")
         deadline = time.monotonic() + 60
         while served.reply() not in browser.page_source and time.monotonic() < deadline:
@@ -566,7 +564,7 @@ def test_the_newest_run_is_taken_and_a_base_model_gets_turns(monkeypatch, capsys
     load_args, _, prompts, _ = chat.prepare(args)
     assert load_args.model_init_path == "models/new"
     messages = [*HI, {"role": "assistant", "content": " Yes. "}, *HI]
-    text = prompts.tokenizer.decode(prompts.ids(messages), skip_special_tokens=True)
+    text = prompts.tokenizer.decode(prompts.ids({"messages": messages}), skip_special_tokens=True)
     assert text == 'User: hi there\nJo"i: Yes.\nUser: hi there\nJo"i:'
     assert prompts.stop == ["\nUser:"]
     args = chat.parse_args(["--format", "v2"])
