@@ -39,7 +39,12 @@ import common  # first: it prepares the import of DeepSpeed
 # isort: split
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import decoding
 from common import log
@@ -64,7 +69,6 @@ FLAGS = {
     "bot_name": ("Assistant", "the model's name on the screen and in --format turns"),
     "input": ("", "file of prompts: .jsonl or .json, also with .gz"),
     "output": ("", "file of replies: a JSON line for each prompt"),
-    "n_samples": (1, "replies to each prompt of --input"),
     "serve": (-1, "port of a server; 0: any free one"),
     "host": ("127.0.0.1", "address of the server; another one needs an --api_key"),
     "api_key": ("", "what clients must send; else of the variable CHAT_API_KEY"),
@@ -109,7 +113,6 @@ API_OFF = {  # values with which a name changes nothing
     "response_format": [{"type": "text"}],
     "logprobs": [False],
     "suffix": [""],
-    "logit_bias": [{}],
     "frequency_penalty": [0],
     "presence_penalty": [0],
     "repetition_penalty": [1],
@@ -118,7 +121,6 @@ API_OFF = {  # values with which a name changes nothing
 GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 UNLIMITED = 8192  # tokens that a model without a limit of positions may read
 MAX_READ = 8192  # tokens of prompts that are read in one step, while running replies wait
-CANDIDATES = 256  # tokens that top_p looks at first: to sort a vocabulary takes long
 MAX_BODY = 2**21  # bytes of a request
 PAGE = common.HERE / "chat.html"
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -225,12 +227,10 @@ class Request:
                 yield text, finish_reason
 
     def usage(self):
-        n_prompt = len(self.prompt_ids)
-        n_reply = len(self.ids)
         return {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_reply,
-            "total_tokens": n_prompt + n_reply,
+            "prompt_tokens": len(self.prompt_ids),
+            "completion_tokens": len(self.ids),
+            "total_tokens": len(self.prompt_ids + self.ids),
         }
 
 
@@ -263,44 +263,20 @@ def new_request(prompts, prompt_ids, settings, seed, stop=()):
 # ----------------------------------------------------------------------------------------- engine
 
 
-def certain_part(text, stop):
-    """The text without what the next tokens may change: the first bytes of a character, and an end
-    that may become a stop string."""
-    text = text.rstrip("\ufffd")
-    n_begun = 0
-    for ending in stop:
-        for n in range(1, len(ending)):
-            if text.endswith(ending[:n]):
-                n_begun = max(n_begun, n)
-    return text[: len(text) - n_begun]
-
-
-def truncate(scores, top_k, top_p):
-    """scores (V,), -inf outside the top_k likeliest tokens (0: all) and outside the smallest set of
-    these that has a share of top_p of them (Holtzman et al. 2020)."""
-    probs = scores.softmax(dim=0)
-    likeliest = probs.topk(min(top_k if top_k > 0 else CANDIDATES, len(probs))).values
-    if top_k > 0:
-        likeliest /= likeliest.sum()
-    elif likeliest.sum() < top_p:
-        likeliest = probs.sort(descending=True).values
-    mass_before = likeliest.cumsum(dim=0) - likeliest
-    n_kept = int((mass_before < top_p).sum().clamp(min=1))
-    kept = probs.topk(n_kept).indices
-    return torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
-
-
 def choose(logits, requests):
     """The next token of each request, (B,), of logits (B, V)."""
     scores = []
-    for row, request in zip(logits, requests):
+    for i, request in enumerate(requests):
+        row = logits[i : i + 1]
         if request.generator:
             row = row / request.temperature
-            if request.top_k > 0 or request.top_p < 1:
-                row = truncate(row, request.top_k, request.top_p)
+            if request.top_k > 0:
+                row = TopKLogitsWarper(request.top_k)(None, row)
+            if request.top_p < 1:
+                row = TopPLogitsWarper(request.top_p)(None, row)
         scores.append(row)
     generators = [request.generator for request in requests]
-    return decoding.choose(torch.stack(scores), generators)
+    return decoding.choose(torch.cat(scores), generators)
 
 
 class Engine(threading.Thread):
@@ -314,7 +290,8 @@ class Engine(threading.Thread):
         self.prompts = prompts
         self.tokenizer = prompts.tokenizer
         self.stop_ids = stop_ids
-        self.dropped = {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id, *stop_ids}
+        begin_and_pad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
+        self.dropped = begin_and_pad | stop_ids
         self.waiting = queue.SimpleQueue()
         self.reset()
 
@@ -389,8 +366,10 @@ class Engine(threading.Thread):
             if found:
                 text = before
                 finish_reason = "stop"
-        if not finish_reason:
-            text = certain_part(text, request.stop)
+        if not finish_reason:  # what the next tokens may change is held back
+            text = text.rstrip("\ufffd")  # the first bytes of a character
+            n_held = max(map(len, request.stop), default=1) - 1
+            text = text[: max(0, len(text) - n_held)]
         piece = text[len(request.text) :]
         request.text = text
         if piece or finish_reason:
@@ -476,16 +455,13 @@ def talk(engine):
 
 
 def read_requests(args, prompts, problems):
-    """[(record, [Request])] of --input."""
+    """[(record, Request)] of --input."""
     found = []
     for where, _, record in common.read_records(pathlib.Path(args.input), problems):
         try:
+            seed = common.derive_seed(args.seed, "file", len(found))
             prompt_ids = prompts.record_ids(record)
-            requests = []
-            for n in range(args.n_samples):
-                seed = common.derive_seed(args.seed, "file", len(found), n)
-                requests.append(new_request(prompts, prompt_ids, settings_of(args), seed))
-            found.append((record, requests))
+            found.append((record, new_request(prompts, prompt_ids, settings_of(args), seed)))
         except ValueError as error:
             problems.append((where, str(error)))
     if not found and not problems:
@@ -503,10 +479,8 @@ def open_output(path, command):
     except OSError as error:
         common.fail(f"{part}: {error}; is another process writing it?")
     file.seek(0)
-    lines = file.readlines()
-    if lines and not lines[-1].endswith("\n"):  # cut by a kill
-        lines.pop()
-        file.truncate(len("".join(lines).encode()))
+    lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
+    file.truncate(len("".join(lines).encode()))
     if {json.loads(line)["command"] for line in lines} - {command}:
         common.fail(
             f"{part} was begun with other flags, prompts or weights: finish it with those, or move "
@@ -518,16 +492,17 @@ def open_output(path, command):
 def answer_file(engine, found, file, n_done, command):
     """Append replies, in the order of the prompts."""
     rest = found[n_done:]
-    for _, requests in rest:
-        for request in requests:
-            engine.waiting.put(request)
-    for i, (record, requests) in enumerate(tqdm(rest, "replies", delay=5, disable=None)):
-        row = {"row": n_done + i, "replies": [], "finish_reasons": []}
-        for request in requests:
-            texts, finish_reasons = zip(*request.wait())
-            row["replies"].append("".join(texts))
-            row["finish_reasons"].append(finish_reasons[-1])
-        row.update(orig_d=record, command=command)
+    for _, request in rest:
+        engine.waiting.put(request)
+    for i, (record, request) in enumerate(tqdm(rest, "replies", delay=5, disable=None)):
+        texts, finish_reasons = zip(*request.wait())
+        row = {
+            "row": n_done + i,
+            "replies": ["".join(texts)],
+            "finish_reasons": [finish_reasons[-1]],
+            "orig_d": record,
+            "command": command,
+        }
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
     os.rename(file.name, engine.args.output)
@@ -628,8 +603,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(PAGE.read_bytes())
             return
         self.check_access()
-        model = {"id": name, "object": "model"}
-        model["has_turns"] = self.server.engine.prompts.has_turns  # for the page
+        has_turns = self.server.engine.prompts.has_turns  # for the page
+        model = {"id": name, "object": "model", "has_turns": has_turns}
         readable = {
             "/healthz": model,
             "/v1/models": {"object": "list", "data": [model]},
@@ -684,8 +659,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         engine = self.server.engine
         body = json.loads(self.read_body())
         request = parse_body(engine.args, engine.prompts, body)
-        options = body.get("stream_options") or {}
-        has_usage = options.get("include_usage")
+        has_usage = (body.get("stream_options") or {}).get("include_usage")
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -793,7 +767,7 @@ def prepare(args):
     about = json.loads(path.read_text()) if path.exists() else {}
     if not args.quantize:
         load_args.quantize = about.get("quantize") or ""
-    common.check_shared_args(load_args, ("max_new_tokens", "n_samples", "max_batch"), problems)
+    common.check_shared_args(load_args, ("max_new_tokens", "max_batch"), problems)
     if not common.has_weights(common.adapter_base(source) or source):
         problems.append(f"{source} has no weights: train it first")
     found = []
@@ -831,8 +805,8 @@ def main(args):
         source = load_args.model_init_path
         if args.input:
             # everything that is asked, and of whom
-            paths = sorted(pathlib.Path(source).glob("*.safetensors"))
-            times = [path.stat().st_mtime_ns for path in paths]
+            weights = sorted(pathlib.Path(source).glob("*.safetensors"))
+            times = [os.path.getmtime(path) for path in weights]
             command = common.derive_seed(source, times, args.dtype, args.quantize, found)
             file, n_done = open_output(args.output, command)
         engine = load_engine(args, load_args, config, prompts)
