@@ -50,28 +50,28 @@ import decoding
 from common import log
 
 FLAGS = {
-    "model_path": ("", "run, checkpoint or adapter folder, name under models/, or hub id"),
+    "model_path": ("", "run, checkpoint, adapter or hub id"),
     "max_new_tokens": (512, "longest reply"),
     "temperature": (0.8, "of sampling; <= 0.001 is greedy"),
-    "top_p": (0.9, "take the likeliest tokens of this mass; 1: off"),
-    "top_k": (0, "take so many likeliest tokens; 0: off"),
+    "top_p": (0.9, "the likeliest tokens of this mass; 1: off"),
+    "top_k": (0, "so many likeliest tokens; 0: off"),
     "do_sample": ("true", "false: greedy", "true", "false"),
     "seed": (0, "of sampling"),
     "mount_dir": ("", "where models/ is; else ./mount or ."),
     "dtype": ("auto", "fp32, bf16 or fp16; auto: bf16 where the GPU has it"),
-    "quantize": ("", "4 or 8 bits (package bitsandbytes); else as trained", "nf4", "int8"),
+    "quantize": ("", "by bitsandbytes; else as trained", "nf4", "int8"),
     "format": (
         "auto",
         "how a conversation becomes text; auto: as trained",
         *("auto", "template", "raw", "turns", "v2"),
     ),
     "system_prefix": ("", "system turn of every conversation"),
-    "bot_name": ("Assistant", "the model's name on the screen and in --format turns"),
-    "input": ("", "file of prompts: .jsonl or .json, also with .gz"),
-    "output": ("", "file of replies: a JSON line for each prompt"),
+    "bot_name": ("Assistant", "on the screen and in --format turns"),
+    "input": ("", "file of prompts: .jsonl, .json, .gz"),
+    "output": ("", "file of replies: JSON lines"),
     "serve": (-1, "port of a server; 0: any free one"),
-    "host": ("127.0.0.1", "address of the server; another one needs an --api_key"),
-    "api_key": ("", "what clients must send; else of the variable CHAT_API_KEY"),
+    "host": ("127.0.0.1", "others need an --api_key"),
+    "api_key": ("", "of clients; else CHAT_API_KEY"),
     "max_batch": (32, "replies that are written together"),
 }
 FORMATS = {  # chat templates for models whose tokenizer has none
@@ -122,7 +122,6 @@ GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 UNLIMITED = 8192  # tokens that a model without a limit of positions may read
 MAX_READ = 8192  # tokens of prompts that are read in one step, while running replies wait
 MAX_BODY = 2**21  # bytes of a request
-PAGE = common.HERE / "chat.html"
 LOOPBACK = ("127.0.0.1", "localhost")
 
 # --------------------------------------------------------------------------------------- prompts
@@ -240,10 +239,6 @@ def check_number(name, value, limits):
     if not is_number or not lowest <= value <= highest:
         raise ValueError(f"{name} {value!r}: expected a number from {lowest} to {highest}")
     return value
-
-
-def settings_of(args):
-    return {name: getattr(args, name) for name in RANGES}
 
 
 def new_request(prompts, prompt_ids, settings, seed, stop=()):
@@ -379,11 +374,6 @@ class Engine(threading.Thread):
 
 # --------------------------------------------------------------------------------------- terminal
 
-HELP = """/reset                forget the conversation
-/system TEXT          another system turn; without TEXT none
-/set NAME VALUE       temperature, top_p, top_k or max_new_tokens
-quit, or Ctrl-D       leave; Ctrl-C stops a reply"""
-
 
 def change_setting(settings, name, text):
     """Of /set."""
@@ -414,7 +404,7 @@ def talk(engine):
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         import readline  # noqa: F401, lets input() edit lines
-    settings = settings_of(args)
+    settings = {**args.settings}
     messages = []
     while True:
         try:
@@ -433,7 +423,7 @@ def talk(engine):
                 name, _, value = rest.partition(" ")
                 change_setting(settings, name, value)
             elif command.startswith("/"):
-                print(HELP)
+                print("/reset, /system TEXT, /set NAME VALUE, quit; Ctrl-C stops a reply")
             elif line:
                 if not prompts.has_turns:
                     messages = []
@@ -461,7 +451,7 @@ def read_requests(args, prompts, problems):
         try:
             seed = common.derive_seed(args.seed, "file", len(found))
             prompt_ids = prompts.record_ids(record)
-            found.append((record, new_request(prompts, prompt_ids, settings_of(args), seed)))
+            found.append((record, new_request(prompts, prompt_ids, args.settings, seed)))
         except ValueError as error:
             problems.append((where, str(error)))
     if not found and not problems:
@@ -536,7 +526,7 @@ def parse_body(args, prompts, body):
         if isinstance(message.get("content"), list):
             message["content"] = join_parts(message["content"])
     prompt_ids = prompts.ids(body)
-    settings = settings_of(args)
+    settings = {**args.settings}
     for key in ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens"):
         if body.get(key) is not None:
             name = "max_new_tokens" if key.startswith("max") else key
@@ -549,6 +539,10 @@ def parse_body(args, prompts, body):
         stop = [stop]
     stop = [str(text) for text in stop if text]
     return new_request(prompts, prompt_ids, settings, common.derive_seed("server", seed), stop)
+
+
+def error_of(message):
+    return {"error": {"message": message, "type": "error"}}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -571,9 +565,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(value).encode())
 
     def refuse(self, status, message):
-        kind = "server_error" if status == 500 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-        self.send_json(status, {"error": error})
+        self.send_json(status, error_of(message))
         # a connection that closes on unread bytes is reset, and the client would not see why
         self.connection.shutdown(socket.SHUT_WR)
         while self.rfile.read1(2**16):
@@ -600,7 +592,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/":
             self.send_head(200, "text/html; charset=utf-8")
-            self.wfile.write(PAGE.read_bytes())
+            self.wfile.write((common.HERE / "chat.html").read_bytes())
             return
         self.check_access()
         has_turns = self.server.engine.prompts.has_turns  # for the page
@@ -621,7 +613,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """By the API key; without one, by the name under which the server was addressed."""
         api_key = self.server.engine.args.api_key
         if api_key:
-            given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+            given = self.headers.get("Authorization", "").encode()
             # in constant time, so that a key cannot be guessed letter by letter
             if not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
                 raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
@@ -696,7 +688,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_event({**head, "choices": [choice]})
                 role = {}
         except RuntimeError as error:  # too late for a status
-            self.send_event({"error": {"message": str(error), "type": "server_error"}})
+            self.send_event(error_of(str(error)))
             return
         if has_usage:
             self.send_event({**head, "choices": [], "usage": request.usage()})
@@ -729,16 +721,14 @@ def check_args(args, problems):
         problems.append(f"--output {args.output} exists: move it away or choose another")
     if args.host not in LOOPBACK and not args.api_key:
         problems.append(f"--host {args.host} opens the model to the network: add an --api_key")
-    if common.world_size() > 1:
-        problems.append("chat.py is one process; vLLM reads run folders too")
 
 
 def find_model(args, problems):
     """The path or hub id of --model_path; without it that of the newest run."""
     name = args.model_path
-    owner, slash, _ = name.partition("/")
-    if slash and owner and not os.path.exists(owner):
-        return name  # a hub id
+    owner = name.partition("/")[0]
+    if "/" in name and not os.path.exists(owner):
+        return name  # a hub id, or a whole path
     if name:
         return str(common.find_input(args, "models", name, [], problems) or "")
     models = common.mount(args) / "models"
@@ -829,6 +819,7 @@ def parse_args(argv):
     args = common.Parser(__doc__, FLAGS, {}).parse_args(argv)
     if args.do_sample == "false":
         args.temperature = 0.0
+    args.settings = {name: getattr(args, name) for name in RANGES}
     args.api_key = args.api_key or os.environ.get("CHAT_API_KEY", "")
     return args
 
