@@ -284,11 +284,8 @@ class Served:
         if not isinstance(body, bytes) and not hasattr(body, "__next__"):
             body = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **headers}
-        is_chunked = hasattr(body, "__next__")
-        connection.request(
-            method, path, body, {k.replace("_", "-"): v for k, v in headers.items()},
-            encode_chunked=is_chunked,
-        )  # fmt: skip
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, headers, encode_chunked=True)
         response = connection.getresponse()
         return response.status, response.read().decode()
 
@@ -344,21 +341,16 @@ BODIES = [  # what a body changes, status, words of the answer
     ({"temperature": None, "frequency_penalty": 0, "seed": None, "logprobs": False}, 200, ""),
     ({"min_p": 0.5}, 400, "'min_p' is not supported"),
     ({"temprature": 1.5}, 400, "'temprature'"),
-    ({"stop_token_ids": [1]}, 400, "'stop_token_ids'"),
-    ({"guided_json": {}}, 400, "'guided_json'"),
     ({"n": 2}, 400, "'n' is not supported"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"),
     ({"response_format": {"type": "json_object"}}, 400, "'response_format'"),
     ({"temperature": "hot"}, 400, "temperature 'hot': expected a number from 0 to 100"),
     ({"top_p": 1.5}, 400, "top_p 1.5"),
     ({"max_tokens": True}, 400, "max_tokens True"),
-    ({"max_completion_tokens": 0}, 400, "max_completion_tokens 0"),
     ({"stop": 3}, 400, "int"),
     ({"stream_options": 3}, 400, ""),
     ({"messages": []}, 400, "the last message must be the user's"),
     ({"messages": TALK}, 400, "the last message must be the user's"),
     ({"messages": None}, 400, "expected messages"),
-    ({"messages": ["hi"]}, 400, ""),
     ({"messages": [{"role": "user", "content": []}]}, 400, "'content'"),
     ({"messages": [{"role": "user", "content": IMAGE}]}, 400, "'image_url' is not supported"),
     ({"messages": [{"role": "robot", "content": "Hi"}]}, 400, "role 'robot'"),
@@ -391,7 +383,6 @@ def test_http(served):
         ((b"", "/healthz", "GET"), 200, ""),
         ((b"", "/", "GET"), 200, "<!doctype html>"),
         ((b"{",), 400, ""),
-        ((b"[1]",), 400, ""),
         ((b"[" * 100_000,), 400, ""),
         ((b" " * 2**22,), 413, "a body may have"),
         ((body, "/v1/chat/completions", "POST", {"Content-Type": "text/plain"}), 415, "JSON"),
@@ -408,45 +399,40 @@ def test_http(served):
     assert served.ask(body, Authorization="Bearer sesame", Host="other.example")[0] == 200
 
 
-def test_a_client_that_leaves_frees_its_row_and_a_failure_ends_its_replies_alone(
-    served, monkeypatch
-):
-    body = json.dumps({"messages": HI, "max_tokens": 250, "stream": True})
-    for is_stream in (True, False):
-        connection = http.client.HTTPConnection(served.address)
-        text = body if is_stream else body.replace("true", "false")
-        connection.request(
-            "POST", "/v1/chat/completions", text, {"Content-Type": "application/json"}
-        )
-        while not served.engine.requests:
-            time.sleep(0.001)
-        request = served.engine.requests[0]
-        if is_stream:
-            connection.getresponse().read(20)
-        connection.sock.close() if connection.sock else None
-        connection.close()
-        while not request.is_over:
-            time.sleep(0.001)
-        assert len(request.ids) < 250
-    step = chat.Engine.step
+def post(served, body):
+    """A connection on which this body was sent."""
+    connection = http.client.HTTPConnection(served.address, timeout=300)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    return connection
 
-    def fail(engine):
-        joining = engine.take_waiting()
-        engine.requests += joining
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(served, is_stream):
+    connection = post(served, {"messages": HI, "max_tokens": 250, "stream": is_stream})
+    while not served.engine.requests:
+        time.sleep(0.001)
+    request = served.engine.requests[0]
+    connection.sock.close()
+    while not request.is_over:
+        time.sleep(0.001)
+    assert len(request.ids) < 250
+
+
+def test_a_failure_ends_its_replies_and_not_the_server(served, monkeypatch):
+    choose = chat.choose
+
+    def fail(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(chat.Engine, "step", fail)
-    time.sleep(0.1)
-    replies = []
-    for stream in (False, True):
-        while chat.Engine.step is not fail:
-            time.sleep(0.01)
-        replies.append(served.ask({"messages": HI, "stream": stream}))
-    assert replies[0][0] == 500 and "out of memory" in replies[0][1]
-    assert replies[1][0] == 200 and '"error"' in replies[1][1] and "[DONE]" not in replies[1][1]
-    monkeypatch.setattr(chat.Engine, "step", step)
-    served.ask({"messages": HI})  # the failing step was waiting for it
-    assert served.ask({"messages": HI})[0] == 200
+    monkeypatch.setattr(chat, "choose", fail)
+    status, text = served.ask({"messages": HI})
+    assert status == 500 and "out of memory" in text
+    status, text = served.ask({"messages": HI, "stream": True})
+    assert status == 200 and '"error"' in text and "[DONE]" not in text
+    monkeypatch.setattr(chat, "choose", choose)
+    reply = json.loads(served.ask({"messages": HI})[1])["choices"][0]["message"]["content"]
+    assert reply == served.reply()
 
 
 def memory_mb():
@@ -459,11 +445,7 @@ def test_two_hundred_streams_of_which_half_are_dropped(served):
     results = queue.Queue()
 
     def client(number):
-        body = json.dumps({"messages": HI, "stream": True, "max_tokens": 200, "temperature": 1})
-        connection = http.client.HTTPConnection(served.address, timeout=300)
-        connection.request(
-            "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
-        )
+        connection = post(served, {"messages": HI, "stream": True, "max_tokens": 200})
         response = connection.getresponse()
         if number % 2:
             response.read(100)
@@ -515,7 +497,6 @@ def test_the_page_in_a_browser(served):
 
 MISTAKES = [  # words, what the message has
     ("--model_path nope", "models/nope not found; there is: "),
-    ("--model_path models/nope", "not found; there is: "),
     ("--modelpath babbler", "did you mean --model_path"),
     ("--model_path babbler --input in.jsonl", "--input and --output go together"),
     ("--model_path babbler --input in.jsonl --output in.jsonl", "in.jsonl exists"),
