@@ -810,7 +810,7 @@ def main(args):
         else:
             talk(engine)
     except KeyboardInterrupt:
-        log("stopped; the same command continues a file")
+        log("stopped")
         return common.EXIT_SAVED if args.input else 0
     return 0
 

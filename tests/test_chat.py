@@ -85,6 +85,14 @@ def fails(capsys, *words):
     return capsys.readouterr().err
 
 
+def start_engine(*words):
+    args = chat.parse_args([str(word) for word in words])
+    load_args, config, prompts, _ = chat.prepare(args)
+    engine = chat.load_engine(args, load_args, config, prompts)
+    engine.start()
+    return engine
+
+
 # ------------------------------------------------------------------------------- text and sampling
 
 
@@ -171,15 +179,23 @@ def test_a_base_in_few_bits_answers(kind, capsys):
 
 def test_a_family_whose_rows_cannot_join_is_answered_in_turns():
     path = conftest.make_model("bart", init_std=0.5)
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    records = [{"prompt": "so " * n} for n in (1, 9, 4, 2)]
-    replies = run_file("bart", records, *GREEDY, "--max_batch", 2)
-    model.generation_config.forced_eos_token_id = None
-    for record, reply in zip(records, replies):
-        ids = tokenizer(record["prompt"], return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
-        assert reply == [tokenizer.decode([i for i in output if i > 1])]
+    engine = start_engine("--model_path", "bart")
+    engine.stop_ids = set()
+    requests = []
+    for n in (1, 9, 4):
+        prompt_ids = tokenizer("so " * n).input_ids
+        requests.append(chat.Request(prompt_ids, 0.0, 1.0, 0, 100 + n, [], 0))
+        engine.waiting.put(requests[-1])
+        next(requests[-1].wait())  # the next one comes while this one runs
+    settings = engine.model.generation_config
+    settings.forced_eos_token_id = settings.eos_token_id = None
+    for request in requests:
+        list(request.wait())
+        ids = torch.tensor([request.prompt_ids])
+        n_tokens = request.max_new_tokens
+        output = engine.model.generate(ids, max_new_tokens=n_tokens, do_sample=False)
+        assert request.ids == output[0, 1:].tolist()
 
 
 def test_a_killed_file_goes_on_and_has_one_writer(capsys):
@@ -267,11 +283,7 @@ class Served:
 
     def __init__(self, *words):
         self.model, self.tokenizer = make_babbler(max_position_embeddings=300)
-        words = ["--model_path", "babbler", "--serve", 0, *GREEDY, *words]
-        args = chat.parse_args([str(word) for word in words])
-        load_args, config, prompts, _ = chat.prepare(args)
-        self.engine = chat.load_engine(args, load_args, config, prompts)
-        self.engine.start()
+        self.engine = start_engine("--model_path", "babbler", "--serve", 0, *GREEDY, *words)
         self.server = chat.Server(("127.0.0.1", 0), chat.Handler)
         self.server.engine = self.engine
         self.server.name = "babbler"
