@@ -89,6 +89,8 @@ class Decoding:
         if self.is_encoder_decoder:
             input_ids = new.read_source(prompts)
         else:
+            if not self.can_join and len({len(prompt) for prompt in prompts}) > 1:
+                raise ValueError("this family counts padding: prompts of one length at a time")
             input_ids, new.attention_mask = collate(prompts, "left", self.model.device)
         logits = new.next_logits(input_ids)
         if new.cache.get_seq_length() == 0:  # Mamba's state is not in it

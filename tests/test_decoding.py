@@ -24,6 +24,7 @@ OTHERS = {  # families that conftest.py does not make
     "bloom": transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=300),
     "mpt": transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=300),
 }
+BART = {"d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 300}
 FAMILIES = ["llama", "gpt2", "pythia", "opt", "gemma2", "t5", "mt5", *OTHERS]
 PROMPTS = [[5, 9, 40, 41, 7, 120, 9, 200, 33, 8], [7, 11], [90, 4, 55, 23, 8], [3, 3, 201, 60]]
 LENGTHS = [5, 14, 9, 12]  # of their replies
@@ -109,6 +110,12 @@ def test_a_state_that_is_no_cache_of_keys_and_values_is_refused():
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="a mamba keeps no keys"):
+        Decoding(model).read(PROMPTS[:1])
+
+
+def test_prompts_of_unlike_lengths_are_refused_where_padding_counts():
+    model = transformers.BartForCausalLM(transformers.BartConfig(**BART, decoder_layers=1))
+    with pytest.raises(ValueError, match="counts padding"):
         Decoding(model).read(PROMPTS)
 
 
