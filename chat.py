@@ -169,11 +169,11 @@ class Prompts(common.Prompts):
             messages = [{"role": "system", "content": self.system}, *messages]
         if not self.has_turns:
             if len(messages) > 1:
-                raise ValueError("this model reads one message: it was trained without turns")
+                raise ValueError("this model reads one message, without turns")
             return self.raw_ids(messages[0]["content"])
         text = self.render(messages, reply_follows=True)
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
-            raise ValueError("the chat template of this model leaves out the system turn")
+            raise ValueError("the chat template leaves out the system turn")
         if self.is_raw:  # a template of ours
             return self.raw_ids(text)
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -301,7 +301,7 @@ class Engine(threading.Thread):
             try:
                 self.step()
             except Exception as error:  # such as out of memory: only these replies end
-                message = f"{type(error).__name__}: {error}; perhaps a smaller --max_batch"
+                message = f"{type(error).__name__}: {error}; a smaller --max_batch?"
                 common.print_error(message)
                 for request in self.requests:
                     request.pieces.put((message, "error"))
@@ -392,7 +392,6 @@ def print_reply(request):
             print(text, end=" [cut]" if finish_reason == "length" else "", flush=True)
     except KeyboardInterrupt:
         request.is_over = True
-        print(" [stopped]", end="")
     print()
     return reply
 
@@ -455,7 +454,7 @@ def read_requests(args, prompts, problems):
         except ValueError as error:
             problems.append((where, str(error)))
     if not found and not problems:
-        problems.append(f"--input {args.input}: no prompts in it")
+        problems.append("--input: no prompts in it")
     return found
 
 
@@ -467,15 +466,12 @@ def open_output(path, command):
         file = open(part, "a+", encoding="utf-8", errors="backslashreplace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
     except OSError as error:
-        common.fail(f"{part}: {error}; is another process writing it?")
+        common.fail(f"{part}: {error}: is another process writing it?")
     file.seek(0)
     lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
     file.truncate(len("".join(lines).encode()))
     if {json.loads(line)["command"] for line in lines} - {command}:
-        common.fail(
-            f"{part} was begun with other flags, prompts or weights: finish it with those, or move "
-            "it away"
-        )
+        common.fail(f"{part} was begun with other flags, prompts or weights: move it away")
     return file, len(lines)
 
 
@@ -616,7 +612,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             given = self.headers.get("Authorization", "").encode()
             # in constant time, so that a key cannot be guessed letter by letter
             if not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
-                raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
+                raise Refusal(401, "wrong or missing API key")
             return
         # a page of another site can point its own name here (DNS rebinding)
         host = self.headers.get("Host", "").partition(":")[0]
@@ -718,7 +714,7 @@ def check_args(args, problems):
     if bool(args.input) != bool(args.output):
         problems.append("--input and --output go together")
     if os.path.exists(args.output):
-        problems.append(f"--output {args.output} exists: move it away or choose another")
+        problems.append(f"--output {args.output} exists: choose another")
     if args.host not in LOOPBACK and not args.api_key:
         problems.append(f"--host {args.host} opens the model to the network: add an --api_key")
 
@@ -737,7 +733,7 @@ def find_model(args, problems):
         if json.loads(path.with_name("rawtune.json").read_text())["script"] != "clf.py":
             newest = str(path.parent)
     if not newest:
-        problems.append(f"no finished run in {models}: --model_path, or train one: sft_causal.py")
+        problems.append(f"no finished run in {models}: --model_path")
     return newest
 
 
