@@ -29,14 +29,13 @@ import collections
 import contextlib
 import copy
 import functools
-import importlib.util
 import itertools
 import json
 import math
 import pathlib
 import re
+import runpy
 import sys
-import time
 import traceback
 
 import common  # first: it prepares the import of DeepSpeed
@@ -90,17 +89,16 @@ FLAGS = {
         *("none", "std", "norm"),
     ),
     "num_layers_unfrozen": (2, "train only so many top layers; 0, or beside adapters: all"),
-    "n_eval": (64, "evaluation prompts of each data set"),
+    "n_eval": (64, "evaluation prompts"),
     "eval_temperature": (0.001, "of sampling at evaluation; <= 0.001 is greedy"),
 }
 DEFAULTS = {  # of shared flags, other than the siblings'
     "train_batch_size": 128,
-    "learning_rate": 1e-6,
+    "learning_rate": None,  # 1e-6, with an adapter 1e-4
     "lr_scheduler_type": "constant",
     "weight_decay": 1e-6,
     "logging_steps": 1,
 }
-ADAPTER_LEARNING_RATE = 1e-4  # where none is given
 POSITIVE_FLAGS = (
     *("num_rollouts", "n_samples", "rollout_batch_size", "max_new_tokens", "ppo_epochs", "n_eval"),
     *("temperature", "cliprange", "cliprange_value", "kl_horizon", "cliprange_reward"),
@@ -114,11 +112,9 @@ DEMO = (
     "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
     "--save_steps 200 --logging_steps 20"
 )
-METRICS = (  # means over the reply tokens of the updates from a rollout
-    *("ppo/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/entropy", "ppo/clip_fraction"),
-    "ppo/log_ratio",
+METRICS = (  # means over the reply tokens of an optimizer step
+    *("ppo/policy_loss", "ppo/value_loss", "ppo/entropy", "ppo/clip_fraction", "ppo/log_ratio"),
 )
-PHASES = ("sample", "reward", "score", "update")
 # largest |log ratio| before the first update of a rollout; mean difference of the sampler's
 # log-probabilities to those of the whole text
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
@@ -194,7 +190,6 @@ def read_data(args, prompts, config, problems):
     if not has_encoder:
         room -= args.max_new_tokens
     examples = {split: [] for split in SPLITS}
-    n_used = collections.Counter()
     n_long = 0
     records, amounts = common.read_data_sets(args, problems)
     for data_set, where, split, record in records:
@@ -207,8 +202,7 @@ def read_data(args, prompts, config, problems):
             split = "eval"
         if len(example.input_ids) > room:
             n_long += 1
-        elif split == "train" or n_used[split, data_set] < args.n_eval:
-            n_used[split, data_set] += 1
+        elif split == "train" or len(examples[split]) < args.n_eval:
             examples[split].append(example)
     if n_long:
         log(f"WARNING {n_long} prompts of more than {room} tokens are left out (--seq_length)")
@@ -352,25 +346,12 @@ def finish_logits(logits, config):
     return logits
 
 
-class ValueHead(torch.nn.Module):
-    """(N, D) states -> (N,) values: linear to 2 D, ReLU, linear (trlx's), in fp32. The weights are
-    its own, not its layers', so that ZeRO-3 gathers them for this forward."""
-
-    def __init__(self, size, dtype, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        inner = torch.randn(2 * size, size) / math.sqrt(size + 1)
-        outer = torch.randn(1, 2 * size) / math.sqrt(2 * size + 1)
-        self.inner_weight = torch.nn.Parameter(inner.to(dtype))
-        self.inner_bias = torch.nn.Parameter(torch.zeros(2 * size, dtype=dtype))
-        self.outer_weight = torch.nn.Parameter(outer.to(dtype))
-        self.outer_bias = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
-
-    def forward(self, states):
-        with torch.autocast(states.device.type, enabled=False):
-            hidden = F.linear(states.float(), self.inner_weight.float(), self.inner_bias.float())
-            values = F.linear(hidden.relu(), self.outer_weight.float(), self.outer_bias.float())
-        return values.squeeze(1)
+def new_value_head(model, args):
+    """(N, D) states -> (N, 1) values, as trlx's."""
+    torch.manual_seed(common.derive_seed(args.seed, "value head"))
+    size = model.get_output_embeddings().in_features
+    layers = (torch.nn.Linear(size, 2 * size), torch.nn.ReLU(), torch.nn.Linear(2 * size, 1))
+    return torch.nn.Sequential(*layers).to(common.DTYPES[args.precision])
 
 
 class Policy(torch.nn.Module):
@@ -395,7 +376,7 @@ class Policy(torch.nn.Module):
         log_probs, entropies = torch.cat(list(chunks), dim=1)
         values = torch.zeros_like(log_probs)
         if self.value_head is not None:
-            values = self.value_head(states)
+            values = self.value_head(states).squeeze(1).float()
         return torch.stack([log_probs, entropies, values])
 
     def log_probs(self, states, labels):
@@ -480,6 +461,7 @@ class RewardFunction:
 
     def __init__(self, spec, problems):
         self.spec = spec
+        self.keys = set()
         self.identity = None
         file, _, name = spec.rpartition(":")
         path = pathlib.Path(file)
@@ -489,44 +471,37 @@ class RewardFunction:
             problems.append(f"{spec}: expected FILE:NAME, and there is no file {file!r}")
             return
         self.identity = common.derive_seed(path.read_text())
-        module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(module_spec)
         try:
-            module_spec.loader.exec_module(module)
-            self.function = getattr(module, name)
+            self.function = runpy.run_path(str(path))[name]
         except Exception as error:  # whatever the code of a user raises
             problems.append(f"{spec}: {error!r}")
 
     def load(self, ds_config):
         """It is there already."""
 
-    def missing_keys(self, record):
-        """A function knows best what it reads."""
-        return set()
-
-    def ask(self, prompts, replies, records):
+    def ask(self, examples, replies):
+        prompts = [example.text for example in examples]
+        records = [example.record for example in examples]
         try:
             scores = [float(score) for score in self.function(prompts, replies, records)]
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
-            common.fail(f"{self.spec} fails with {error!r} ({where})", only_here=True)
+            common.fail(f"{self.spec} fails with {error!r} ({where})")
         if len(scores) != len(replies):
-            common.fail(f"{self.spec}: {len(scores)} numbers for {len(replies)} replies")
-        for score, prompt, reply in zip(scores, prompts, replies):
+            common.fail(f"{self.spec} gives {len(scores)} numbers for {len(replies)} replies")
+        for score, reply in zip(scores, replies):
             if not math.isfinite(score):
-                common.fail(f"{self.spec}: {score} for the reply {reply!r} to {prompt!r}")
+                common.fail(f"{self.spec} gives {score} for the reply {reply!r}")
         return scores
 
     def __call__(self, examples, replies):
         """Collective. (n,) scores of replies."""
-        scores = {}
+        scores = [None]
         if common.rank() == 0:
-            prompts = [example.text for example in examples]
-            records = [example.record for example in examples]
-            scores = dict(enumerate(self.ask(prompts, replies, records)))
-        scores = common.gather(scores)
-        return np.array([scores[i] for i in range(len(replies))])
+            scores = [self.ask(examples, replies)]
+        dist.broadcast_object_list(scores)
+        return np.array(scores[0])
 
 
 class Score(torch.nn.Module):
@@ -545,14 +520,10 @@ class Score(torch.nn.Module):
             return output.logits[:, 0].float()
         states = scale_states(target_states(model, batch), model.config)
         head = model.get_output_embeddings()
-        bias = None
-        with common.whole(head.weight):
-            weight = head.weight[self.no_yes].float()
-        if getattr(head, "bias", None) is not None:
-            with common.whole(head.bias):
-                bias = head.bias[self.no_yes].float()
-        with torch.autocast(states.device.type, enabled=False):
-            logits = F.linear(states.float(), weight, bias)  # bf16 is too coarse to rank by
+        assert getattr(head, "bias", None) is None, "a head with a bias: not written yet"
+        with common.whole(head.weight), torch.autocast(states.device.type, enabled=False):
+            # in fp32, for bf16 is too coarse to rank by
+            logits = F.linear(states.float(), head.weight[self.no_yes].float())
         no, yes = finish_logits(logits, model.config).unbind(dim=1)
         return yes - no
 
@@ -561,79 +532,59 @@ class RewardModel:
     """A clf.py run, or a sequence classifier with one logit. Small files first, then load()."""
 
     def __init__(self, args, name, problems):
-        path = find_model(args, name)
-        self.args = frozen_args(args, model_init_path=path, model_init_name="", quantize="")
-        self.source, self.config, self.tokenizer = common.open_model(self.args, problems)
-        about = read_about(self.source)
         self.spec = self.identity = name
-        self.no_yes = None
-        self.start_id = 0  # a classifier reads its text as an encoder does
+        path = find_model(args, name)
+        self.args = frozen_args(args, model_init_path=path, quantize="")
+        self.source, self.config, self.tokenizer = common.open_model(self.args, problems)
         self.text = args.reward_text.replace("\\n", "\n") or "{prompt}\n\n{reply}"
-        self.template = ""
-        self.max_length = math.inf
+        self.template = "{input}"
+        self.max_length = self.no_yes = None
         self.auto_class = AutoModelForSequenceClassification
-        self.cuts_start = True
+        self.start_id = 0  # a classifier reads its text as an encoder does
+        about = read_about(self.source)
         if about.get("script") == "clf.py":
-            layout = about["record_layout"]
-            self.template = layout["template"]
-            self.max_length = layout["max_length"]
-            self.cuts_start = layout["truncation"] == "start"
+            self.template = about["record_layout"]["template"]
+            self.max_length = about["record_layout"]["max_length"]
             words = about["verbaliser"]
             self.no_yes = [words["negative_id"], words["positive_id"]]
             self.auto_class = auto_class_of(self.config)
             self.start_id = start_id_of(self.config)
         elif self.config and self.config.num_labels != 1:
             problems.append(f"{path}: expected a run of clf.py, or a classifier with one logit")
+        names = set(re.findall(PLACE, self.template + self.text))
+        self.keys = names - {"prompt", "reply", "input"}
 
     def load(self, ds_config):
         """Collective."""
         model = common.load_model(
             self.auto_class, self.source, self.config, self.args, ds_config, self.tokenizer
         )
-        if model.config.pad_token_id is None:
+        if model.config.pad_token_id is None:  # a classifier looks for it
             model.config.pad_token_id = 0
         self.engine = freeze(Score(model, self.no_yes), ds_config)
 
-    def missing_keys(self, record):
-        known = {*record, "prompt", "reply", "input"}
-        return set(re.findall(PLACE, self.template + self.text)) - known
-
     def read(self, example, reply):
-        """The token ids of what the model reads of a reply."""
+        """The token ids of what the model reads of a reply; too many lose their beginning."""
         values = {**example.record, "prompt": example.text, "reply": reply}
-
-        def fill(template):
-            return re.sub(PLACE, lambda place: str(values[place[1]]), template)
-
-        values["input"] = fill(self.text)
+        values["input"] = fill(self.text, values)
         tokenizer = self.tokenizer
-        if not self.template and tokenizer.chat_template:
-            messages = [{"role": "user", "content": example.text}]
-            messages.append({"role": "assistant", "content": reply})
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            return tokenizer(text, add_special_tokens=False).input_ids
-        rows = tokenizer([fill(self.template or "{input}"), self.template.rpartition("}")[2], "a"])
-        input_ids, tail_ids, letter = rows.input_ids
-        if self.start_id is None and letter[-1] == tokenizer.eos_token_id:  # the answer is next
-            input_ids, tail_ids = input_ids[:-1], tail_ids[:-1]
-        if len(input_ids) <= self.max_length:
-            return input_ids
-        # as clf.py: the template's last words stay, or of a preference the end of the text
-        n_begin = int(letter[0] == tokenizer.bos_token_id)
-        n_end = len(tail_ids) - n_begin
-        if self.cuts_start:
-            n_end = self.max_length - n_begin
-        return input_ids[: self.max_length - n_end] + input_ids[len(input_ids) - n_end :]
+        input_ids = tokenizer(fill(self.template, values)).input_ids
+        if self.start_id is None and input_ids[-1] == tokenizer.eos_token_id:
+            input_ids.pop()  # as clf.py: the answer comes next
+        n_cut = len(input_ids) - (self.max_length or len(input_ids))
+        if n_cut > 0:
+            n_begin = int(input_ids[0] == tokenizer.bos_token_id)
+            del input_ids[n_begin : n_begin + n_cut]
+        return input_ids
 
     @torch.no_grad()
     def __call__(self, examples, replies):
         """Collective. (n,) scores of replies."""
         texts = list(map(self.read, examples, replies))
         scores = {}
-        lengths = [len(text) for text in texts]
-        for ids in common.my_batches(lengths, self.args.eval_batch_size):
+        for ids in common.my_batches([len(text) for text in texts], self.args.eval_batch_size):
             # any token serves as the answer: its logits are asked for, not its own
-            batch = collate([texts[i] for i in ids], [[0] for _ in ids], self.start_id)
+            batch = collate([texts[i] for i in ids], [[0]] * len(ids), self.start_id)
             logits = self.engine(common.to_device(batch, self.engine.device))
             scores.update(zip(ids, logits.double().tolist()))
         scores = common.gather(scores)
@@ -643,8 +594,13 @@ class RewardModel:
         return scores
 
 
+def fill(template, values):
+    """("Q: {prompt}", {"prompt": "2 + 2?"}) -> "Q: 2 + 2?"."""
+    return re.sub(PLACE, lambda place: str(values[place[1]]), template)
+
+
 def open_rewards(args, problems):
-    """{"reward": ..., and perhaps "heldout_reward"}"""
+    """{"reward": ..., and perhaps "heldout_reward": ...}"""
     rewards = {}
     for name in ("reward", "heldout_reward"):
         function, model = getattr(args, f"{name}_fn"), getattr(args, f"{name}_model")
@@ -705,44 +661,59 @@ def sample(args, engine, prompts, examples, keys, temperature):
     return [replies[i] for i in range(len(examples))]
 
 
+class Rollout:
+    """B replies to examples, as `sample` gives them."""
+
+    def __init__(self, examples, sampled, start_id):
+        self.prompts = [example.input_ids for example in examples]
+        self.replies = [ids for ids, _ in sampled]
+        self.sampled_log_probs = np.concatenate([log_probs for _, log_probs in sampled])
+        self.lengths = np.array([len(ids) for ids in self.replies])
+        self.is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]  # (B, T)
+        self.start_id = start_id
+
+    def batch(self, ids, device):
+        prompts = [self.prompts[i] for i in ids]
+        replies = [self.replies[i] for i in ids]
+        return common.to_device(collate(prompts, replies, self.start_id), device)
+
+
 @torch.no_grad()
-def score_tokens(engine, reference, updates, lengths, n_chunks):
-    """Collective. (3, B, T): log-probabilities of policy and reference, and values, by the forward
-    steps of the first pass over a rollout, so that their first ratio is exactly 1."""
+def score_tokens(engine, reference, rollout, pieces, n_chunks):
+    """Collective. (3, B, T): log-probabilities of policy and reference, and values; pieces: the
+    replies of each forward step of this rank."""
     found = {}
-    for ids, batch in itertools.chain(*[forward_steps for _, forward_steps in updates]):
-        batch = common.to_device(batch, engine.device)
+    for ids in pieces:
+        batch = rollout.batch(ids, engine.device)
         log_probs, _, values = engine(batch, n_chunks)
-        if reference is None:
+        if reference:
+            ref_log_probs, *_ = reference(batch, n_chunks)
+        else:
             with adapter_off(engine.module.model):
                 ref_log_probs, *_ = engine(batch, n_chunks)
-        else:
-            ref_log_probs, *_ = reference(batch, n_chunks)
         columns = torch.stack([log_probs, ref_log_probs, values]).double().cpu().numpy()  # (3, N)
-        ends = np.cumsum(lengths[ids])[:-1]
+        ends = np.cumsum(rollout.lengths[ids])[:-1]
         found.update(zip(ids.tolist(), np.split(columns, ends, axis=1)))
-    log_probs = np.zeros((3, len(lengths), max(lengths)))
+    scored = np.zeros((3, *rollout.is_reply.shape))
     for i, columns in common.gather(found).items():
-        log_probs[:, i, : lengths[i]] = columns
-    return log_probs
+        scored[:, i, rollout.is_reply[i]] = columns
+    return scored
 
 
 # --------------------------------------------------------------------------------- PPO mathematics
 
 
-def scale_scores(args, scores, stats):
-    """(B,) scores as --reward_scaling and --cliprange_reward count them. stats: number, mean and
-    summed squared deviation of all scores so far, updated in place (Chan et al. 1979)."""
-    n_old, mean, squares = stats
-    n = n_old + len(scores)
-    shift = scores.mean() - mean
-    squares += ((scores - scores.mean()) ** 2).sum() + shift**2 * n_old * len(scores) / n
-    mean += shift * len(scores) / n
-    stats[:] = [n, float(mean), float(squares)]
+def scale_scores(args, scores, sums):
+    """(B,) scores as --reward_scaling and --cliprange_reward count them. sums: number of scores so
+    far, their sum, that of their squares; updated in place."""
+    found = (len(scores), float(scores.sum()), float(np.square(scores).sum()))
+    sums[:] = [old + new for old, new in zip(sums, found)]
+    n, total, squares = sums
+    variance = (squares - total**2 / n) / max(1, n - 1)
     if args.reward_scaling == "norm":
-        scores = scores - mean
+        scores = scores - total / n
     if args.reward_scaling != "none":
-        scores = scores / (math.sqrt(squares / max(1, n - 1)) + 1e-8)
+        scores = scores / (math.sqrt(max(0, variance)) + 1e-8)
     return scores.clip(-args.cliprange_reward, args.cliprange_reward)
 
 
@@ -794,29 +765,7 @@ def next_beta(beta, kl, args):
     if args.target_kl == 0:
         return beta
     error = min(0.2, max(-0.2, kl / args.target_kl - 1))
-    return beta * (1 + error * args.num_rollouts / args.kl_horizon)
-
-
-def make_updates(plan, rollout, examples, replies, start_id):
-    """plan.updates of a rollout, with the batch of each forward step: [(ids, [(ids, batch)])]."""
-    lengths = np.array([len(ids) for ids in replies])
-    updates = []
-    for ids, pieces in plan.updates(rollout, lengths):
-        forward_steps = []
-        for piece in pieces:
-            piece_prompts = [examples[i].input_ids for i in piece]
-            batch = collate(piece_prompts, [replies[i] for i in piece], start_id)
-            forward_steps.append((piece, batch))
-        updates.append((ids, forward_steps))
-    return updates
-
-
-def add_columns(updates, columns, is_reply):
-    """To each batch the values of its reply tokens, (N,), of {name: (B, T)}."""
-    for _, forward_steps in updates:
-        for ids, batch in forward_steps:
-            for name, column in columns.items():
-                batch[name] = torch.tensor(column[ids][is_reply[ids]], dtype=torch.float32)
+    return beta * (1 + error * min(1, args.num_rollouts / args.kl_horizon))
 
 
 def estimate_advantages(args, scores, kl, values, is_reply, beta):
@@ -834,9 +783,8 @@ def estimate_advantages(args, scores, kl, values, is_reply, beta):
 # ------------------------------------------------------------------------------------- invariants
 
 
-def check_sampler(args, sampled, log_probs):
+def check_sampler(args, sampled_log_probs, log_probs):
     """The mean difference of the sampler's log-probabilities to those of the whole text."""
-    sampled_log_probs = np.concatenate([column for _, column in sampled])
     gap = float(np.abs(sampled_log_probs - log_probs).mean())
     if not gap <= SAMPLER_BOUND[args.precision]:
         common.fail(
@@ -846,13 +794,13 @@ def check_sampler(args, sampled, log_probs):
     return gap
 
 
-def check_first_ratio(args, log_ratio, step):
+def check_first_ratio(args, log_ratio):
     """Before the first update of a rollout, policy and sampler are one."""
-    largest = log_ratio.abs().max().item() if len(log_ratio) else 0.0
+    largest = float(F.pad(log_ratio.detach().abs(), (0, 1)).max())  # also of no tokens
     if not largest <= RATIO_BOUND[args.precision]:
         common.fail(
-            f"step {step + 1}: the log-ratio before the first update is {largest:.3g}, and not 0: "
-            "two passes over the same text differ, by dropout or another kernel",
+            f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: two "
+            "passes over the same text differ, by dropout or another kernel",
             only_here=True,
         )
 
@@ -861,23 +809,17 @@ def check_first_ratio(args, log_ratio, step):
 
 
 def reply_metrics(prompts, replies):
-    """{name: (n,)} of the token ids of replies."""
+    """Of the token ids of replies."""
     return {
-        "reply_tokens": np.array([len(ids) for ids in replies]),
-        "eos_rate": np.array([ids[-1] in prompts.stop_ids for ids in replies]),
+        "reply_tokens": float(np.mean([len(ids) for ids in replies])),
+        "eos_rate": float(np.mean([ids[-1] in prompts.stop_ids for ids in replies])),
     }
 
 
-def rollout_metrics(prompts, replies, scores, kl, values, returns, is_reply):
-    """Means of a rollout, before its updates."""
-    metrics = {"ppo/score": scores.mean(), "ppo/score_std": scores.std()}
-    metrics["ppo/kl"] = kl.sum(axis=1).mean()
-    for name, column in reply_metrics(prompts, replies).items():
-        metrics[f"ppo/{name}"] = column.mean()
-    variance = returns[is_reply].var()
-    if variance > 0:
-        metrics["ppo/explained_variance"] = 1 - (returns - values)[is_reply].var() / variance
-    return metrics
+def explained_variance(values, returns):
+    """1 - var(returns - values) / var(returns) of (n,) tokens."""
+    variance = returns.var()
+    return 1 - (returns - values).var() / variance if variance > 0 else 0.0
 
 
 def predictions_name(args, split, step):
@@ -885,54 +827,47 @@ def predictions_name(args, split, step):
     return f"{prefix}temperature={args.eval_temperature:.2f}_n=1_step={step}.json"
 
 
-def evaluate(args, engine, prompts, data, rewards, split, run):
-    """Collective. Means over the replies to all examples of `split`; the predictions file."""
-    examples = data.examples[split]
+def evaluate(args, engine, prompts, examples, rewards, split, run):
+    """Collective. Means over the replies to the examples of `split`; the predictions file."""
     keys = [common.derive_seed(args.seed, split, i) for i in range(len(examples))]
     sampled = sample(args, engine, prompts, examples, keys, args.eval_temperature)
     replies = [ids for ids, _ in sampled]
     texts = [decode(prompts, ids) for ids in replies]
     scores = {name: reward(examples, texts) for name, reward in rewards.items()}
-    groups = collections.defaultdict(list)
-    if len(data.sizes) > 1:
-        for i, example in enumerate(examples):
-            groups[f"{example.data_set}/"].append(i)
-    groups[""] = list(range(len(examples)))
-    metrics = {}
-    for prefix, ids in groups.items():
-        for name, column in {**scores, **reply_metrics(prompts, replies)}.items():
-            metrics[prefix + name] = float(column[ids].mean())
-    step = run.step
-    if split == "test":  # by the weights that are exported
-        step = run.chosen().name.removeprefix("checkpoint-")
     predictions = []
     for i, example in enumerate(examples):
-        row_scores = {name: float(column[i]) for name, column in scores.items()}
+        generation = {"lm_postprocess": texts[i]}
+        for name, column in scores.items():
+            generation[name] = float(column[i])
         predictions.append(
             {
                 "prompt": example.text,
-                "generations": [{"lm_postprocess": texts[i], **row_scores}],
+                "generations": [generation],
                 "demonstration": example.record.get("completion"),
                 "orig_d": example.record,
                 "dataset": example.data_set,
             }
         )
+    step = run.step
+    if split == "test":  # by the weights that are exported
+        step = run.chosen().name.removeprefix("checkpoint-")
     if common.rank() == 0:
         run.write_predictions(predictions_name(args, split, step), predictions)
-    return metrics
+    metrics = {name: float(column.mean()) for name, column in scores.items()}
+    return {**metrics, **reply_metrics(prompts, replies)}
 
 
 def show_before_and_after(args, run):
     """Rank 0. Ten evaluation prompts with the first reply and that of the exported policy."""
-    replies = []
+    predictions = []
     for step in ("0", run.chosen().name.removeprefix("checkpoint-")):
         path = run.dir / predictions_name(args, "eval", step)
         if not path.exists():
             return
-        replies.append(json.loads(path.read_text())[:10])
-    for before, after in zip(*replies):
-        log(repr(before["prompt"][-200:]))
-        for name, row in (("before", before), ("after", after)):
+        predictions.append(json.loads(path.read_text())[:10])
+    for rows in zip(*predictions):
+        log(repr(rows[0]["prompt"][-200:]))
+        for name, row in zip(("before", "after"), rows):
             generation = row["generations"][0]
             text = generation["lm_postprocess"][:200]
             log(f"    {name:<6} {generation['reward']:6.3g}  {text!r}")
@@ -959,14 +894,10 @@ def check_args(args, problems):
     common.check_shared_args(args, POSITIVE_FLAGS, problems)
     if args.temperature <= GREEDY:
         problems.append("--temperature: greedy replies have no alternatives to learn from")
-    if max(args.gamma, args.lam) > 1:
-        problems.append("--gamma, --lam: expected 0 to 1")
     if args.num_rollouts % args.n_samples:
         problems.append(f"--num_rollouts counts replies: expected a multiple of {args.n_samples}")
     if args.advantage != "gae" and args.n_samples < 2:
         problems.append(f"--advantage {args.advantage} compares replies: --n_samples 4, or more")
-    if args.target_kl and args.num_rollouts >= 5 * args.kl_horizon:
-        problems.append("--kl_horizon: beta would fall below 0; expected more than --num_rollouts")
     for name in ("reward", "heldout_reward"):
         function, model = getattr(args, f"{name}_fn"), getattr(args, f"{name}_model")
         if function and model:
@@ -979,17 +910,6 @@ def check_args(args, problems):
         problems.append("--compile is not offered here: every batch has another shape")
 
 
-def check_keys(rewards, data, problems):
-    """The keys that the templates of reward models fill in."""
-    for reward in rewards.values():
-        for examples in data.examples.values():
-            for example in examples:
-                missing = reward.missing_keys(example.record)
-                if missing:
-                    where = f"{example.data_set}, {example.text!r:.40}"
-                    problems.append((where, f"no {missing}, which {reward.spec} fills in"))
-
-
 def count_chunks(args, config):
     """Chunks into which reply tokens are cut, so that at most MAX_LOGITS logits exist at once; the
     same all through a run, as ZeRO-3 gathers the head for each of them."""
@@ -997,28 +917,55 @@ def count_chunks(args, config):
     return max(1, math.ceil(n_tokens * config.get_text_config().vocab_size / MAX_LOGITS))
 
 
+def check_keys(rewards, examples, problems):
+    """What the templates of reward models fill in has to be in every record."""
+    for reward in rewards.values():
+        for example in itertools.chain(*examples.values()):
+            missing = reward.keys - set(example.record)
+            if missing:
+                problem = f"no {', '.join(missing)}, which {reward.spec} reads"
+                problems.append((f"{example.data_set}, {example.text!r:.40}", problem))
+
+
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = prompts = data = None
+    ds_config = prompts = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
+    rewards = open_rewards(args, problems)
+    identity = {name: reward.identity for name, reward in rewards.items()}
     if config:
         ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
         prompts = open_prompts(args, source, tokenizer, problems)
+    data = read_data(args, prompts, config, problems) if prompts else None
+    if data:
+        identity["data_sha256"] = common.derive_seed(data)
+        check_keys(rewards, data.examples, problems)
     if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
-    rewards = open_rewards(args, problems)
-    if prompts:
-        data = read_data(args, prompts, config, problems)
-        check_keys(rewards, data, problems)
-    identity = {"data_sha256": common.derive_seed(data), "zero_stage": stage}
-    for name, reward in rewards.items():
-        identity[name] = reward.identity
+        identity["zero_stage"] = ds_config["zero_optimization"]["stage"]
     run = common.Run(args, FREE_FLAGS, identity, problems)
     if problems:
         common.fail(problems)
     return source, config, ds_config, prompts, data, rewards, run
+
+
+def load_models(args, source, config, ds_config, tokenizer):
+    """Collective. The Policy to train, and the reference, an engine: a copy of what it starts as;
+    None where that is the policy without its new adapter."""
+    options = (auto_class_of(config), source, config)
+    model = common.load_model(*options, args, ds_config, tokenizer)
+    switch_off_dropout(model)
+    value_head = reference = None
+    adapter = getattr(model, "adapter", None)
+    if args.num_layers_unfrozen and not adapter:
+        train_top_layers(model, args.num_layers_unfrozen)
+    if args.advantage == "gae" and not args.no_train:
+        value_head = new_value_head(model, args)
+    if not args.no_train and (not adapter or adapter.folder):
+        start = common.load_model(*options, frozen_args(args), ds_config, tokenizer)
+        reference = freeze(Policy(start, args.temperature), ds_config)
+    return Policy(model, args.temperature, value_head), reference
 
 
 def describe(source, config, prompts):
@@ -1038,29 +985,6 @@ def describe(source, config, prompts):
     return {**about, "task": "chat", "family": "causal", "raw_prompt": prompts.is_raw}
 
 
-def build_policy(args, source, config, ds_config, tokenizer):
-    """Collective. The Policy to train, and an engine of the reference: a copy of what it starts as;
-    None where that is the policy without its new adapter."""
-    options = (auto_class_of(config), source, config)
-    model = common.load_model(*options, args, ds_config, tokenizer)
-    switch_off_dropout(model)
-    has_adapter = hasattr(model, "adapter")
-    if args.no_train:
-        return Policy(model, args.temperature), None
-    if args.num_layers_unfrozen and not has_adapter:
-        train_top_layers(model, args.num_layers_unfrozen)
-    value_head = None
-    if args.advantage == "gae":
-        size = model.get_output_embeddings().in_features
-        seed = common.derive_seed(args.seed, "value head")
-        value_head = ValueHead(size, common.DTYPES[args.precision], seed)
-    reference = None
-    if not has_adapter or model.adapter.folder:
-        start = common.load_model(*options, frozen_args(args), ds_config, tokenizer)
-        reference = freeze(Policy(start, args.temperature), ds_config)
-    return Policy(model, args.temperature, value_head), reference
-
-
 def main(args):
     # 1 data and models
     device = common.setup_distributed(args)
@@ -1068,6 +992,7 @@ def main(args):
     world = common.world_size()
     source, config, ds_config, prompts, data, rewards, run = prepare(args)
     tokenizer = prompts.tokenizer
+    start_id = start_id_of(config)
     plan = Plan(args, data)
     max_steps = plan.max_steps
     run.start(__file__, device, max_steps, plan.steps_per_epoch)
@@ -1077,12 +1002,12 @@ def main(args):
     if device.type == "cpu" and config.is_encoder_decoder:
         # its kernel takes T5's bias only where no gradient is computed: the ratio would not be 1
         torch.backends.cuda.enable_flash_sdp(False)
-    policy, reference = build_policy(args, source, config, ds_config, tokenizer)
+    policy, reference = load_models(args, source, config, ds_config, tokenizer)
     model = policy.model
     model.generation_config = GenerationConfig(  # is exported
         eos_token_id=prompts.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=start_id_of(config),
+        decoder_start_token_id=start_id,
     )
     for reward in rewards.values():
         reward.load(ds_config)
@@ -1098,7 +1023,7 @@ def main(args):
     log(f"replies end with {tokenizer.convert_ids_to_tokens(prompts.stop_ids)}")
 
     def evaluation(split):
-        return evaluate(args, engine, prompts, data, rewards, split, run)
+        return evaluate(args, engine, prompts, data.examples[split], rewards, split, run)
 
     if args.no_train:
         for split in ("eval", "test"):
@@ -1112,104 +1037,89 @@ def main(args):
         run.evaluated(evaluation("eval"))
     state = run.state
     state.setdefault("beta", args.init_kl_coef)
-    state.setdefault("score_stats", [0, 0.0, 0.0])
+    state.setdefault("score_sums", [0.0, 0.0, 0.0])
     n_chunks = count_chunks(args, config)
 
     # 3 loop: a rollout, a function of (seed, rollout) and the weights, and the updates from it
     first = run.step // plan.steps_per_rollout
     last = first if run.finished() else max_steps // plan.steps_per_rollout  # killed before export
-    for rollout in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
+    for index in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
         beta = state["beta"]
-        laps = [time.perf_counter()]
-        examples = [data.examples["train"][i] for i in plan.prompts(rollout)]
-        keys = [common.derive_seed(args.seed, "rollout", rollout, i) for i in range(len(examples))]
+        examples = [data.examples["train"][i] for i in plan.prompts(index)]
+        keys = [common.derive_seed(args.seed, "rollout", index, i) for i in range(len(examples))]
         sampled = sample(args, engine, prompts, examples, keys, args.temperature)
-        replies = [ids for ids, _ in sampled]
-        lengths = np.array([len(ids) for ids in replies])
-        is_reply = np.arange(max(lengths)) < lengths[:, None]  # (B, T)
-        laps.append(time.perf_counter())
+        rollout = Rollout(examples, sampled, start_id)
+        lengths, is_reply = rollout.lengths, rollout.is_reply
+        texts = [decode(prompts, ids) for ids in rollout.replies]
+        raw_scores = rewards["reward"](examples, texts)
+        scores = scale_scores(args, raw_scores, state["score_sums"])
 
-        raw_scores = rewards["reward"](examples, [decode(prompts, ids) for ids in replies])
-        scores = scale_scores(args, raw_scores, state["score_stats"])
-        laps.append(time.perf_counter())
-
-        updates = make_updates(plan, rollout, examples, replies, start_id_of(config))
+        updates = plan.updates(index, lengths)
+        # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
-        old_log_probs, ref_log_probs, old_values = score_tokens(
-            engine, reference, first_pass, lengths, n_chunks
-        )
-        sampler_gap = check_sampler(args, sampled, old_log_probs[is_reply])
+        pieces = itertools.chain(*[pieces for _, pieces in first_pass])
+        scored = score_tokens(engine, reference, rollout, pieces, n_chunks)  # (3, B, T)
+        old_log_probs, ref_log_probs, old_values = scored
+        sampler_gap = check_sampler(args, rollout.sampled_log_probs, old_log_probs[is_reply])
         kl = old_log_probs - ref_log_probs  # (B, T), 0 outside of replies
         advantages, returns = estimate_advantages(args, scores, kl, old_values, is_reply, beta)
-        columns = {
-            "old_log_probs": old_log_probs,
-            "ref_log_probs": ref_log_probs,
-            "old_values": old_values,
-            "advantages": advantages,
-            "returns": returns,
+        table = np.stack([*scored, advantages, returns])  # (5, B, T)
+        metrics = {
+            "ppo/score": raw_scores.mean(),
+            "ppo/score_std": raw_scores.std(),
+            "ppo/kl": kl.sum(axis=1).mean(),
+            "ppo/beta": beta,
+            "ppo/explained_variance": explained_variance(old_values[is_reply], returns[is_reply]),
+            "ppo/sampler_gap": sampler_gap,
         }
-        add_columns(updates, columns, is_reply)
-        laps += [time.perf_counter()] * 2
+        for name, value in reply_metrics(prompts, rollout.replies).items():
+            metrics[f"ppo/{name}"] = value
 
-        metrics = rollout_metrics(prompts, replies, raw_scores, kl, old_values, returns, is_reply)
-        metrics.update({"ppo/beta": beta, "ppo/sampler_gap": sampler_gap})
-        totals = torch.zeros(len(METRICS), dtype=torch.float64)
-        for n_updates, (ids, forward_steps) in enumerate(updates, start=1):
+        for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.lr_at(run.step, args, max_steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-            for i, (_, batch) in enumerate(forward_steps):
-                engine.set_gradient_accumulation_boundary(i == len(forward_steps) - 1)
-                batch = common.to_device(batch, device)
+            for i, piece in enumerate(pieces):
+                engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
+                batch = rollout.batch(piece, device)
                 log_probs, entropies, values = engine(batch, n_chunks)  # (N,) each
-                advantages = batch["advantages"]
-                log_ratio = log_probs - batch["old_log_probs"]
+                columns = torch.tensor(table[:, piece][:, is_reply[piece]], device=device)  # (5, N)
+                old_log_probs, ref_log_probs, old_values, advantages, returns = columns.float()
+                log_ratio = log_probs - old_log_probs
                 ratio = log_ratio.exp()
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-                policy_losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-                value_losses = torch.zeros_like(values)
-                if args.advantage == "gae":
-                    change = (values - batch["old_values"]).clamp(
-                        -args.cliprange_value, args.cliprange_value
-                    )
-                    clipped_values = batch["old_values"] + change
-                    errors = (values - batch["returns"]).square()
-                    clipped_errors = (clipped_values - batch["returns"]).square()
-                    value_losses = torch.maximum(errors, clipped_errors) / 2
-                forward_loss = policy_losses.sum() + args.vf_coef * value_losses.sum()
+                unclipped_losses = -advantages * ratio
+                clipped_losses = -advantages * clipped_ratio
+                policy_losses = torch.maximum(unclipped_losses, clipped_losses)
+                change = (values - old_values).clamp(-args.cliprange_value, args.cliprange_value)
+                errors = (values - returns).square()
+                clipped_errors = (old_values + change - returns).square()
+                value_losses = torch.maximum(errors, clipped_errors) / 2
+                loss = policy_losses.sum() + args.vf_coef * value_losses.sum()
                 if args.advantage == "grpo":  # k3 of Schulman 2020, which is never negative
-                    distance = batch["ref_log_probs"] - log_probs
-                    forward_loss = forward_loss + beta * (distance.expm1() - distance).sum()
+                    ref_log_ratio = ref_log_probs - log_probs
+                    loss = loss + beta * (ref_log_ratio.expm1() - ref_log_ratio).sum()
                 # DeepSpeed averages over the processes, hence x world
-                engine.backward(forward_loss * (world / n_tokens))
-                is_clipped = -advantages * clipped_ratio > -advantages * ratio
-                found = (
-                    forward_loss,
-                    policy_losses,
-                    value_losses,
-                    entropies,
-                    is_clipped,
-                    log_ratio.abs(),
-                )
-                sums += torch.stack([values.detach().sum().double() for values in found])
-                if n_updates == 1:
-                    check_first_ratio(args, log_ratio, run.step)
+                engine.backward(loss * (world / n_tokens))
+                loss_sum += loss.detach()
+                is_clipped = clipped_losses > unclipped_losses
+                found = (policy_losses, value_losses, entropies, is_clipped, log_ratio.abs())
+                sums += torch.stack([column.detach().sum().double() for column in found])
+                if n_updates == 0:
+                    check_first_ratio(args, log_ratio)
             # one exchange: every rank learns the loss of the step, and whether any rank has to stop
-            loss_sum, n_stop, grad_norm = common.step_totals(engine, sums[0], run.must_stop())
+            loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
             engine.step()
             if grad_norm is None:
                 grad_norm = float(engine.get_global_grad_norm())
-            common.check_step(engine, args, run.step, loss_sum / n_tokens, grad_norm)
+            loss = loss_sum / n_tokens
+            common.check_step(engine, args, run.step, loss, grad_norm)
             dist.all_reduce(sums)
-            totals += sums.cpu() / n_tokens
-            means = dict(zip(METRICS, (totals / n_updates).tolist()))
-            laps[-1] = time.perf_counter()
-            for name, seconds in zip(PHASES, np.diff(laps)):
-                means[f"time/{name}"] = seconds
-            means.update(metrics, lr=lr, grad_norm=grad_norm)
-            run.stepped(loss_sum / n_tokens, n_tokens, **means)
+            metrics.update(zip(METRICS, (sums / n_tokens).tolist()))
+            run.stepped(loss, n_tokens, lr=lr, grad_norm=grad_norm, **metrics)
 
         state["beta"] = next_beta(beta, metrics["ppo/kl"], args)
         if run.save_is_due() or n_stop:
@@ -1234,25 +1144,19 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(
-        word.startswith(("@", "-h", "--help", "--model", "--policy", "--data")) for word in argv
-    ):
+    begins = ("@", "-h", "--help", "--model", "--policy", "--data")
+    if not any(word.startswith(begins) for word in argv):
         log(f"demo: python rl_ppo.py {DEMO}")
         argv = [*DEMO.split(), *argv]
-    flags = dict(FLAGS)
-    for name, default in DEFAULTS.items():
-        _, *text_and_choices = common.SHARED_FLAGS[name]
-        flags[name] = (default, *text_and_choices)
-    parser = common.Parser(__doc__, flags)
-    parser.set_defaults(learning_rate=None)
+    parser = common.Parser(__doc__, FLAGS)
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     if args.policy:
         args.model_init_path = find_model(args, args.policy)
     if args.learning_rate is None:
-        has_adapter = (
-            args.lora_rank or args.train_adapter or common.adapter_base(args.model_init_path)
-        )
-        args.learning_rate = ADAPTER_LEARNING_RATE if has_adapter else DEFAULTS["learning_rate"]
+        base = common.adapter_base(args.model_init_path)
+        has_adapter = args.lora_rank or args.train_adapter or base
+        args.learning_rate = 1e-4 if has_adapter else 1e-6
     if not args.metric_for_best and (args.heldout_reward_fn or args.heldout_reward_model):
         args.metric_for_best = "heldout_reward"
     return args
