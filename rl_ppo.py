@@ -112,14 +112,14 @@ DEMO = (
     "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
     "--save_steps 200 --logging_steps 20"
 )
-METRICS = (  # means over the reply tokens of an optimizer step
-    *("ppo/policy_loss", "ppo/value_loss", "ppo/entropy", "ppo/clip_fraction", "ppo/log_ratio"),
-)
+# means over the reply tokens of an optimizer step
+METRICS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "log_ratio")
 # largest |log ratio| before the first update of a rollout; mean difference of the sampler's
 # log-probabilities to those of the whole text
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
 SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
 MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
+IGNORED = -100  # the label of a token that is no reply
 PLACE = r"\{(\w+)\}"  # in a template
 GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 
@@ -145,8 +145,6 @@ def open_prompts(args, source, tokenizer, problems):
     about = read_about(source)
     if about.get("script") == "clf.py":
         problems.append(f"{source} is a run of clf.py, which scores texts: expected a writer")
-    if about.get("bidirectional_prompt"):
-        problems.append(f"{source} was trained with --bidirectional_prompt, which is gone")
     was_raw = about.get("raw_prompt") or "record_layout" in about
     try:
         is_raw = args.raw_prompt or was_raw or not tokenizer.chat_template
@@ -160,7 +158,7 @@ def open_prompts(args, source, tokenizer, problems):
     return prompts
 
 
-def to_example(prompts, has_encoder, data_set, record):
+def to_example(prompts, has_encoder, keys, data_set, record):
     """The Example of a record of a data file. Raises ValueError, which says what is wrong."""
     if "messages" in record or "conversations" in record:
         messages = prompts.messages(record)
@@ -169,6 +167,9 @@ def to_example(prompts, has_encoder, data_set, record):
         if problem:
             raise ValueError(problem)
         messages = [{"role": "user", "content": record["prompt"]}]
+    missing = keys - set(record)
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}, which the reward model reads")
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("the last message has to be the user's, whom the policy answers")
     if prompts.is_raw and len(messages) > 1:
@@ -182,19 +183,20 @@ def to_example(prompts, has_encoder, data_set, record):
     return Example(data_set, key, text, input_ids, record)
 
 
-def read_data(args, prompts, config, problems):
+def read_data(args, prompts, config, rewards, problems):
     """Data of --data."""
     has_encoder = config.is_encoder_decoder
     n_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     room = min(args.seq_length, n_positions)
     if not has_encoder:
         room -= args.max_new_tokens
+    keys = set().union(*[reward.keys for reward in rewards.values()])
     examples = {split: [] for split in SPLITS}
     n_long = 0
     records, amounts = common.read_data_sets(args, problems)
     for data_set, where, split, record in records:
         try:
-            example = to_example(prompts, has_encoder, data_set, record)
+            example = to_example(prompts, has_encoder, keys, data_set, record)
         except ValueError as error:
             problems.append((where, str(error)))
             continue
@@ -220,7 +222,7 @@ def decode(prompts, input_ids):
 # ------------------------------------------------------------------------------- rows and batches
 
 
-def pad(rows, fill=0):
+def pad(rows, fill):
     """Lists or arrays of several lengths -> (rows, the longest of them, at least 1)."""
     longest = max(1, max(len(row) for row in rows))
     padded = np.full((len(rows), longest), fill)
@@ -238,22 +240,21 @@ def collate(prompts, replies, start_id):
     states each is predicted.
     """
     columns = collections.defaultdict(list)
-    labels = []
     # a rank without replies computes one padding token along
     for prompt, reply in zip(prompts or [[0]], replies or [[]]):
-        labels += reply
-        is_target = [1] * len(reply)
         if start_id is None:
             columns["input_ids"].append([*prompt, *reply])
-            is_target = [0] * (len(prompt) - 1) + is_target + [0]
+            columns["labels"].append([IGNORED] * (len(prompt) - 1) + [*reply, IGNORED])
         else:
             columns["input_ids"].append(prompt)
             columns["attention_mask"].append([1] * len(prompt))
             columns["decoder_input_ids"].append([start_id, *reply[:-1]])
-        columns["is_target"].append(is_target)
-    label_index = np.flatnonzero(pad(columns.pop("is_target")))
-    arrays = {name: pad(rows) for name, rows in columns.items()}
-    return common.to_tensors({**arrays, "labels": labels, "label_index": label_index})
+            columns["labels"].append(reply)
+    labels = pad(columns.pop("labels"), IGNORED).flatten()
+    arrays = {name: pad(rows, 0) for name, rows in columns.items()}
+    arrays["label_index"] = np.flatnonzero(labels != IGNORED)
+    arrays["labels"] = labels[arrays["label_index"]]
+    return common.to_tensors(arrays)
 
 
 def round_up(steps, multiple):
@@ -303,7 +304,8 @@ class Plan:
             for start in range(0, len(order), self.batch):
                 ids = order[start : start + self.batch]
                 pieces = common.deal(ids, lengths, n_pieces)
-                updates.append((ids, pieces[common.rank() :: world]))
+                mine = [np.sort(piece) for piece in pieces[common.rank() :: world]]
+                updates.append((ids, mine))
         return updates
 
 
@@ -411,15 +413,13 @@ def switch_off_dropout(model):
 def train_top_layers(model, n_layers):
     """Freeze all but the last blocks of the decoder, the norm behind them, and a head of its own.
     The encoder of T5 is frozen too, as by trlx."""
-    decoder = model.get_decoder()
-    blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
-    in_blocks = {id(weight) for weight in blocks.parameters()}
+    n_blocks = model.config.get_text_config().num_hidden_layers
     model.requires_grad_(False)
-    for name, weight in decoder.named_parameters():
-        if id(weight) not in in_blocks and not re.search("embed|wte|wpe|project_in", name):
+    for name, weight in model.get_decoder().named_parameters():
+        number = re.search(r"\d+", name)  # of the block
+        is_embedding = re.search("embed|wte|wpe|project_in", name)
+        if int(number[0]) >= n_blocks - n_layers if number else not is_embedding:
             weight.requires_grad_(True)
-    for block in blocks[-n_layers:]:
-        block.requires_grad_(True)
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(True)
@@ -488,11 +488,8 @@ class RewardFunction:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
             common.fail(f"{self.spec} fails with {error!r} ({where})")
-        if len(scores) != len(replies):
-            common.fail(f"{self.spec} gives {len(scores)} numbers for {len(replies)} replies")
-        for score, reply in zip(scores, replies):
-            if not math.isfinite(score):
-                common.fail(f"{self.spec} gives {score} for the reply {reply!r}")
+        if len(scores) != len(replies) or not np.isfinite(scores).all():
+            common.fail(f"{self.spec}: no finite number for each of {len(replies)}: {scores}")
         return scores
 
     def __call__(self, examples, replies):
@@ -619,38 +616,38 @@ def sample(args, engine, prompts, examples, keys, temperature):
     its key and the weights alone. A row that has ended leaves and the next prompts join, so that
     finished replies cost nothing."""
     device = engine.device
+    generators = [None] * len(keys)
+    if temperature > GREEDY:
+        generators = [torch.Generator(device).manual_seed(key) for key in keys]
     lengths = np.array([len(example.input_ids) for example in examples])
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     waiting = longest_first[common.rank() :: common.world_size()]
-    n_rows = args.rollout_batch_size
+    replies = {i: ([], []) for i in waiting}
     rows = []  # the numbers of the replies that are being written
     tokens = None  # (rows,), the last of each
-    replies, generators = {}, {}
     with common.generating(engine, GenerationConfig()) as model:
         decoding = Decoding(model)
         while rows or waiting:
             logits = []
             if rows:
                 logits.append(decoding.step(tokens[:, None]))
-            n_free = n_rows - len(rows)
+            n_free = args.rollout_batch_size - len(rows)
             # several at once: to read a prompt takes as long as a token of all rows
-            if waiting and (not rows or (decoding.can_join and 4 * n_free >= n_rows)):
+            may_join = decoding.can_join and n_free >= args.rollout_batch_size / 4
+            if waiting and (may_join or not rows):
                 joining, waiting = waiting[:n_free], waiting[n_free:]
                 logits.append(decoding.read([examples[i].input_ids for i in joining]))
                 rows += joining
-                for i in joining:
-                    replies[i] = ([], [])
-                    if temperature > GREEDY:
-                        generators[i] = torch.Generator(device).manual_seed(keys[i])
             scores = torch.cat(logits) / max(temperature, GREEDY)  # (rows, V)
-            tokens = choose(scores, [generators.get(i) for i in rows])
-            log_probs = scores.log_softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
+            tokens = choose(scores, [generators[i] for i in rows])
+            log_probs = scores.log_softmax(dim=1).gather(1, tokens[:, None])
+            new_ids, new_log_probs = tokens.tolist(), log_probs.flatten().tolist()
             goes_on = []
-            for r, (token, log_prob) in enumerate(zip(tokens.tolist(), log_probs.tolist())):
-                input_ids, reply_log_probs = replies[rows[r]]
-                input_ids.append(token)
-                reply_log_probs.append(log_prob)
-                if token not in prompts.stop_ids and len(input_ids) < args.max_new_tokens:
+            for r, i in enumerate(rows):
+                input_ids, reply_log_probs = replies[i]
+                input_ids.append(new_ids[r])
+                reply_log_probs.append(new_log_probs[r])
+                if input_ids[-1] not in prompts.stop_ids and len(input_ids) < args.max_new_tokens:
                     goes_on.append(r)
             if len(goes_on) < len(rows):
                 rows = [rows[r] for r in goes_on]
@@ -664,39 +661,39 @@ def sample(args, engine, prompts, examples, keys, temperature):
 class Rollout:
     """B replies to examples, as `sample` gives them."""
 
-    def __init__(self, examples, sampled, start_id):
+    def __init__(self, examples, sampled, start_id, device):
         self.prompts = [example.input_ids for example in examples]
         self.replies = [ids for ids, _ in sampled]
-        self.sampled_log_probs = np.concatenate([log_probs for _, log_probs in sampled])
-        self.lengths = np.array([len(ids) for ids in self.replies])
-        self.is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]  # (B, T)
         self.start_id = start_id
+        self.device = device
+        self.lengths = np.array([len(ids) for ids in self.replies])
+        is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]
+        self.is_reply = torch.tensor(is_reply, device=device)  # (B, T)
 
-    def batch(self, ids, device):
+    def batch(self, ids):
         prompts = [self.prompts[i] for i in ids]
         replies = [self.replies[i] for i in ids]
-        return common.to_device(collate(prompts, replies, self.start_id), device)
+        return common.to_device(collate(prompts, replies, self.start_id), self.device)
 
 
 @torch.no_grad()
 def score_tokens(engine, reference, rollout, pieces, n_chunks):
-    """Collective. (3, B, T): log-probabilities of policy and reference, and values; pieces: the
-    replies of each forward step of this rank."""
-    found = {}
+    """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; pieces:
+    the replies of each forward step of this rank."""
+    is_reply = rollout.is_reply
+    scored = torch.zeros(3, *is_reply.shape, dtype=torch.float64, device=engine.device)
     for ids in pieces:
-        batch = rollout.batch(ids, engine.device)
+        batch = rollout.batch(ids)
         log_probs, _, values = engine(batch, n_chunks)
         if reference:
             ref_log_probs, *_ = reference(batch, n_chunks)
         else:
             with adapter_off(engine.module.model):
                 ref_log_probs, *_ = engine(batch, n_chunks)
-        columns = torch.stack([log_probs, ref_log_probs, values]).double().cpu().numpy()  # (3, N)
-        ends = np.cumsum(rollout.lengths[ids])[:-1]
-        found.update(zip(ids.tolist(), np.split(columns, ends, axis=1)))
-    scored = np.zeros((3, *rollout.is_reply.shape))
-    for i, columns in common.gather(found).items():
-        scored[:, i, rollout.is_reply[i]] = columns
+        is_scored = torch.zeros_like(is_reply)
+        is_scored[ids] = is_reply[ids]
+        scored[:, is_scored] = torch.stack([log_probs, ref_log_probs, values]).double()
+    dist.all_reduce(scored)  # each reply is one rank's, the others hold zeros
     return scored
 
 
@@ -717,46 +714,66 @@ def scale_scores(args, scores, sums):
     return scores.clip(-args.cliprange_reward, args.cliprange_reward)
 
 
-def token_rewards(kl, scores, is_reply, beta):
+def token_rewards(kl, scores, lengths, beta):
     """(B, T): -beta KL of each reply token, and the score on the last one (Ziegler et al. 2019,
-    eq. 2). kl, is_reply: (B, T); scores: (B,)."""
-    rewards = np.where(is_reply, -beta * kl, 0.0)
-    last = is_reply.sum(axis=1) - 1
-    rewards[np.arange(len(scores)), last] += scores
+    eq. 2). kl: (B, T), 0 outside of replies; scores, lengths: (B,)."""
+    rewards = -beta * kl
+    rewards[torch.arange(len(scores)), lengths - 1] += scores
     return rewards
 
 
 def gae(rewards, values, is_reply, gamma, lam):
     """Advantages and returns (B, T) (Schulman et al. 2016, https://arxiv.org/abs/1506.02438,
     eq. 16); 0 outside of replies, whose last token no value follows."""
-    rewards = np.where(is_reply, rewards, 0.0)
-    values = np.where(is_reply, values, 0.0)
-    advantages = np.zeros_like(rewards)
-    advantage = next_values = np.zeros(len(rewards))
+    rewards = rewards * is_reply
+    values = values * is_reply
+    advantages = torch.zeros_like(rewards)
+    advantage = next_values = 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_values - values[:, t]
-        advantage = np.where(is_reply[:, t], delta + gamma * lam * advantage, 0.0)
-        advantages[:, t] = advantage
+        advantage = delta + gamma * lam * advantage
         next_values = values[:, t]
+        advantages[:, t] = advantage
     return advantages, advantages + values
 
 
 def whiten(advantages, is_reply):
     """Mean 0 and variance 1 over all reply tokens of the rollout; unbiased variance."""
     tokens = advantages[is_reply]
-    variance = ((tokens - tokens.mean()) ** 2).sum() / max(1, len(tokens) - 1)
-    return np.where(is_reply, (advantages - tokens.mean()) / np.sqrt(variance + 1e-8), 0.0)
+    variance = tokens.var() if len(tokens) > 1 else 0.0
+    return (advantages - tokens.mean()) * is_reply / (variance + 1e-8) ** 0.5
 
 
 def group_advantages(scores, n_samples, kind):
     """(B,) scores of n_samples replies to each prompt, in a row -> (B,) advantages: score - mean of
     the others (rloo: Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, eq. 8), or (score -
     mean) / deviation (grpo: Shao et al. 2024, https://arxiv.org/abs/2402.03300, 4.1.2)."""
-    groups = scores.reshape(-1, n_samples)
-    centred = groups - groups.mean(axis=1, keepdims=True)
+    groups = scores.view(-1, n_samples)
+    centred = groups - groups.mean(dim=1, keepdim=True)
     if kind == "rloo":
         return (centred * n_samples / (n_samples - 1)).flatten()
-    return (centred / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).flatten()
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+
+
+def estimate_advantages(args, rollout, scored, scores, beta):
+    """(5, B, T): the columns of `scored`, advantages and returns; KL to the reference, the mean of
+    the replies [nats]. scores: (B,)."""
+    log_probs, ref_log_probs, values = scored
+    is_reply = rollout.is_reply
+    scores = torch.tensor(scores, device=rollout.device)
+    kl = log_probs - ref_log_probs
+    reply_kl = kl.sum(dim=1)
+    returns = torch.zeros_like(values)
+    if args.advantage == "gae":
+        rewards = token_rewards(kl, scores, is_reply.sum(dim=1), beta)
+        advantages, returns = gae(rewards, values, is_reply, args.gamma, args.lam)
+        advantages = whiten(advantages, is_reply)
+    else:
+        if args.advantage == "rloo":  # grpo has the price of KL in its loss
+            scores = scores - beta * reply_kl
+        advantages = group_advantages(scores, args.n_samples, args.advantage)[:, None] * is_reply
+    table = torch.stack([log_probs, ref_log_probs, values, advantages, returns])
+    return table.float(), float(reply_kl.mean())
 
 
 def next_beta(beta, kl, args):
@@ -768,24 +785,13 @@ def next_beta(beta, kl, args):
     return beta * (1 + error * min(1, args.num_rollouts / args.kl_horizon))
 
 
-def estimate_advantages(args, scores, kl, values, is_reply, beta):
-    """(advantages, returns), (B, T) each, of (B,) scores and (B, T) KL to the reference."""
-    if args.advantage == "gae":
-        rewards = token_rewards(kl, scores, is_reply, beta)
-        advantages, returns = gae(rewards, values, is_reply, args.gamma, args.lam)
-        return whiten(advantages, is_reply), returns
-    if args.advantage == "rloo":  # grpo has the price of KL in its loss
-        scores = scores - beta * kl.sum(axis=1)
-    advantages = group_advantages(scores, args.n_samples, args.advantage)
-    return advantages[:, None] * is_reply, np.zeros_like(kl)
-
-
 # ------------------------------------------------------------------------------------- invariants
 
 
-def check_sampler(args, sampled_log_probs, log_probs):
-    """The mean difference of the sampler's log-probabilities to those of the whole text."""
-    gap = float(np.abs(sampled_log_probs - log_probs).mean())
+def check_sampler(args, sampled, log_probs):
+    """The mean difference of the sampler's log-probabilities to (n,) those of the whole text."""
+    expected = torch.tensor([x for _, reply_log_probs in sampled for x in reply_log_probs])
+    gap = float((expected - log_probs.cpu()).abs().mean())
     if not gap <= SAMPLER_BOUND[args.precision]:
         common.fail(
             f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one of "
@@ -796,7 +802,7 @@ def check_sampler(args, sampled_log_probs, log_probs):
 
 def check_first_ratio(args, log_ratio):
     """Before the first update of a rollout, policy and sampler are one."""
-    largest = float(F.pad(log_ratio.detach().abs(), (0, 1)).max())  # also of no tokens
+    largest = max(log_ratio.abs().tolist(), default=0.0)
     if not largest <= RATIO_BOUND[args.precision]:
         common.fail(
             f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: two "
@@ -816,12 +822,6 @@ def reply_metrics(prompts, replies):
     }
 
 
-def explained_variance(values, returns):
-    """1 - var(returns - values) / var(returns) of (n,) tokens."""
-    variance = returns.var()
-    return 1 - (returns - values).var() / variance if variance > 0 else 0.0
-
-
 def predictions_name(args, split, step):
     prefix = "test_" if split == "test" else ""
     return f"{prefix}temperature={args.eval_temperature:.2f}_n=1_step={step}.json"
@@ -836,13 +836,11 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
     scores = {name: reward(examples, texts) for name, reward in rewards.items()}
     predictions = []
     for i, example in enumerate(examples):
-        generation = {"lm_postprocess": texts[i]}
-        for name, column in scores.items():
-            generation[name] = float(column[i])
+        row_scores = {name: float(column[i]) for name, column in scores.items()}
         predictions.append(
             {
                 "prompt": example.text,
-                "generations": [generation],
+                "generations": [{"lm_postprocess": texts[i], **row_scores}],
                 "demonstration": example.record.get("completion"),
                 "orig_d": example.record,
                 "dataset": example.data_set,
@@ -862,15 +860,12 @@ def show_before_and_after(args, run):
     predictions = []
     for step in ("0", run.chosen().name.removeprefix("checkpoint-")):
         path = run.dir / predictions_name(args, "eval", step)
-        if not path.exists():
-            return
         predictions.append(json.loads(path.read_text())[:10])
     for rows in zip(*predictions):
         log(repr(rows[0]["prompt"][-200:]))
-        for name, row in zip(("before", "after"), rows):
-            generation = row["generations"][0]
-            text = generation["lm_postprocess"][:200]
-            log(f"    {name:<6} {generation['reward']:6.3g}  {text!r}")
+        for row in rows:
+            (generation,) = row["generations"]
+            log(f"{generation['reward']:10.3g}  {generation['lm_postprocess'][:200]!r}")
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -898,12 +893,10 @@ def check_args(args, problems):
         problems.append(f"--num_rollouts counts replies: expected a multiple of {args.n_samples}")
     if args.advantage != "gae" and args.n_samples < 2:
         problems.append(f"--advantage {args.advantage} compares replies: --n_samples 4, or more")
-    for name in ("reward", "heldout_reward"):
-        function, model = getattr(args, f"{name}_fn"), getattr(args, f"{name}_model")
-        if function and model:
-            problems.append(f"--{name}_fn and --{name}_model exclude each other")
-        if not function and not model and name == "reward":
-            problems.append("no reward: --reward_fn FILE:NAME, or --reward_model")
+    if bool(args.reward_fn) == bool(args.reward_model):
+        problems.append("expected either --reward_fn FILE:NAME or --reward_model")
+    if args.heldout_reward_fn and args.heldout_reward_model:
+        problems.append("--heldout_reward_fn and --heldout_reward_model exclude each other")
     if args.precision == "fp16":
         problems.append("--precision fp16: a step that it skips would spoil a rollout; use bf16")
     if args.compile:
@@ -917,20 +910,10 @@ def count_chunks(args, config):
     return max(1, math.ceil(n_tokens * config.get_text_config().vocab_size / MAX_LOGITS))
 
 
-def check_keys(rewards, examples, problems):
-    """What the templates of reward models fill in has to be in every record."""
-    for reward in rewards.values():
-        for example in itertools.chain(*examples.values()):
-            missing = reward.keys - set(example.record)
-            if missing:
-                problem = f"no {', '.join(missing)}, which {reward.spec} reads"
-                problems.append((f"{example.data_set}, {example.text!r:.40}", problem))
-
-
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = prompts = None
+    ds_config = prompts = data = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     rewards = open_rewards(args, problems)
@@ -938,10 +921,9 @@ def prepare(args):
     if config:
         ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
         prompts = open_prompts(args, source, tokenizer, problems)
-    data = read_data(args, prompts, config, problems) if prompts else None
-    if data:
+    if prompts:
+        data = read_data(args, prompts, config, rewards, problems)
         identity["data_sha256"] = common.derive_seed(data)
-        check_keys(rewards, data.examples, problems)
     if ds_config:
         identity["zero_stage"] = ds_config["zero_optimization"]["stage"]
     run = common.Run(args, FREE_FLAGS, identity, problems)
@@ -1004,11 +986,7 @@ def main(args):
         torch.backends.cuda.enable_flash_sdp(False)
     policy, reference = load_models(args, source, config, ds_config, tokenizer)
     model = policy.model
-    model.generation_config = GenerationConfig(  # is exported
-        eos_token_id=prompts.stop_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=start_id,
-    )
+    model.generation_config = GenerationConfig(eos_token_id=prompts.stop_ids)  # is exported
     for reward in rewards.values():
         reward.load(ds_config)
 
@@ -1044,50 +1022,37 @@ def main(args):
     first = run.step // plan.steps_per_rollout
     last = first if run.finished() else max_steps // plan.steps_per_rollout  # killed before export
     for index in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
-        beta = state["beta"]
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
         keys = [common.derive_seed(args.seed, "rollout", index, i) for i in range(len(examples))]
         sampled = sample(args, engine, prompts, examples, keys, args.temperature)
-        rollout = Rollout(examples, sampled, start_id)
-        lengths, is_reply = rollout.lengths, rollout.is_reply
-        texts = [decode(prompts, ids) for ids in rollout.replies]
-        raw_scores = rewards["reward"](examples, texts)
-        scores = scale_scores(args, raw_scores, state["score_sums"])
-
-        updates = plan.updates(index, lengths)
+        rollout = Rollout(examples, sampled, start_id, device)
+        updates = plan.updates(index, rollout.lengths)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
         pieces = itertools.chain(*[pieces for _, pieces in first_pass])
-        scored = score_tokens(engine, reference, rollout, pieces, n_chunks)  # (3, B, T)
-        old_log_probs, ref_log_probs, old_values = scored
-        sampler_gap = check_sampler(args, rollout.sampled_log_probs, old_log_probs[is_reply])
-        kl = old_log_probs - ref_log_probs  # (B, T), 0 outside of replies
-        advantages, returns = estimate_advantages(args, scores, kl, old_values, is_reply, beta)
-        table = np.stack([*scored, advantages, returns])  # (5, B, T)
-        metrics = {
-            "ppo/score": raw_scores.mean(),
-            "ppo/score_std": raw_scores.std(),
-            "ppo/kl": kl.sum(axis=1).mean(),
-            "ppo/beta": beta,
-            "ppo/explained_variance": explained_variance(old_values[is_reply], returns[is_reply]),
-            "ppo/sampler_gap": sampler_gap,
-        }
-        for name, value in reply_metrics(prompts, rollout.replies).items():
-            metrics[f"ppo/{name}"] = value
+        scored = score_tokens(engine, reference, rollout, pieces, n_chunks)
+        metrics = reply_metrics(prompts, rollout.replies)
+        metrics["sampler_gap"] = check_sampler(args, sampled, scored[0][rollout.is_reply])
+
+        texts = [decode(prompts, ids) for ids in rollout.replies]
+        raw_scores = rewards["reward"](examples, texts)
+        scores = scale_scores(args, raw_scores, state["score_sums"])
+        table, kl = estimate_advantages(args, rollout, scored, scores, state["beta"])
+        metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl)
+        metrics["beta"] = beta = state["beta"]
 
         for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.lr_at(run.step, args, max_steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
+            n_tokens = int(rollout.lengths[ids].sum())  # of the step, on all ranks
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
             for i, piece in enumerate(pieces):
                 engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
-                batch = rollout.batch(piece, device)
-                log_probs, entropies, values = engine(batch, n_chunks)  # (N,) each
-                columns = torch.tensor(table[:, piece][:, is_reply[piece]], device=device)  # (5, N)
-                old_log_probs, ref_log_probs, old_values, advantages, returns = columns.float()
+                log_probs, entropies, values = engine(rollout.batch(piece), n_chunks)  # (N,) each
+                columns = table[:, piece][:, rollout.is_reply[piece]]  # (5, N)
+                old_log_probs, ref_log_probs, old_values, advantages, returns = columns
                 log_ratio = log_probs - old_log_probs
                 ratio = log_ratio.exp()
                 clipped_ratio = ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
@@ -1119,9 +1084,10 @@ def main(args):
             common.check_step(engine, args, run.step, loss, grad_norm)
             dist.all_reduce(sums)
             metrics.update(zip(METRICS, (sums / n_tokens).tolist()))
-            run.stepped(loss, n_tokens, lr=lr, grad_norm=grad_norm, **metrics)
+            named = {f"ppo/{name}": value for name, value in metrics.items()}
+            run.stepped(loss, n_tokens, lr=lr, grad_norm=grad_norm, **named)
 
-        state["beta"] = next_beta(beta, metrics["ppo/kl"], args)
+        state["beta"] = next_beta(beta, kl, args)
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
         if run.eval_is_due() and not n_stop:  # after saving: it may run out of memory
