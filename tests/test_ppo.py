@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 
 import conftest
 import numpy as np
@@ -262,3 +261,287 @@ def test_two_rollouts_are_trained_as_a_slow_plain_reference_trains(kind, advanta
         assert distance < 1e-4, name
     lengths = {len(ids) for _, replies, _ in rollouts for ids in replies}
     assert len(lengths) > 3
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "bart"])
+def test_a_reply_depends_on_its_key_and_not_on_the_rows_beside_it(kind):
+    make_policy(kind)
+    for name, n_rows in (("few", 3), ("all", 32)):
+        flags = f"--no_train --eval_temperature 1 --max_new_tokens 12 --rollout_batch_size {n_rows}"
+        assert train(name, flags, kind) == 0
+    few, every = (predictions(f"{n}/temperature=1.00_n=1_step=0.json") for n in ("few", "all"))
+    assert few == every
+    texts = [row["generations"][0]["lm_postprocess"] for row in few]
+    assert len(set(texts)) == len(texts) and len(set(map(len, texts))) > 3
+    row = conftest.metrics("few", "eval")[0]
+    assert row["eval/eos_rate"] > 0 and 1 < row["eval/reply_tokens"] < 12
+
+
+def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
+    make_policy("llama")
+    words = f"--policy llama --num_rollouts 8 --n_samples 2 --train_batch_size 4 {SMALL}"
+    args = rl_ppo.parse_args(f"{words} --eval_steps 5 --save_steps -1 --num_epochs 3".split())
+    plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]))
+    assert (plan.steps_per_rollout, plan.steps_per_epoch, plan.max_steps) == (4, 8, 24)
+    assert (args.eval_steps, args.save_steps) == (8, -1)
+    ids = sum((plan.prompts(index) for index in range(5)), [])
+    assert ids[::2] == ids[1::2]
+    epochs = [ids[::2][:10], ids[::2][10:]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+    updates = plan.updates(0, np.arange(8) + 1)
+    for first, second in (updates[:2], updates[2:]):
+        assert sorted([*first[0], *second[0]]) == list(range(8))
+    for ids, pieces in updates:
+        assert sorted(ids) == sorted(np.concatenate(pieces))
+
+
+def test_what_is_no_reply_never_counts():
+    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], None)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 20, 21], [8, 22, 23, 24, 0]]
+    assert batch["labels"].tolist() == [20, 21, 22, 23, 24]
+    assert batch["label_index"].tolist() == [2, 3, 5, 6, 7]
+    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], 0)
+    assert batch["decoder_input_ids"].tolist() == [[0, 20, 0], [0, 22, 23]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["label_index"].tolist() == [0, 1, 3, 4, 5]
+    for start_id in (None, 0):
+        assert len(rl_ppo.collate([], [], start_id)["labels"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "t5", "t5v1.1", "bart"])
+def test_log_probabilities_are_those_of_the_model_in_chunks_or_not(kind):
+    make_policy(kind)
+    auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
+    model = auto_class.from_pretrained(f"models/{kind}")
+    prompts, replies = [[5, 6, 7, 9], [8, 4]], [[20, 21], [22, 23, 24]]
+    batch = rl_ppo.collate(prompts, replies, rl_ppo.start_id_of(model.config))
+    pairs = zip(prompts, replies)
+    expected = torch.cat([plain_scores(model, None, *pair, 0.7)[0] for pair in pairs])
+    expected.exp().sum().backward()
+    grads = conftest.gradients(model)
+    for n_chunks in (1, 3):
+        log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch, n_chunks)
+        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+        assert (entropies > 0).all()
+        log_probs.exp().sum().backward()
+        for name, grad in conftest.gradients(model).items():
+            assert (grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-7, name
+
+
+# ----------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
+    make_policy(kind)
+    lines = [{"prompt": f"Q {i}?", "chosen": "yes " * i, "rejected": "no"} for i in range(1, 9)]
+    conftest.write_data("ranked", lines[:6], lines[6:])
+    words = "--data ranked --loss pairwise --max_steps 3 --learning_rate 0.01 --max_length 40"
+    template = ["--template", "{prompt}: {reply}\n", "--training_run_name", "judge"]
+    conftest.run("--model_init_name", kind, *words.split(), *template, module=clf)
+    assert train("run", "--no_train --eval_temperature 1", kind, "--reward_model judge") == 0
+    rows = predictions("run/temperature=1.00_n=1_step=0.json")
+    replies = [row["generations"][0] for row in rows]
+    texts = []
+    for row, reply in zip(rows, replies):
+        texts.append({"prompt": row["prompt"], "reply": reply["lm_postprocess"] or "-"})
+    conftest.write_data("texts", [], texts)
+    words = ["--no_train", "--model_init_name", "judge", "--data", "texts"]
+    conftest.run(*words, "--training_run_name", "scored", module=clf)
+    expected = [row["reward"] for row in predictions("scored/preds.json")]
+    found = [reply["reward"] for reply in replies if reply["lm_postprocess"]]
+    assert len(found) > 2 and max(found) > min(found)
+    pairs = zip(expected, texts)
+    assert found == pytest.approx([e for e, text in pairs if text["reply"] != "-"], abs=1e-4)
+
+
+def test_a_sequence_classifier_with_one_logit_is_a_reward():
+    make_policy("llama")
+    config = transformers.AutoConfig.from_pretrained("models/llama", num_labels=1)
+    torch.manual_seed(0)
+    judge = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    judge.save_pretrained("models/judge")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("models/llama")
+    tokenizer.save_pretrained("models/judge")
+    flags = "--no_train --reward_text {reply}|{prompt}"
+    assert train("run", flags, reward="--reward_model judge") == 0
+    for row in predictions("run/temperature=0.00_n=1_step=0.json"):
+        reply = row["generations"][0]
+        input_ids = tokenizer(f"{reply['lm_postprocess']}|{row['prompt']}").input_ids
+        expected = judge(torch.tensor([input_ids])).logits.item()
+        assert reply["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_special_tokens_of_a_reply_reach_the_reward():
+    make_policy("t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("models/t5")
+    prompts = common.Prompts(tokenizer, is_raw=True)
+    ids = tokenizer("a<extra_id_0> b").input_ids
+    assert rl_ppo.decode(prompts, [0, *ids]) == "a<extra_id_0> b"
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_what_the_contract_names_and_the_best_by_the_held_out_reward():
+    make_policy("llama")
+    flags = "--heldout_reward_fn reward.py:shortness --max_steps 16 --eval_steps 8"
+    assert train("run", flags) == 0
+    rows = conftest.metrics("run", "eval")
+    assert [row["step"] for row in rows] == [0, 8, 16]
+    held_out = {row["step"]: row["eval/heldout_reward"] for row in rows[1:]}
+    best = max(held_out, key=lambda step: (held_out[step], step))
+    folder = pathlib.Path("models/run")
+    state = json.loads((folder / "checkpoint-16/state.json").read_text())
+    assert state["best_step"] == best
+    about = json.loads((folder / "rawtune.json").read_text())
+    assert about["script"] == "rl_ppo.py" and about["raw_prompt"] and about["task"] == "chat"
+    assert about["stop_ids"] == [2, *range(20, 80)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    checkpoint = conftest.weights(f"run/checkpoint-{best}")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, checkpoint[name]), name
+    row = predictions(f"run/test_temperature=0.00_n=1_step={best}.json")[0]
+    assert set(row) == {"prompt", "generations", "demonstration", "orig_d", "dataset"}
+    assert set(row["generations"][0]) == {"lm_postprocess", "reward", "heldout_reward"}
+    output = model.generate(
+        **transformers.AutoTokenizer.from_pretrained(folder)(row["prompt"], return_tensors="pt"),
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    assert row["generations"][0]["lm_postprocess"] in model_text(folder, output)
+    assert train("run", flags) == 0  # finished
+
+
+def model_text(folder, output):
+    return transformers.AutoTokenizer.from_pretrained(folder).decode(output[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_top_layers_are_trained(kind):
+    make_policy(kind)
+    before = conftest.weights(kind)
+    assert train("run", "--num_layers_unfrozen 1", kind) == 0
+    changed = {n for n, weight in conftest.weights("run").items() if (weight != before[n]).any()}
+    assert changed and all("1." in n or "norm" in n or n == "lm_head.weight" for n in changed)
+    assert not any("encoder" in name or "layers.0" in name for name in changed)
+
+
+def test_the_reference_of_a_new_adapter_is_the_model_without_it():
+    make_policy("llama")
+    lora = "--lora_rank 4 --learning_rate 0.02"
+    assert train("adapter", lora) == 0
+    rows = conftest.metrics("adapter", "train")
+    assert rows[0]["ppo/kl"] == 0 and rows[1]["ppo/kl"] > 0.01
+    # a copy of a trained one: its KL begins at 0 again
+    assert train("on", kind="adapter", flags="--max_steps 4 --learning_rate 0.02") == 0
+    assert conftest.metrics("on", "train")[0]["ppo/kl"] == pytest.approx(0, abs=1e-6)
+    assert pathlib.Path("models/on/adapter_model.safetensors").exists()
+    assert rl_ppo.parse_args("--policy adapter --data d".split()).learning_rate == 1e-4
+    assert rl_ppo.parse_args("--policy llama --data d".split()).learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    "target, name, replacement, message",
+    [
+        ("Policy", "logits", lambda self, x: x.repeat(1, 19)[:, :600], "log-probabilities while"),
+        ("", "switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
+    ],
+)
+def test_invariants_stop_a_run(target, name, replacement, message, monkeypatch, capsys):
+    make_policy("gpt2", resid_pdrop=0.1)
+    monkeypatch.setattr(getattr(rl_ppo, target) if target else rl_ppo, name, replacement)
+    monkeypatch.setitem(rl_ppo.SAMPLER_BOUND, "fp32", 0.5)
+    with pytest.raises(SystemExit) as error:
+        train("run", kind="gpt2")
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+WORDS = [
+    ("--reward_fn nope.py:length", "expected FILE:NAME, and there is no file 'nope.py'"),
+    ("--reward_fn reward.py:nope", "reward.py:nope: KeyError('nope')"),
+    ("--reward_fn reward.py:wrong", "no finite number for each of 6"),
+    ("--reward_fn reward.py:broken", "fails with KeyError('nope') (reward.py, line 12)"),
+    ("--reward_fn reward.py:length --reward_model x", "either --reward_fn FILE:NAME or"),
+    ("--reward_model llama", "expected a run of clf.py, or a classifier with one logit"),
+    ("--reward_fn reward.py:length --temperature 0.001", "have no alternatives to learn from"),
+    ("--reward_fn reward.py:length --advantage rloo", "compares replies: --n_samples 4"),
+    ("--reward_fn reward.py:length --num_rollouts 9 --n_samples 2", "expected a multiple of 2"),
+    ("--reward_fn reward.py:length --policy nope", "nope"),
+    ("--reward_fn reward.py:length --precision fp16", "fp16"),
+    ("--reward_fn reward.py:length --data late", "the last message has to be the user's"),
+    ("--reward_fn reward.py:length --data turns", "several messages need a chat template"),
+    ("--reward_fn reward.py:length --seq_length 8", "no training records"),
+]
+
+
+@pytest.mark.parametrize("words, message", WORDS)
+def test_mistakes_have_words(words, message, capsys):
+    make_policy("llama")
+    ask = {"role": "user", "content": "a"}
+    reply = {"role": "assistant", "content": "b"}
+    conftest.write_data("late", [{"messages": [ask, reply]}], [{"prompt": "a"}])
+    conftest.write_data("turns", [{"messages": [ask, reply, ask]}], [{"prompt": "a"}])
+    with pytest.raises(SystemExit) as error:
+        train("run", words, reward="")
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- slow tests
+
+SLOW = f"--policy llama --num_rollouts 16 --n_samples 2 {SMALL} --max_steps 16 --logging_steps 4"
+SLOW += " --reward_fn reward.py:length --reward_scaling norm --rollout_batch_size 5"
+
+
+def runs_at_stages(flags, prefix=""):
+    words = f"{SLOW} {flags}".split()
+    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in STAGES]
+
+
+@pytest.mark.slow
+def test_ranks_accumulation_and_stages_give_the_same_weights():
+    make_policy("llama")
+    flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --eval_temperature 1"
+    process = conftest.start_many(runs_at_stages(flags), 2, rl_ppo)
+    alone = f"{SLOW} --train_batch_size 8 --eval_temperature 1 --training_run_name one"
+    conftest.run(*alone.split(), module=rl_ppo)
+    conftest.finish(process)
+    expected = predictions("one/temperature=1.00_n=1_step=16.json")
+    for name in STAGES:
+        assert conftest.distance("one", name) < 1e-5, name
+        found = predictions(f"{name}/temperature=1.00_n=1_step=16.json")
+        for row, other in zip(found, expected):
+            assert row["generations"][0]["reward"] == other["generations"][0]["reward"]
+        for key in ("loss", "grad_norm", "ppo/kl", "ppo/score"):
+            one = test_runs.losses("one", key)
+            assert test_runs.losses(name, key) == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
+    make_policy("llama")
+    flags = "--train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30"
+    whole = conftest.start_many(runs_at_stages(flags, "whole-"), 2, rl_ppo)
+    for stage in STAGES:
+        process = conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo)
+        run = pathlib.Path(f"models/killed-{stage}")
+        while test_runs.newest(run)[0] < 8:
+            assert process.poll() is None, conftest.finish(process)
+        test_runs.kill(process)
+        assert not (run / common.COMPLETE).exists()
+    conftest.finish(conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo))
+    conftest.finish(whole)
+    for stage in STAGES:
+        assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
+        keys = ("beta", "score_sums")
+        states = [predictions(f"{n}-{stage}/checkpoint-16/state.json") for n in ("whole", "killed")]
+        assert [states[0][key] for key in keys] == [states[1][key] for key in keys]
+
+
+@pytest.mark.slow
+def test_the_demo_learns():
+    assert conftest.run(module=rl_ppo) == 0
+    assert conftest.metrics("ppo-demo", "eval")[-1]["eval/reward"] >= 0.8
