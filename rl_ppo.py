@@ -125,8 +125,8 @@ GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 
 # ------------------------------------------------------------------------------------------- data
 
-# input_ids: of the prompt, as the policy reads it; key: the same as text, by which it is held out;
-# text: the last question alone, as a reward reads it; record: as in the file
+# key: the prompt as the policy reads it, by which it is held out; input_ids: its tokens; text: its
+# last question alone, which a reward reads; record: as in the file
 Example = collections.namedtuple("Example", "data_set key text input_ids record")
 
 # examples: {split: [Example]}; sizes, amounts: of the training part of each data set, see
@@ -292,18 +292,18 @@ class Plan:
             ids += [example] * self.args.n_samples
         return ids
 
-    def updates(self, rollout, lengths):
+    def updates(self, rollout, n_tokens):
         """[(replies of an optimizer step, [replies of each forward step of this rank])] of a
-        rollout of replies of these lengths."""
+        rollout; n_tokens: of each prompt and its reply."""
         world = common.world_size()
         n_pieces = world * self.args.gradient_accumulation_steps
         updates = []
         for epoch in range(self.args.ppo_epochs):
             rng = np.random.default_rng([5, self.args.seed, rollout, epoch])
-            order = rng.permutation(len(lengths))
+            order = rng.permutation(len(n_tokens))
             for start in range(0, len(order), self.batch):
                 ids = order[start : start + self.batch]
-                pieces = common.deal(ids, lengths, n_pieces)
+                pieces = common.deal(ids, n_tokens, n_pieces)
                 mine = [np.sort(piece) for piece in pieces[common.rank() :: world]]
                 updates.append((ids, mine))
         return updates
@@ -413,13 +413,15 @@ def switch_off_dropout(model):
 def train_top_layers(model, n_layers):
     """Freeze all but the last blocks of the decoder, the norm behind them, and a head of its own.
     The encoder of T5 is frozen too, as by trlx."""
-    n_blocks = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
     model.requires_grad_(False)
-    for name, weight in model.get_decoder().named_parameters():
+    for name, weight in decoder.named_parameters():
         number = re.search(r"\d+", name)  # of the block
-        is_embedding = re.search("embed|wte|wpe|project_in", name)
-        if int(number[0]) >= n_blocks - n_layers if number else not is_embedding:
-            weight.requires_grad_(True)
+        if number:
+            weight.requires_grad_(int(number[0]) >= len(blocks) - n_layers)
+        else:
+            weight.requires_grad_(not re.search("embed|wte|wpe|project_in", name))
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(True)
@@ -535,7 +537,8 @@ class RewardModel:
         self.source, self.config, self.tokenizer = common.open_model(self.args, problems)
         self.text = args.reward_text.replace("\\n", "\n") or "{prompt}\n\n{reply}"
         self.template = "{input}"
-        self.max_length = self.no_yes = None
+        self.no_yes = None
+        self.max_length = getattr(self.tokenizer, "model_max_length", 0)
         self.auto_class = AutoModelForSequenceClassification
         self.start_id = 0  # a classifier reads its text as an encoder does
         about = read_about(self.source)
@@ -567,12 +570,10 @@ class RewardModel:
         tokenizer = self.tokenizer
         input_ids = tokenizer(fill(self.template, values)).input_ids
         if self.start_id is None and input_ids[-1] == tokenizer.eos_token_id:
-            input_ids.pop()  # as clf.py: the answer comes next
-        n_cut = len(input_ids) - (self.max_length or len(input_ids))
-        if n_cut > 0:
-            n_begin = int(input_ids[0] == tokenizer.bos_token_id)
-            del input_ids[n_begin : n_begin + n_cut]
-        return input_ids
+            input_ids = input_ids[:-1]  # as clf.py: the answer comes next
+        n_cut = max(0, len(input_ids) - self.max_length)
+        n_begin = int(input_ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+        return input_ids[:n_begin] + input_ids[n_begin + n_cut :]
 
     @torch.no_grad()
     def __call__(self, examples, replies):
@@ -667,6 +668,7 @@ class Rollout:
         self.start_id = start_id
         self.device = device
         self.lengths = np.array([len(ids) for ids in self.replies])
+        self.n_tokens = self.lengths + [len(ids) for ids in self.prompts]
         is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]
         self.is_reply = torch.tensor(is_reply, device=device)  # (B, T)
 
@@ -923,7 +925,7 @@ def prepare(args):
         prompts = open_prompts(args, source, tokenizer, problems)
     if prompts:
         data = read_data(args, prompts, config, rewards, problems)
-        identity["data_sha256"] = common.derive_seed(data)
+        identity["data_sha256"] = common.derive_seed(data.examples["train"])
     if ds_config:
         identity["zero_stage"] = ds_config["zero_optimization"]["stage"]
     run = common.Run(args, FREE_FLAGS, identity, problems)
@@ -1026,7 +1028,7 @@ def main(args):
         keys = [common.derive_seed(args.seed, "rollout", index, i) for i in range(len(examples))]
         sampled = sample(args, engine, prompts, examples, keys, args.temperature)
         rollout = Rollout(examples, sampled, start_id, device)
-        updates = plan.updates(index, rollout.lengths)
+        updates = plan.updates(index, rollout.n_tokens)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
         pieces = itertools.chain(*[pieces for _, pieces in first_pass])

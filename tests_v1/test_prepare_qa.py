@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import types
 
 import clf
+import common as common_v2
 import common_v1 as common
 import prepare_qa
 import pytest
@@ -268,10 +268,9 @@ def test_clf_and_ppo_read_it(prepare, tmp_path):
     clf.complete_flags(args, None, problems)
     examples = [clf.to_example(args, "set", split, record, "here", problems) for _, split, record in read(tmp_path / "p.jsonl")]
     assert len(examples) == 3 and examples[1].texts == ["Why?\n\nyes", "Why?\n\nno"] and not problems
-    model = ROOT / "models" / "tiny-llama"
-    prompts = rl_ppo.Prompts(types.SimpleNamespace(raw_prompt=True, policy=str(model)), model, transformers.AutoConfig.from_pretrained(model),
-                             transformers.AutoTokenizer.from_pretrained(model), problems)
-    assert [prompts.read(record)[1] for _, _, record in read(tmp_path / "out.json")] == ["Which county is Leeds in?", "2 + 2?"] and not problems
+    prompts = common_v2.Prompts(transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-llama"), is_raw=True)
+    texts = [rl_ppo.to_example(prompts, False, set(), "set", record).text for _, _, record in read(tmp_path / "out.json")]
+    assert texts == ["Which county is Leeds in?", "2 + 2?"] and not problems
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -1,10 +1,10 @@
 """data/prepare_table.py: every format by hand, templates, splits without leaks, what the scripts read, every way to get a table wrong, real files."""
 
-import argparse
 import json
 import types
 
 import clf
+import common as common_v2
 import common_v1 as common
 import prepare_table
 import prepare_text
@@ -292,11 +292,9 @@ def test_every_format_is_what_its_scripts_read(prepare, tmp_path):
         scored[name] = [clf.to_example(args, "set", split, record, "here", problems) for split, record in found[name]]
     assert [(e.texts, e.target) for e in scored["score"]] == [(["x"], 1.0), (["1 + 1"], 0.5)] and not problems
     assert [e.texts for e in scored["preference"]] == [["x\n\ny", "x\n\nz"], ["1 + 1\n\n2", "1 + 1\n\n3"]]
-    model = ROOT / "models" / "tiny-llama"
-    prompts = rl_ppo.Prompts(argparse.Namespace(raw_prompt=True, policy=str(model)), model, transformers.AutoConfig.from_pretrained(model),
-                             transformers.AutoTokenizer.from_pretrained(model), problems)
+    prompts = common_v2.Prompts(transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-llama"), is_raw=True)
     for name in ("prompt", "asked"):
-        assert [prompts.read(record)[1] for _, record in found[name]] == ["x", "1 + 1"] and not problems
+        assert [rl_ppo.to_example(prompts, False, set(), "set", record).text for _, record in found[name]] == ["x", "1 + 1"] and not problems
     assert [record["a"] for _, record in found["prompt"]] == ["y", 2]
     assert list(prepare_text.read_documents("train", tmp_path / "text.jsonl", problems)) == [("train", "x"), ("train", "1 + 1")] and not problems
 
