@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import conftest
 import numpy as np
@@ -334,14 +335,19 @@ def test_log_probabilities_are_those_of_the_model_in_chunks_or_not(kind):
 # ----------------------------------------------------------------------------------------- rewards
 
 
+def make_judge(kind, name):
+    """models/<name>, a reward model of clf.py."""
+    lines = [{"prompt": f"Q {i}?", "chosen": "yes " * i, "rejected": "no"} for i in range(1, 9)]
+    conftest.write_data("ranked", lines[:6], lines[6:])
+    words = f"--model_init_name {kind} --data ranked --loss pairwise --max_steps 3 --max_length 40"
+    words += f" --learning_rate 0.01 --training_run_name {name} --template"
+    conftest.run(*words.split(), "{prompt}: {reply}\n", module=clf)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     make_policy(kind)
-    lines = [{"prompt": f"Q {i}?", "chosen": "yes " * i, "rejected": "no"} for i in range(1, 9)]
-    conftest.write_data("ranked", lines[:6], lines[6:])
-    words = "--data ranked --loss pairwise --max_steps 3 --learning_rate 0.01 --max_length 40"
-    template = ["--template", "{prompt}: {reply}\n", "--training_run_name", "judge"]
-    conftest.run("--model_init_name", kind, *words.split(), *template, module=clf)
+    make_judge(kind, "judge")
     assert train("run", "--no_train --eval_temperature 1", kind, "--reward_model judge") == 0
     rows = predictions("run/temperature=1.00_n=1_step=0.json")
     replies = [row["generations"][0] for row in rows]
@@ -373,6 +379,21 @@ def test_a_sequence_classifier_with_one_logit_is_a_reward():
         input_ids = tokenizer(f"{reply['lm_postprocess']}|{row['prompt']}").input_ids
         expected = judge(torch.tensor([input_ids])).logits.item()
         assert reply["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_the_readme_says_happens():
+    page = (conftest.ROOT / "README.md").read_text()
+    section = page.split("\n## A reward instead of examples\n")[1].split("\n## ")[0]
+    make_policy("llama").rename("models/assistant")
+    make_judge("assistant", "reward")
+    lines = section.split("```json\n")[1].split("```")[0]
+    pathlib.Path("data/myprompts.jsonl").write_text(lines)
+    commands = re.findall("^python rl_ppo.py (.+)", section, re.MULTILINE)
+    for words in commands:
+        words += " --max_steps 4 --num_rollouts 4 --train_batch_size 4 --max_new_tokens 4"
+        assert conftest.run(*words.split(), module=rl_ppo) == 0
+    assert pathlib.Path("models/solver/model.safetensors").exists()
+    assert pathlib.Path("models/pleaser/adapter_model.safetensors").exists()
 
 
 def test_special_tokens_of_a_reply_reach_the_reward():
