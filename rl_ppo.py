@@ -59,7 +59,7 @@ from common import SPLITS, log
 from decoding import Decoding, choose
 
 FLAGS = {
-    "policy": ("", "the model to train: a run under models/, a folder or a hub id"),
+    "policy": ("", "the model to train: a run under models/, a folder, or a hub id with a slash"),
     "reward_fn": ("", "FILE:NAME of a function (prompts, replies, records) -> list of floats"),
     "reward_model": ("", "a clf.py run, or a sequence classifier with one logit"),
     "reward_text": ("", "what a reward model reads, or {input} of a clf.py run; else both texts"),
@@ -94,7 +94,6 @@ FLAGS = {
 }
 DEFAULTS = {  # of shared flags, other than the siblings'
     "train_batch_size": 128,
-    "learning_rate": None,  # 1e-6, with an adapter 1e-4
     "lr_scheduler_type": "constant",
     "weight_decay": 1e-6,
     "logging_steps": 1,
@@ -109,7 +108,7 @@ DEMO = (
     "--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish "
     "--training_run_name ppo-demo --max_steps 600 --num_rollouts 128 --train_batch_size 64 "
     "--ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
-    "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
+    "--num_layers_unfrozen 0 --init_kl_coef 0.01 --target_kl 0 --eval_steps 200 "
     "--save_steps 200 --logging_steps 20"
 )
 # means over the reply tokens of an optimizer step
@@ -532,8 +531,8 @@ class RewardModel:
 
     def __init__(self, args, name, problems):
         self.spec = self.identity = name
-        path = find_model(args, name)
-        self.args = frozen_args(args, model_init_path=path, quantize="")
+        self.args = frozen_args(args, quantize="")
+        name_model(self.args, name)
         self.source, self.config, self.tokenizer = common.open_model(self.args, problems)
         self.text = args.reward_text.replace("\\n", "\n") or "{prompt}\n\n{reply}"
         self.template = "{input}"
@@ -550,7 +549,7 @@ class RewardModel:
             self.auto_class = auto_class_of(self.config)
             self.start_id = start_id_of(self.config)
         elif self.config and self.config.num_labels != 1:
-            problems.append(f"{path}: expected a run of clf.py, or a classifier with one logit")
+            problems.append(f"{name}: expected a run of clf.py, or a classifier with one logit")
         names = set(re.findall(PLACE, self.template + self.text))
         self.keys = names - {"prompt", "reply", "input"}
 
@@ -882,9 +881,14 @@ def start_id_of(config):
     return config.decoder_start_token_id if config.is_encoder_decoder else None
 
 
-def find_model(args, name):
-    """models/<name>, else the name, which is then a path or a hub id."""
-    return str(common.find_input(args, "models", name, [], []) or name)
+def name_model(args, name):
+    """Of a run under models/, a folder, or a hub id, which has a slash. Another name is refused
+    by common.open_model, at once and with those that there are."""
+    folder = common.find_input(args, "models", name, [], [])
+    if folder or "/" in name:
+        args.model_init_path = str(folder or name)
+    else:
+        args.model_init_name, args.model_init_path = name, ""
 
 
 def check_args(args, problems):
@@ -1116,12 +1120,13 @@ def parse_args(argv):
     if not any(word.startswith(begins) for word in argv):
         log(f"demo: python rl_ppo.py {DEMO}")
         argv = [*DEMO.split(), *argv]
-    parser = common.Parser(__doc__, FLAGS)
-    parser.set_defaults(**DEFAULTS)
-    args = parser.parse_args(argv)
+    flags = {**FLAGS, "learning_rate": (0.0, "peak; 0: 1e-6, with an adapter 1e-4")}
+    for name, default in DEFAULTS.items():
+        flags[name] = (default, *common.SHARED_FLAGS[name][1:])
+    args = common.Parser(__doc__, flags).parse_args(argv)
     if args.policy:
-        args.model_init_path = find_model(args, args.policy)
-    if args.learning_rate is None:
+        name_model(args, args.policy)
+    if args.learning_rate == 0:
         base = common.adapter_base(args.model_init_path)
         has_adapter = args.lora_rank or args.train_adapter or base
         args.learning_rate = 1e-4 if has_adapter else 1e-6
