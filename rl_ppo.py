@@ -108,13 +108,13 @@ DEMO = (
     "--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish "
     "--training_run_name ppo-demo --max_steps 600 --num_rollouts 128 --train_batch_size 64 "
     "--ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
-    "--num_layers_unfrozen 0 --init_kl_coef 0.01 --target_kl 0 --eval_steps 200 "
-    "--save_steps 200 --logging_steps 20"
+    "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
+    "--save_steps 200 --logging_steps 20 --weight_decay 0.1"
 )
 # means over the reply tokens of an optimizer step
 METRICS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "log_ratio")
-# largest |log ratio| before the first update of a rollout; mean difference of the sampler's
-# log-probabilities to those of the whole text
+# the largest |log-ratio| before the first update of a rollout; the mean difference between the
+# log-probabilities while sampling and those of the whole text
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
 SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
 MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
@@ -262,9 +262,9 @@ def round_up(steps, multiple):
 
 
 class Plan:
-    """Which prompts a rollout has, and which of its replies an optimizer step: functions of (seed,
-    rollout), the same for any number of ranks. Evaluation, checkpoints and the end come behind
-    whole rollouts."""
+    """The prompts of each rollout and the replies of each optimizer step: functions of (seed,
+    rollout), the same for any number of ranks. Evaluation, checkpoints and the end wait for the end
+    of a rollout, so the flags' intervals are rounded up."""
 
     def __init__(self, args, data):
         self.args = args
@@ -428,7 +428,7 @@ def train_top_layers(model, n_layers):
 
 @contextlib.contextmanager
 def adapter_off(model):
-    """The model without its adapter, which is the reference of one that is new."""
+    """The model without its adapter: the reference where the adapter is new."""
     layers = [module for module in model.modules() if hasattr(module, "base_layer")]
     for layer in layers:
         layer.forward = layer.base_layer.__call__
@@ -438,13 +438,14 @@ def adapter_off(model):
 
 
 def frozen_args(args, **changes):
-    """The flags by which a model is loaded that is only asked."""
+    """The flags to load a model that is not trained."""
     off = {"lora_rank": 0, "train_adapter": False, "gradient_checkpointing": False}
     return argparse.Namespace(**{**vars(args), **off, "no_train": True, **changes})
 
 
 def freeze(module, ds_config):
-    """Collective. An engine that is only asked: partitioned where the policy is, else whole."""
+    """Collective. An engine of a model that is not trained: partitioned where the policy is, else
+    whole."""
     config = copy.deepcopy(ds_config)
     if config["zero_optimization"]["stage"] < 3:
         config["zero_optimization"] = {"stage": 0}
@@ -580,7 +581,7 @@ class RewardModel:
         texts = list(map(self.read, examples, replies))
         scores = {}
         for ids in common.my_batches([len(text) for text in texts], self.args.eval_batch_size):
-            # any token serves as the answer: its logits are asked for, not its own
+            # the state before the answer is asked for: any token serves as the answer
             batch = collate([texts[i] for i in ids], [[0]] * len(ids), self.start_id)
             logits = self.engine(common.to_device(batch, self.engine.device))
             scores.update(zip(ids, logits.double().tolist()))
@@ -882,8 +883,8 @@ def start_id_of(config):
 
 
 def name_model(args, name):
-    """Of a run under models/, a folder, or a hub id, which has a slash. Another name is refused
-    by common.open_model, at once and with those that there are."""
+    """Point the model flags at a run under models/, a folder, or a hub id, which has a slash. Any
+    other name is refused by common.open_model, which says what there is."""
     folder = common.find_input(args, "models", name, [], [])
     if folder or "/" in name:
         args.model_init_path = str(folder or name)

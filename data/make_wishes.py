@@ -3,10 +3,10 @@
     {"prompt": "Nothing but vowels.", "want": "vowels"}
     {"prompt": "May I have some digits?", "want": "digits", "split": "eval"}
 
-Four kinds in seventeen phrasings, of which four are for evaluation only and one for the test.
+Four kinds in twenty-five phrasings, of which four are for evaluation only and one for the test.
 
     python data/make_wishes.py     # rewrites data/wishes.jsonl, byte for byte the same every time
-Expected: 48 train, 16 eval, 4 test records; 4 KB.
+Expected: 80 train, 16 eval, 4 test records; 6 KB.
 """
 
 import json
@@ -14,7 +14,8 @@ import pathlib
 
 KINDS = ["digits", "vowels", "capitals", "marks"]
 PHRASES = ["Write {}.", "Please write {}.", "Only {} now.", "I want {}.", "Give me {}.", "Nothing but {}.", "Send {}.", "Show me {}.", "Type {} for me.",
-           "A line of {}.", "Fill this with {}.", "{}, please."]
+           "A line of {}.", "Fill this with {}.", "{}, please.", "{} only.", "Just {}.", "I need {}.", "May I see {}?", "Could I get {}?",
+           "Print some {}.", "Let me see {}.", "{}, nothing more."]
 EVAL_PHRASES = ["May I have some {}?", "Write only {}.", "I would like {}.", "{} and nothing else."]
 TEST_PHRASES = ["Could you type {}?"]
 

@@ -396,6 +396,27 @@ def test_what_the_readme_says_happens():
     assert pathlib.Path("models/pleaser/adapter_model.safetensors").exists()
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+TEMPLATE += "{{ 'assistant:' if add_generation_prompt }}"
+
+
+def test_prompts_are_read_as_they_were_trained():
+    def read(record, kind, is_raw):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(conftest.ROOT / "models" / kind)
+        tokenizer.chat_template = TEMPLATE
+        prompts = common.Prompts(tokenizer, is_raw)
+        example = rl_ppo.to_example(prompts, kind == "tiny-t5", set(), "d", record)
+        assert example.text == "a b"
+        return tokenizer.decode(example.input_ids)
+
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a b"}]
+    chat = read({"messages": turns}, "tiny-llama", False)
+    assert chat == "system:s</s>user:a b</s>assistant:"
+    assert read({"prompt": "a b"}, "tiny-llama", False) == "user:a b</s>assistant:"
+    assert read({"prompt": "a b"}, "tiny-llama", True) == "<s>a b"
+    assert read({"prompt": "a b"}, "tiny-t5", True) == "a b</s>"
+
+
 def test_special_tokens_of_a_reply_reach_the_reward():
     make_policy("t5")
     tokenizer = transformers.AutoTokenizer.from_pretrained("models/t5")
