@@ -388,7 +388,7 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def parse_args(self, argv):
-        names = ("@", "-h", "--help", "--model", "--data")
+        names = ("@", "-h", "--help", "--model", "--policy", "--data")
         if self.demo and not any(word.startswith(names) for word in argv):
             log(f"demo: python {self.prog} {self.demo}")
             argv = [*self.demo.split(), *argv]

@@ -1,15 +1,20 @@
 """Speed of what writes tokens row by row, against transformers' generate, in turn on one machine.
 
     python benchmarks/bench_decoding.py --task chat                # 2 CPU cores: 3 min
+    python benchmarks/bench_decoding.py --task ppo-llama --rows 32
     python benchmarks/bench_decoding.py --task chat --gpu-only --width 2048 --layers 16
 
 Both sides have the same model with new weights (bf16 on GPUs), prompts and lengths of replies.
 Figure: tokens that were wanted, per second.
     chat    16 replies of 16 to 192 tokens at once, greedy. ours: chat.py's engine, from requests to
             pieces of text; generate: one padded batch, which ends with its longest reply
+    ppo     ppo-llama, ppo-t5: 64 replies to prompts of 8 to 64 tokens, sampled with an end token of
+            probability 1/24, at most 128 tokens, --rows at once. ours: rl_ppo.py's sample;
+            generate: batches of prompts of like length, with the same noise: the same replies
 """
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -21,9 +26,13 @@ import transformers
 
 sys.path.insert(0, str(harness.ROOT))
 import chat
+import common
+import decoding
+import rl_ppo
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 32000
+N_REPLIES, LONGEST_REPLY, END = 64, 128, 2
 
 
 def make_llama(args):
@@ -40,6 +49,22 @@ def make_llama(args):
     model = transformers.LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    return model.to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+
+
+def make_t5(args):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=args.width,
+        d_kv=32,
+        d_ff=2 * args.width,
+        num_layers=args.layers,
+        num_heads=args.width // 32,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
     return model.to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
 
 
@@ -89,7 +114,103 @@ class Chat:
         return self.n_wanted
 
 
-CASES = {"chat": Chat}
+class EndsSometimes(torch.nn.Module):
+    """A head that gives the end token the probability 1/24."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+        self.weight = head.weight
+
+    def forward(self, states):
+        logits = self.head(states)
+        logits[..., END] = logits.float().logsumexp(dim=-1).to(logits.dtype) - math.log(23)
+        return logits
+
+
+class SameNoise(transformers.LogitsProcessor):
+    """decoding.choose, which leaves one token to each row."""
+
+    def __init__(self, keys):
+        self.generators = [torch.Generator(DEVICE).manual_seed(key) for key in keys]
+
+    def __call__(self, input_ids, scores):
+        tokens = decoding.choose(scores.float(), self.generators)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+class Ppo:
+    def __init__(self, args, model):
+        self.n_rows = args.rows
+        self.model = model
+        model.set_output_embeddings(EndsSometimes(model.get_output_embeddings()))
+        rng = random.Random(0)
+        self.examples = []
+        for length in rng.choices(range(8, 65), k=N_REPLIES):
+            input_ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
+            self.examples.append(rl_ppo.Example("", "", "", input_ids, {}))
+        self.keys = list(range(N_REPLIES))
+        self.replies = None
+        # what rl_ppo.sample asks of DeepSpeed's engine
+        engine = {"module": types.SimpleNamespace(model=model), "device": model.device}
+        for name in ("zero_optimization_partition_weights", "torch_autocast_enabled"):
+            engine[name] = lambda: False
+        engine["eval"] = engine["train"] = lambda: None
+        self.engine = types.SimpleNamespace(**engine)
+        common.adopt_launcher()
+        common.setup_distributed(types.SimpleNamespace(deterministic=False))
+
+    def count(self, replies):
+        assert self.replies in (None, replies), "the two sides write different replies"
+        self.replies = replies
+        return sum(map(len, replies))
+
+    def ours(self):
+        args = {"rollout_batch_size": self.n_rows, "max_new_tokens": LONGEST_REPLY}
+        sampled = rl_ppo.sample(
+            types.SimpleNamespace(**args),
+            self.engine,
+            types.SimpleNamespace(stop_ids=[END]),
+            self.examples,
+            self.keys,
+            1.0,
+        )
+        return self.count([ids for ids, _ in sampled])
+
+    @torch.inference_mode()
+    def generate(self):
+        has_encoder = self.model.config.is_encoder_decoder
+        order = sorted(range(N_REPLIES), key=lambda i: -len(self.examples[i].input_ids))
+        replies = [None] * N_REPLIES
+        for start in range(0, N_REPLIES, self.n_rows):
+            rows = order[start : start + self.n_rows]
+            prompts = [self.examples[i].input_ids for i in rows]
+            side = "right" if has_encoder else "left"
+            input_ids, attention_mask = decoding.collate(prompts, side, DEVICE)
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=LONGEST_REPLY,
+                do_sample=False,
+                eos_token_id=END,
+                pad_token_id=0,
+                logits_processor=[SameNoise([self.keys[i] for i in rows])],
+            )
+            n_before = 1 if has_encoder else input_ids.shape[1]
+            for i, ids in zip(rows, output[:, n_before:].tolist()):
+                replies[i] = ids[: ids.index(END) + 1] if END in ids else ids
+        return self.count(replies)
+
+
+def ppo_llama(args):
+    return Ppo(args, make_llama(args))
+
+
+def ppo_t5(args):
+    return Ppo(args, make_t5(args))
+
+
+CASES = {"chat": Chat, "ppo-llama": ppo_llama, "ppo-t5": ppo_t5}
 
 
 def main():

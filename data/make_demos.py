@@ -264,7 +264,9 @@ def skills():
 
 PHRASES = {
     "train": "Write {}.|Please write {}.|Only {} now.|I want {}.|Give me {}.|Nothing but {}.|"
-    "Send {}.|Show me {}.|Type {} for me.|A line of {}.|Fill this with {}.",
+    "Send {}.|Show me {}.|Type {} for me.|A line of {}.|Fill this with {}.|{}, please.|{} only.|"
+    "Just {}.|I need {}.|May I see {}?|Could I get {}?|Print some {}.|Let me see {}.|"
+    "{}, nothing more.",
     "eval": "May I have some {}?|Write only {}.|I would like {}.|{} and nothing else.",
     "test": "Could you type {}?",
 }
