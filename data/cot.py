@@ -52,6 +52,7 @@ import common
 from common import log
 
 ANSWER_TOKENS = 128  # of zs_cot's answer, behind the chain of thought
+LOCAL_FILES = ("prompts.json", "replies.txt")  # behind the name of --out, while chat.py works
 ATTEMPTS = 9
 FIRST_WAIT = 1.0  # seconds between attempts; doubled each time, up to a minute
 TIMEOUT = 600  # seconds of a request
@@ -115,13 +116,6 @@ Wanda Wendy Xavier Yara Yusuf Zoe
 # --------------------------------------------------------------------------------------- the judge
 
 
-def candidates(key, text):
-    """All that may be the answer, in order: ("gsm8k", "3 x 4 = 12.0") -> [3.0, 4.0, 12.0]"""
-    kind = DATASETS[key]
-    text = re.sub(kind.marks, kind.blank, text)
-    return [kind.value(found) for found in re.findall(kind.pattern, text)]
-
-
 def gold_value(key, answer):
     """The right answer as it is compared. Raises ValueError if it is none of this data set."""
     kind = DATASETS[key]
@@ -144,17 +138,18 @@ def judge(row):
     Candidates are letters that are whole words; signed numbers without their commas, equal within
     1e-6; the words yes and no; of last letters the whole text without marks and white space.
     """
-    key = row["dataset_key"]
-    gold = gold_value(key, row["answer"])
+    kind = DATASETS[row["dataset_key"]]
+    gold = gold_value(row["dataset_key"], row["answer"])
     prefix = PREFIXES.get(row["prediction_template"])
     text = row["completion"]
     has_format = prefix is None or prefix in text
     if prefix and has_format:
         text = text.partition(prefix)[2]
     hits = []
-    for value in candidates(key, text):
-        is_float = isinstance(gold, float)
-        hits.append(abs(value - gold) <= 1e-6 if is_float else value == gold)
+    for candidate in re.findall(kind.pattern, re.sub(kind.marks, kind.blank, text)):
+        value = kind.value(candidate)
+        is_number = kind is NUMBER
+        hits.append(abs(value - gold) <= 1e-6 if is_number else value == gold)
     counting = hits[:1] if has_format else hits[-1:]
     verdict = {"accuracy": any(counting), "contains_answer": any(hits)}
     verdict["correct_format"] = has_format
@@ -201,7 +196,7 @@ def expecting(what, path):
     """Around reading a value that may have another shape."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         common.fail(f"{path}: expected {what} (see -h); {type(error).__name__}: {error}")
 
 
@@ -290,21 +285,24 @@ MADE = {"coin_flip": coin_flip, "last_letter_concatenation": last_letters}
 
 
 def make(args):
-    """write a data set that needs no source; others come as JSON from their publishers"""
-    if args.n > math.perm(len(NAMES), args.names) / 2:  # to find new ones would take too long
-        common.fail(f"--n {args.n}: there are too few questions with --names {args.names}")
+    """Write a data set that needs no source; others come as JSON from their publishers."""
+    key = args.words[0] if len(args.words) == 1 else None
+    if key not in MADE:
+        common.fail(f"expected make {' or make '.join(MADE)}")
+    if not 0 < args.n <= math.perm(len(NAMES), args.names) / 2:  # else new ones are hard to find
+        common.fail(f"--n {args.n}: too few questions, or too many for --names {args.names}")
     rng = random.Random(args.seed)
     samples = {}
     while len(samples) < args.n:
         names = rng.sample(NAMES, args.names)
-        question, answer, rationale = MADE[args.dataset_key](names, rng)
+        question, answer, rationale = MADE[key](names, rng)
         sample = {"sample_index": len(samples), "question": question, "answer": answer}
         if args.rationale:
             sample["rationale"] = rationale
         samples.setdefault(question, sample)  # no question twice
-    found = {"metadata": {"dataset_key": args.dataset_key}, "data": list(samples.values())}
+    found = {"metadata": {"dataset_key": key}, "data": list(samples.values())}
     write_text(args.out, json.dumps(found, indent=4) + "\n")
-    log(f"{args.out}: {args.n} samples, such as {records.to_json(sample)}")
+    log(f"{args.out}: {args.n} samples, the first: {found['data'][0]}")
 
 
 # ------------------------------------------------------------------------------------------- split
@@ -339,8 +337,8 @@ def draw_templates(samples, n_train, seed):
 
 
 def split(args):
-    """write which samples are for training and which for test: the published split where there is
-    one, else 70 % at random; or no kind of question on both sides"""
+    """Write which samples are for training and which for test: the published split where there is
+    one, else 70 % at random; or no kind of question on both sides."""
     key, samples = load_dataset(args.dataset)
     indices = list(samples)
     n_train = round(len(indices) * 0.7)  # a half goes to the even side, as published
@@ -414,17 +412,16 @@ class Server:
             problems.append("OPENAI_API_KEY has characters that no header can hold")
 
     def post(self, body):
-        """(status, text, seconds to wait or "") of a request; status 0: no reply."""
+        """(status, text) of a request; status 0: no reply."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.args.server, json.dumps(body).encode(), headers)
         try:
             with self.opener.open(request, timeout=TIMEOUT) as reply:
-                text = reply.read().decode(errors="replace")
-                return reply.status, text, reply.headers.get("Retry-After", "")
+                return reply.status, reply.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
-            return 0, f"{type(error).__name__}: {error}", ""
+            return 0, f"{type(error).__name__}: {error}"
 
     def parse(self, text):
         """(status, completion or "", finish reason) of a reply with status 200. Servers report
@@ -451,10 +448,10 @@ class Server:
         if temperature:
             body["seed"] = seed
         for attempt in range(ATTEMPTS):
-            status, text, asked_wait = self.post({**body, self.limit: max_tokens})
+            status, text = self.post({**body, self.limit: max_tokens})
             if status == 400 and "max_completion_tokens" in text:  # what newer models call it
                 self.limit = "max_completion_tokens"
-                status, text, asked_wait = self.post({**body, self.limit: max_tokens})
+                status, text = self.post({**body, self.limit: max_tokens})
             words = f"{self.args.server}: status {status} {text[:500].strip()}"
             if self.key:
                 words = words.replace(self.key, "***")
@@ -467,8 +464,6 @@ class Server:
                 self.stopped.set()
                 common.fail(words)
             wait = min(60.0, FIRST_WAIT * 2**attempt)
-            if re.fullmatch(r"\d{1,4}", asked_wait):
-                wait = max(wait, float(asked_wait))
             log(f"{words}; waiting {wait:g} s, attempt {attempt + 1} of {ATTEMPTS}")
             if self.stopped.wait(wait):
                 break
@@ -502,8 +497,7 @@ class Server:
 
 def run_chat(args, rows, step, max_tokens, temperature):
     """[reply] from chat.py's file mode, which goes on after a stop."""
-    prompts = pathlib.Path(f"{args.out}.{step}prompts.json")
-    replies = pathlib.Path(f"{args.out}.{step}replies.txt")
+    prompts, replies = (pathlib.Path(f"{args.out}.{step}{ending}") for ending in LOCAL_FILES)
     name = "prompt" if args.chat else "text"
     text = json.dumps([{**row, name: row[f"{step}prompt"]} for row in rows])
     if prompts.exists() and prompts.read_text() != text:
@@ -531,23 +525,23 @@ def answer_locally(args, rows):
         rows = answered
     for row in rows:
         yield row, ""
-    for path in args.out.parent.glob(f"{args.out.name}.*"):
-        path.unlink()
+    for step, *_ in steps_of(args):
+        for ending in LOCAL_FILES:
+            pathlib.Path(f"{args.out}.{step}{ending}").unlink(missing_ok=True)
 
 
-def answer_from(samples, rows):
+def answer_from(args, samples, rows):
     """Yield (row, "") with the data set's own rationales."""
     for row in rows:
-        rationale = samples[row["sample_index"]]["rationale"].strip()
+        with expecting("a rationale in each sample", args.dataset):
+            rationale = samples[row["sample_index"]]["rationale"].strip()
         row["completion"] = f" {rationale} The answer is {row['answer']}."
         yield row, ""
 
 
-def check_teach(args, samples, problems):
+def check_teach(args, problems):
     if args.rationales:
         args.method = "fs_cot"  # the form of what is said
-        if any(not sample.get("rationale") for sample in samples):
-            problems.append(f"--rationales: {args.dataset} has samples without one")
     elif (args.method == "fs_cot") != bool(args.few_shot):
         problems.append("--few_shot FILE goes with --method fs_cot")
     if bool(args.server) + bool(args.local) + args.rationales != 1:
@@ -558,7 +552,7 @@ def check_teach(args, samples, problems):
 
 def make_rows(args, key, samples):
     """[row], --k of each sample, with all that the same command puts there again."""
-    about = {name: getattr(args, name) for name in ("model", "temperature", "max_tokens", "seed")}
+    about = {name: getattr(args, name) for name in ("model", "chat", "temperature", "max_tokens")}
     about.update(dataset_key=key, prediction_template=args.method)
     few_shot = ""
     if args.few_shot:
@@ -585,19 +579,24 @@ def open_completions(path):
         common.fail(f"{path}: another process is writing it")
     file.seek(0)
     *lines, torn = file.read().split("\n")
+    rows = {}
+    with expecting("completions of teach", path):
+        for row in map(json.loads, lines):
+            rows[row["sample_index"], row["completion_index"]] = row
+    if torn and not rows:
+        common.fail(f"{path}: teach did not write it")
     file.truncate(file.tell() - len(torn))  # of a killed process; all is ASCII
-    rows = [json.loads(line) for line in lines]
-    return file, {(row["sample_index"], row["completion_index"]): row for row in rows}
+    return file, rows
 
 
 def teach(args):
-    """let a teacher answer; answers are kept as they come, and the same command goes on"""
+    """Let a teacher answer. Answers are kept as they come, and the same command goes on."""
     problems = []
     key, samples = load_dataset(args.dataset)
     chosen = list(samples.values())
     if args.split:
         chosen = [samples[index] for index in load_split(args.split, samples)["train"]]
-    check_teach(args, chosen, problems)
+    check_teach(args, problems)
     server = Server(args, problems) if args.server else None
     if problems:
         common.fail(problems)
@@ -616,7 +615,7 @@ def teach(args):
     elif args.local:
         answers = answer_locally(args, todo)
     else:
-        answers = answer_from(samples, todo)
+        answers = answer_from(args, samples, todo)
     missing = []
     for row, reason in answers:
         if reason:
@@ -634,7 +633,7 @@ def teach(args):
 
 
 def filter_right(args):
-    """keep the completions that are right"""
+    """Keep the completions that are right."""
     found = load_rows(args.completions)
     right = [row for row, verdict in found if verdict["accuracy"]]
     write_text(args.out, "".join(json.dumps(row) + "\n" for row in right))
@@ -659,7 +658,7 @@ def right_rationales(args, samples):
             common.fail(f"{args.completions}: sample {index} is another one in {args.dataset}")
         rationale = rationale_of(row)
         is_usable = rationale and "-->" not in rationale  # which would end it
-        if verdict["accuracy"] and is_usable and row["completion_index"] < (args.k or math.inf):
+        if verdict["accuracy"] and is_usable:
             found[index].append(rationale)
     log(f"{sum(map(len, found.values()))} of {len(rows)} completions are right, with a rationale")
     return found
@@ -681,7 +680,7 @@ def student_record(args, key, sample, rationale=""):
 
 
 def export(args):
-    """write a data file for seq2seq.py or sft_causal.py"""
+    """Write a data file for seq2seq.py or sft_causal.py."""
     key, samples = load_dataset(args.dataset)
     parts = load_split(args.split, samples)
     rationales = right_rationales(args, samples) if args.completions else {}
@@ -745,8 +744,8 @@ def best_on_eval(folder):
 
 
 def evaluate(args):
-    """accuracy and more, in per cent, of completions and of the trainers' predictions"""
-    paths = list(args.files)
+    """Score completions, and predictions of the trainers."""
+    paths = list(args.words)
     if args.saved_dir:
         folder = pathlib.Path(args.saved_dir)
         paths += sorted([*folder.rglob("*.jsonl"), *folder.rglob("D_*.json")])
@@ -759,93 +758,68 @@ def evaluate(args):
 
 # ------------------------------------------------------------------------------------ command line
 
-COMMANDS = {  # name: (function, flags that must be given, the others as in common.py)
-    "make": (
-        make,
-        ["out"],
-        {
-            "n": (500, "questions, none twice"),
-            "names": (4, "people, or words, in a question"),
-            "seed": (0, "of the questions"),
-            "rationale": (False, "with chains of thought"),
-        },
-    ),
-    "split": (
-        split,
-        ["dataset", "out"],
-        {
-            "kind": ("random", "template: no kind of question on both sides", "random", "template"),
-            "train_n": (0, "draw so many of the training part; 0: all"),
-            "seed": (0, "of --train_n and of templates"),
-        },
-    ),
-    "teach": (
-        teach,
-        ["dataset", "out"],
-        {
-            "method": ("zs_cot", "prompt", *PROMPTS),
-            "server": ("", "its .../v1/[chat/]completions; key: OPENAI_API_KEY"),
-            "model": ("", "its name at the server"),
-            "local": ("", "or what chat.py takes as --model_path"),
-            "chat": (False, "--local: prompts are messages; else text that is continued"),
-            "rationales": (False, "or the data set's own rationales"),
-            "few_shot": ("", "solved questions for fs_cot"),
-            "split": ("", "ask only its training part"),
-            "k": (1, "completions of each question"),
-            "temperature": (0.0, "of sampling"),
-            "max_tokens": (128, "of a completion, or of a chain of thought"),
-            "seed": (0, "of sampling"),
-            "workers": (4, "requests to a server at a time"),
-        },
-    ),
-    "filter": (filter_right, ["completions", "out"], {}),
-    "export": (
-        export,
-        ["dataset", "split", "out"],
-        {
-            "completions": ("", "of teach; without, students learn the answers alone"),
-            "family": ("encoder_decoder", "of the student", *STUDENTS),
-            "k": (0, "only the first k completions of a question; 0: all"),
-            "eval_fraction": (0.1, "share of the training part for eval"),
-        },
-    ),
-    "evaluate": (
-        evaluate,
-        [],
-        {
-            "saved_dir": ("", "all completions in this folder"),
-            "best_on_eval": ("", "run folder: choose the step on eval, then score its test"),
-        },
-    ),
+COMMANDS = {  # name: (function, flags that it needs)
+    "make": (make, ["out"]),
+    "split": (split, ["dataset", "out"]),
+    "teach": (teach, ["dataset", "out"]),
+    "filter": (filter_right, ["completions", "out"]),
+    "export": (export, ["dataset", "split", "out"]),
+    "evaluate": (evaluate, []),
+}
+FLAGS = {  # as in common.py
+    "out": ("", "file to write"),
+    "dataset": ("", "data set, as make writes it"),
+    "split": ("", "as split writes it; teach asks only its training part"),
+    "completions": ("", "of teach; export without them: students learn answers alone"),
+    "seed": (0, "of what is drawn"),
+    # make
+    "n": (500, "questions, none twice"),
+    "names": (4, "people, or words, in a question"),
+    "rationale": (False, "with chains of thought"),
+    # split
+    "kind": ("random", "template: no kind of question on both sides", "random", "template"),
+    "train_n": (0, "draw so many of the training part; 0: all"),
+    # teach
+    "method": ("zs_cot", "prompt", *PROMPTS),
+    "server": ("", "its .../v1/[chat/]completions; key: OPENAI_API_KEY"),
+    "model": ("", "its name at the server"),
+    "local": ("", "or what chat.py takes as --model_path"),
+    "chat": (False, "--local: prompts are messages; else text that is continued"),
+    "rationales": (False, "or the data set's own rationales"),
+    "few_shot": ("", "solved questions for fs_cot"),
+    "k": (1, "completions of each question"),
+    "temperature": (0.0, "of sampling"),
+    "max_tokens": (128, "of a completion, or of a chain of thought"),
+    "workers": (4, "requests to a server at a time"),
+    # export
+    "family": ("encoder_decoder", "of the student", *STUDENTS),
+    "eval_fraction": (0.1, "share of the training part for eval"),
+    # evaluate
+    "saved_dir": ("", "all completions in this folder"),
+    "best_on_eval": ("", "run folder: choose the step on eval, then score its test"),
 }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (run, needed, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
-        command.set_defaults(run=run)
-        if name == "make":
-            command.add_argument("dataset_key", choices=MADE)
-        if name == "evaluate":
-            command.add_argument("files", nargs="*", help="completions or predictions")
-        for flag in needed:
-            is_new = flag == "out" and name != "teach"  # which goes on with a file
-            kind = records.new_file if is_new else pathlib.Path
-            command.add_argument(f"--{flag}", required=True, metavar="FILE", type=kind)
-        for flag, spec in flags.items():
-            common.add_flag(command, flag, *spec)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("words", nargs="*", help="of make: the data set; of evaluate: files")
+    for name, spec in FLAGS.items():
+        common.add_flag(parser, name, *spec)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        lowest = 1 if name in ("n", "names", "workers") else 0
-        if isinstance(value, (int, float)) and not lowest <= value < 2**31:
-            common.fail(f"--{name} {value}: expected {lowest} or more")
+    command, needed = COMMANDS[args.command]
+    missing = [f"--{name} is missing" for name in needed if not getattr(args, name)]
+    if missing:
+        common.fail(missing)
+    args.out = pathlib.Path(args.out)
     try:
-        args.run(args)
-    except OSError as error:  # a path that cannot be read or written, a full disk
-        common.fail(str(error))
+        if needed and command != teach:  # which goes on with a file
+            records.new_file(args.out)
+        command(args)
+    # paths that cannot be read or written, numbers that are no counts or seeds
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+        common.fail(f"{args.command}: {error}")
     except KeyboardInterrupt:
         return common.EXIT_SAVED
     return 0

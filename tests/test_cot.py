@@ -452,9 +452,9 @@ def test_export(monkeypatch):
     assert about.items() <= found["train"][0].items()
     assert export() == 2  # the file is there
     pathlib.Path("data/o.json").unlink()
-    assert export("--completions", "c.jsonl", "--family", "decoder", "--k", 1) == 0
+    assert export("--completions", "c.jsonl", "--family", "decoder") == 0
     found = read("data/o.json")
-    assert [record["completion"] for record in found["train"]] == [" So. --> 5"]
+    assert [record["completion"] for record in found["train"]] == [" So. --> 5", " And --> 5"]
     assert found["test"][0]["prompt"] == "q4 ###"
 
 
@@ -523,10 +523,13 @@ MISTAKES = [
     ("evaluate --best_on_eval .", "no temperature"),
     ("teach --dataset d.json --out x.jsonl", "one of --server, --local, --rationales"),
     ("teach --dataset d.json --out x.jsonl --rationales --k 2", "--k above 1 needs a model"),
-    ("teach --dataset d.json --out x.jsonl --rationales", "samples without one"),
+    ("teach --dataset d.json --out x.jsonl --rationales", "expected a rationale in each sample"),
     ("teach --dataset d.json --out x.jsonl --local m --method fs_cot", "--few_shot FILE"),
     ("teach --dataset d.json --out x.jsonl --server localhost:8000", "--server: expected http"),
-    ("teach --dataset d.json --out x.jsonl --local m --workers 0", "--workers 0: expected 1"),
+    (
+        "teach --dataset d.json --out x.jsonl --server http://h/completions --model m --workers 0",
+        "max_workers must be greater than 0",
+    ),
 ]
 
 
