@@ -23,7 +23,7 @@ EVALUATE = "--eval_batch_size 128 --max_new_tokens 100"
 def run(folder, script, *words):
     """What a command in the folder prints."""
     words = [sys.executable, str(ROOT / script), *map(str, words)]
-    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def prepare(folder, key, n):
