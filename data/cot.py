@@ -52,7 +52,7 @@ import common
 from common import log
 
 ANSWER_TOKENS = 128  # of zs_cot's answer, behind the chain of thought
-LOCAL_FILES = ("prompts.json", "replies.txt")  # behind the name of --out, while chat.py works
+LOCAL_FILES = ("prompts.json", "replies.txt")  # beside --out, while chat.py works
 ATTEMPTS = 9
 FIRST_WAIT = 1.0  # seconds between attempts; doubled each time, up to a minute
 TIMEOUT = 600  # seconds of a request
@@ -497,7 +497,7 @@ class Server:
 
 def run_chat(args, rows, step, max_tokens, temperature):
     """[reply] from chat.py's file mode, which goes on after a stop."""
-    prompts, replies = (pathlib.Path(f"{args.out}.{step}{ending}") for ending in LOCAL_FILES)
+    prompts, replies = (args.out.with_suffix(f".{step}{ending}") for ending in LOCAL_FILES)
     name = "prompt" if args.chat else "text"
     text = json.dumps([{**row, name: row[f"{step}prompt"]} for row in rows])
     if prompts.exists() and prompts.read_text() != text:
@@ -527,7 +527,7 @@ def answer_locally(args, rows):
         yield row, ""
     for step, *_ in steps_of(args):
         for ending in LOCAL_FILES:
-            pathlib.Path(f"{args.out}.{step}{ending}").unlink(missing_ok=True)
+            args.out.with_suffix(f".{step}{ending}").unlink(missing_ok=True)
 
 
 def answer_from(args, samples, rows):
