@@ -481,16 +481,16 @@ def score(args, engine, rows, device):
 
 
 def write_predictions(args, examples, rows, logits, name, run):
-    values = {"pred_score": args.target_min + (args.target_max - args.target_min) * sigmoid(logits)}
-    if args.loss == "pairwise":
-        values["reward"] = logits
+    scores = args.target_min + (args.target_max - args.target_min) * sigmoid(logits)
     predictions = []
     for i, example in enumerate(examples):
         texts = rows.texts(i)
+        if len(texts) == 1:
+            texts = texts[0]
         row = {"orig_d": example.record, "dataset": example.data_set}
-        for key, of_texts in values.items():
-            found = of_texts[texts].tolist()
-            row[key] = found if len(found) > 1 else found[0]
+        row["pred_score"] = scores[texts].tolist()
+        if args.loss == "pairwise":
+            row["reward"] = logits[texts].tolist()
         predictions.append(row)
     run.write_predictions(name, predictions)
 
@@ -500,19 +500,10 @@ def evaluate(args, engine, data, split, run, device):
     rows = data.rows[split]
     examples = data.examples[split]
     logits = score(args, engine, rows, device)
-    groups = collections.defaultdict(list, {"": range(len(examples))})
-    if len(data.sizes) > 1:
-        for i, example in enumerate(examples):
-            groups[f"{example.data_set}/"].append(i)
-    metrics = {}
-    for prefix, ids in groups.items():
-        texts = np.concatenate([rows.texts(i) for i in ids])
-        if args.loss == "pairwise":
-            found = pair_metrics(logits[texts], rows.counts[ids])
-        else:
-            found = point_metrics(args, logits[texts], rows.targets[ids])
-        for name, value in found.items():
-            metrics[prefix + name] = value
+    if args.loss == "pairwise":
+        metrics = pair_metrics(logits, rows.counts)
+    else:
+        metrics = point_metrics(args, logits, rows.targets)
     if common.rank() == 0:
         name = f"checkpoint-{run.step}-preds.json"
         if args.no_train or split == "test":
@@ -562,21 +553,16 @@ def auto_class_of(config):
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = None
+    ds_config = None
     common.check_shared_args(args, (), problems)
     source, config, tokenizer = common.open_model(args, problems)
     complete_flags(args, source, problems)
     if config:
         check_model(args, source, config, tokenizer, problems)
         ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
-    if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
     has_encoder = bool(config and config.is_encoder_decoder)
     data = load_records(args, tokenizer, has_encoder, problems)
-    if data:
-        data_sha256 = data.sha256
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, set(), identity, problems)
+    run = common.Run(args, set(), ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run
@@ -646,13 +632,8 @@ def main(args):
     if rank == 0 and hasattr(model, "adapter"):
         about.update(model.adapter.about())
 
-    def evaluate_and_keep():
-        metrics = evaluation("eval")
-        run.state["threshold"] = metrics.get("optimal_threshold")
-        run.evaluated(metrics, LOW_IS_BETTER)
-
     if run.eval_is_due():  # the baseline, or what a stop left out
-        evaluate_and_keep()
+        run.evaluated(evaluation("eval"), LOW_IS_BETTER)
 
     # 3 loop: the forward steps of a step are a pure function of (seed, step)
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
@@ -680,7 +661,7 @@ def main(args):
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
         if run.eval_is_due() and not n_stop:  # after saving: it may run out of memory
-            evaluate_and_keep()
+            run.evaluated(evaluation("eval"), LOW_IS_BETTER)
         if n_stop:
             log(f"saved at step {run.step}: the same command, without --overwrite, continues")
             return common.EXIT_SAVED
@@ -689,7 +670,8 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     chosen = run.chosen()
-    args.threshold = json.loads((chosen / "state.json").read_text())["threshold"]
+    state = json.loads((chosen / "state.json").read_text())
+    args.threshold = state["metrics"].get("optimal_threshold")
     if data.examples["test"]:
         run.load_chosen(engine)
         run.log("test", evaluation("test"))
@@ -705,8 +687,8 @@ def parse_args(argv):
     args = common.Parser(__doc__, FLAGS, DEMO).parse_args(argv)
     name = args.model_pretrain_name
     if name and not (args.model_init_name or args.model_init_path):
-        places = [common.find_input(args, "models", n, [], []) for n in (name, name.split("/")[-1])]
-        args.model_init_path = str(places[0] or places[1] or name)
+        folder = common.mount(args) / "models" / name.split("/")[-1]
+        args.model_init_path = str(folder) if folder.is_dir() else name
     return args
 
 

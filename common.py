@@ -371,7 +371,7 @@ class Parser(argparse.ArgumentParser):
     """argparse from tables of flags, with @file presets; an unknown flag names the nearest one.
     demo: the flags of a command that names neither model nor data."""
 
-    def __init__(self, description, own_flags, demo=""):
+    def __init__(self, description, own_flags, demo="", shared_flags=SHARED_FLAGS):
         super().__init__(
             description=description,
             usage=argparse.SUPPRESS,
@@ -379,7 +379,7 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for name, spec in {**SHARED_FLAGS, **own_flags}.items():  # a script's own default wins
+        for name, spec in {**shared_flags, **own_flags}.items():  # a script's own default wins
             add_flag(self, name, *spec)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
         self.demo = demo
@@ -388,7 +388,8 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def parse_args(self, argv):
-        if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
+        names = ("@", "-h", "--help", "--model", "--data")
+        if self.demo and not any(word.startswith(names) for word in argv):
             log(f"demo: python {self.prog} {self.demo}")
             argv = [*self.demo.split(), *argv]
         args, unknown = self.parse_known_args(argv)
@@ -487,8 +488,9 @@ def run_name(args):
 class Run:
     """A run folder, and where its training stands: the bookkeeping around a loop, not the loop."""
 
-    def __init__(self, args, free_flags, identity, problems):
-        """identity: what must not change when a run goes on besides flags, as the data's hashes."""
+    def __init__(self, args, free_flags, ds_config, data_sha256, problems):
+        """free_flags: of the script, may differ when a run goes on. Where there are problems,
+        ds_config may be None."""
         self.args = args
         self.dir = mount(args) / "models" / run_name(args)
         self.tracker = None
@@ -502,8 +504,9 @@ class Run:
         self.state.update(log_bytes=0, best_score=None, best_step=None)
         # their product counts, not how it is made; the layout counts for the bits of a resumed run
         batch = args.train_batch_size * args.gradient_accumulation_steps
-        layout = {"batch": batch, "world_size": world_size(), "format": 2}
-        self.record = {**vars(args), **identity, **layout}
+        self.record = {**vars(args), "batch": batch, "world_size": world_size(), "format": 2}
+        self.record["zero_stage"] = ds_config and ds_config["zero_optimization"]["stage"]
+        self.record["data_sha256"] = data_sha256
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
 
@@ -657,7 +660,7 @@ class Run:
     def evaluated(self, metrics, low_is_better=("loss",)):
         """Log an evaluation, keep which was the best, and write that into the checkpoint."""
         self.log("eval", metrics)
-        self.state["last_eval"] = self.step
+        self.state.update(last_eval=self.step, metrics=metrics)
         name = self.args.metric_for_best
         if name and name not in metrics:
             fail(f"--metric_for_best {name}: expected one of {', '.join(metrics)}")
@@ -739,6 +742,7 @@ class Run:
 
 DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "eval", "test")
+INNER_MARK = "a byte order mark inside the file, as joined files have it: remove it"
 
 
 def parse_data_spec(spec, problems):
@@ -758,8 +762,23 @@ def unique_keys(pairs):
     """For json: of a repeated key it would silently keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
+        names = ", ".join(key for key, _ in pairs)
+        raise ValueError(f"a key is repeated among {names}: rename or delete one")
     return record
+
+
+def refuse_constant(word):
+    raise ValueError(f"{word} is no JSON: write null or a number")
+
+
+def parse_json(text):
+    """The value of a JSON text; a ValueError names the remedy. json would take some of it."""
+    if text.startswith("\ufeff"):
+        raise ValueError(INNER_MARK)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply: write the inner part as a text") from None
 
 
 def open_text(path, newline=None):
@@ -779,16 +798,16 @@ def read_records(path, problems):
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        record = json.loads(line, object_pairs_hook=unique_keys)
+                        record = parse_json(line)
                         found.append((where, "train", record))
             else:
-                lists = json.load(file, object_pairs_hook=unique_keys)
+                lists = parse_json(file.read())
                 if not isinstance(lists, dict):
                     lists = {"train": lists}
                 for split, records in lists.items():
                     for i, record in enumerate(records):
                         found.append((f"{path}, {split}[{i}]", split, record))
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         problems.append(f"{where}: {error}; expected lists train, eval, test, or lines in a .jsonl")
     for where, split, record in found:
         if not isinstance(record, dict):

@@ -862,13 +862,14 @@ def check_args(args, problems):
         problems.append(f"--noise_density {args.noise_density}: expected a share between 0 and 1")
 
 
-def check_model(args, source, config, stage, problems):
+def check_model(args, source, config, ds_config, problems):
     if getattr(config, "decoder_start_token_id", None) is None:
         problems.append(f"{source}: config.json lacks decoder_start_token_id")
     n_positions = getattr(config, "max_position_embeddings", math.inf)
     for name in ("max_source_length", "max_target_length", "max_new_tokens"):
         if getattr(args, name) > n_positions:
             problems.append(f"--{name} {getattr(args, name)}: {source} has {n_positions} positions")
+    stage = ds_config["zero_optimization"]["stage"]
     if args.optimizer == "adafactor" and stage:  # which flattens the matrices it looks at
         problems.append("--optimizer adafactor needs --ds_config zero0 and fp32 or bf16-mixed")
     if args.objective == "span_corruption" and config.model_type not in T5_FAMILY:
@@ -878,7 +879,7 @@ def check_model(args, source, config, stage, problems):
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = None
+    ds_config = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     if config and not config.is_encoder_decoder:
@@ -886,14 +887,10 @@ def prepare(args):
     elif config:
         ds_config = common.make_ds_config(args, AutoModelForSeq2SeqLM, config, problems)
     if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
-        check_model(args, source, config, stage, problems)
+        check_model(args, source, config, ds_config, problems)
     load = load_records if args.objective == "completion" else load_corpus
     data = load(args, tokenizer, problems)
-    if data:
-        data_sha256 = data.sha256
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, FREE_FLAGS, identity, problems)
+    run = common.Run(args, FREE_FLAGS, ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run

@@ -768,7 +768,7 @@ def check_model_folder(args, source, config, data, problems):
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = prompts = None
+    ds_config = prompts = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     if config and config.is_encoder_decoder:
@@ -776,14 +776,10 @@ def prepare(args):
     elif config:
         ds_config = common.make_ds_config(args, AutoModelForCausalLM, config, problems)
         prompts = open_prompts(args, source, tokenizer, problems)
-    if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
     data = load_records(args, prompts, problems)
     if data:
-        data_sha256 = data.sha256
         check_model_folder(args, source, config, data, problems)
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, FREE_FLAGS, identity, problems)
+    run = common.Run(args, FREE_FLAGS, ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, ds_config, prompts, data, run

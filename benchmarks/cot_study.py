@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SETS = {"coin_flip": 340, "last_letter_concatenation": 110}  # and the pieces of its tokenizer
+SETS = {"coin_flip": 190, "last_letter_concatenation": 110}  # and the pieces of its tokenizer
 TRAIN = "--train_batch_size 64 --learning_rate 0.003 --lr_scheduler_type cosine --warmup_steps 100"
 EVALUATE = "--eval_batch_size 128 --max_new_tokens 100"
 

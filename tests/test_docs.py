@@ -7,17 +7,19 @@ import shlex
 import pytest
 from conftest import ROOT, make_model, metrics, pairs, run, write_data
 
+import chat
 import clf
 import common
 import seq2seq
 import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
+SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "chat.py": chat}
 DOCS = ROOT / "docs"
 SPINE = [DOCS / name for name in ("seq2seq.md", "pretraining.md", "adapters.md")]
 SIBLINGS = [DOCS / name for name in ("clf.md", "sft_causal.md")]
+CHAT = DOCS / "chat.md"
 EXTEND = DOCS / "extend.md"
-PAGES = [ROOT / "README.md", *SPINE, *SIBLINGS, EXTEND, DOCS / "instructions.md"]
+PAGES = [ROOT / "README.md", *SPINE, *SIBLINGS, EXTEND, CHAT, DOCS / "instructions.md"]
 PRESETS = [path for path in (ROOT / "presets").glob("*") if path.is_file()]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # Slurm's; that of the diff in docs/extend.md; DeepSpeed's launcher's; of an earlier system
@@ -110,3 +112,4 @@ def test_sizes():
     assert sum(page.stat().st_size for page in SPINE) <= 25_000
     assert sum(page.stat().st_size for page in SIBLINGS) <= 20_000
     assert EXTEND.stat().st_size <= 6_000
+    assert CHAT.stat().st_size <= 11_000

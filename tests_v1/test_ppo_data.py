@@ -431,17 +431,6 @@ def test_the_committed_rewards_by_example():
     assert rewards.last_number([""], ["none"], [{"answer": "none"}]) == [0]
 
 
-def test_the_committed_wishes_are_what_their_script_makes(tmp_path, capsys, monkeypatch):
-    make = load_file(ROOT / "data" / "make_wishes.py")
-    (tmp_path / "data").mkdir()
-    monkeypatch.setattr(make, "__file__", str(tmp_path / "data" / "make_wishes.py"))
-    make.main()
-    assert (tmp_path / "data" / "wishes.jsonl").read_bytes() == (ROOT / "data" / "wishes.jsonl").read_bytes()
-    found = [json.loads(line) for line in (ROOT / "data" / "wishes.jsonl").read_text().splitlines()]
-    assert [sum(r.get("split", "train") == split for r in found) for split in ("train", "eval", "test")] == [44, 16, 4]
-    assert {r["want"] for r in found} == set(load_file(ROOT / "data" / "rewards.py").KINDS) and len({r["prompt"] for r in found}) == 64
-
-
 # ------------------------------------------------------------------------------------------------ what a reward model reads
 
 
