@@ -6,6 +6,7 @@ import http.server
 import json
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -527,3 +528,13 @@ def test_mistakes(words, message, capsys):
     assert prepare(*words.split()) == 2
     assert message in capsys.readouterr().err
     assert not pathlib.Path("x.json").exists()
+
+
+def test_commands_of_the_pages(monkeypatch):
+    for name, (_, needed) in cot.COMMANDS.items():
+        monkeypatch.setitem(cot.COMMANDS, name, (print, needed))
+    for page in (ROOT / "README.md", ROOT / "docs" / "cot.md"):
+        commands = re.findall(r"^python data/cot\.py (.*)$", page.read_text(), re.MULTILINE)
+        assert len(commands) > 5
+        for command in commands:
+            assert prepare(*shlex.split(command)) == 0, command
