@@ -406,7 +406,7 @@ class Server:
         self.limit = "max_tokens"
         self.stopped = threading.Event()
         self.opener = urllib.request.build_opener(AnyReply)
-        if not re.match("https?://", args.server) or not args.server.endswith("/completions"):
+        if not re.fullmatch(r"https?://[^\s@?]+/completions", args.server):
             problems.append("--server: expected http[s]://.../v1/[chat/]completions")
         if not self.key.isascii() or not self.key.isprintable():
             problems.append("OPENAI_API_KEY has characters that no header can hold")
@@ -468,7 +468,7 @@ class Server:
             if self.stopped.wait(wait):
                 break
         self.stopped.set()
-        common.print_error(f"gave up: {words}")
+        common.print_error(f"gave up: {words}; the same command goes on")
         raise SystemExit(common.EXIT_SAVED)
 
     def answer(self, row):
@@ -733,7 +733,8 @@ def best_on_eval(folder):
     if not paths:
         common.fail(f"{folder}: no temperature=..._step=N.json, predictions of a run")
     steps = sorted(paths)
-    best = max(steps[1:] or steps, key=n_right.get)  # step 0 is the untrained model
+    trained = [step for step in steps if step > 0] or steps
+    best = max(trained, key=n_right.get)  # of equals the first
     log(f"best on eval is step {best}")
     found = [paths[step] for step in steps]
     test = paths[best].with_name(f"test_{paths[best].name}")
@@ -810,9 +811,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     command, needed = COMMANDS[args.command]
     missing = [f"--{name} is missing" for name in needed if not getattr(args, name)]
+    args.out = pathlib.Path(args.out)
+    if command in (teach, filter_right) and args.out.suffix != ".jsonl":
+        missing.append("--out: expected a name that ends in .jsonl")
     if missing:
         common.fail(missing)
-    args.out = pathlib.Path(args.out)
     try:
         if needed and command != teach:  # which goes on with a file
             records.new_file(args.out)
