@@ -30,7 +30,7 @@ with open("starts.txt", "a") as file:
 while not os.path.exists("go"):
     time.sleep(0.02)
 score = float(flags["x"])
-values = [0.0, score, float("nan"), score - 1]
+values = [float("nan"), 0.0, score, score - 1]
 rows = [json.dumps({"eval/score": value}) + "\\n" for value in values]
 folder.joinpath("metrics.jsonl").write_text("".join(rows))
 """
@@ -60,8 +60,11 @@ def starts():
 
 
 def wait_for_starts(n):
-    while len(starts()) < n:
+    for _ in range(3000):  # a minute
+        if len(starts()) == n:
+            return
         time.sleep(0.02)
+    raise AssertionError(starts())
 
 
 FILES = sorted((ROOT / "presets" / "sweeps").glob("*.yaml"))
