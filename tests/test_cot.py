@@ -243,7 +243,7 @@ def right(prompt, number=0):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(cot, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(cot, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
 
 
