@@ -428,14 +428,13 @@ class Server:
         errors in it all the same, beside the choices or in one."""
         try:
             reply = json.loads(text)
-        except (ValueError, RecursionError):  # cut, or no JSON
-            return 0, "", None
-        try:
             choice = {**reply, **(reply.get("choices") or [{}])[0]}
             if choice.get("error"):
                 return int(choice["error"]["code"]), "", None
             completion = choice["message"]["content"] if self.is_chat else choice["text"]
             return 200, completion + "", choice.get("finish_reason")
+        except (json.JSONDecodeError, RecursionError):  # cut, or no JSON
+            return 0, "", None
         except (KeyError, TypeError, ValueError, AttributeError):  # null is a filter's answer
             return 200, "", None
 

@@ -148,8 +148,10 @@ def open_study(folder, sweep):
     seed = len(study.trials)
     study.sampler = optuna.samplers.RandomSampler(seed)
     if sweep["method"] == "bayes":
-        # constant_liar: running trials count, so that agents do not search at the same place
-        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        # constant_liar: running trials count, so that agents do not search at the same place;
+        # optuna's 10 random trials first would be all of a short search
+        options = {"constant_liar": True, "n_startup_trials": 4}
+        study.sampler = optuna.samplers.TPESampler(seed=seed, **options)
     return study
 
 
