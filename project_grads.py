@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -117,6 +118,7 @@ ALIASES = {  # names of the earlier system
 ALWAYS = ("--project_gradients", "--compute_pretrained_outputs", "--train_lora")  # asked or not
 POSITIVE = ("dim", "batch_size", "max_length", "max_source_length", "number_of_subsets", "repeat")
 POSITIVE += ("downsample", "subset_size", "top")
+REQUIRED = ("grads", "target_grads", "subsets", "truth", "out")
 FORMAT = 2  # of a store, its hash included
 CHUNK = 2**26 if torch.cuda.is_available() else 2**21  # numbers of gradients that exist at once
 IGNORED = -100  # the label of a token that is no target
@@ -1180,15 +1182,12 @@ COMMANDS = {
 def check_args(args, problems):
     """What can be said without a store or a model."""
     for name, value in vars(args).items():
-        if name in ("grads", "target_grads", "out") and not value:
+        if name in REQUIRED and value == "":
             problems.append(f"--{name} is missing")
-        if name in ("subsets", "truth") and not os.path.exists(value):
-            problems.append(f"--{name} {value}: there is no such file")
         if name in POSITIVE and value <= 0:
             problems.append(f"--{name} {value}: expected more than 0")
-    path, _, k = vars(args).get("calibrate", "").rpartition(":")
-    if path and not (os.path.exists(path) and k.isdecimal()):
-        problems.append(f"--calibrate {args.calibrate}: expected a table and a number, FILE:3")
+    if not re.fullmatch(r"(.+:\d+)?", vars(args).get("calibrate", "")):
+        problems.append(f"--calibrate {args.calibrate}: expected FILE:3, a table and a number")
     if args.command != "collect" and common.world_size() > 1:
         problems.append(f"{args.command} runs in one process")
 
@@ -1197,7 +1196,10 @@ def main(args):
     problems = []
     check_args(args, problems)
     command, _ = COMMANDS[args.command]
-    command(args, problems)
+    try:
+        command(args, problems)
+    except FileNotFoundError as error:
+        common.fail(str(error))
 
 
 def parse_args(argv):
