@@ -47,7 +47,7 @@ from common import log
 
 # flags of common.py that collect has; the others keep their defaults
 MODEL = ["model_init_name", "model_init_path", "mount_dir", "data_name", "precision", "quantize"]
-MODEL += ["lora_rank", "lora_alpha", "lora_targets"]
+MODEL += ["lora_rank", "lora_alpha"]
 SEED = (0, "of the sketch, of drawing and of new weights")
 COLLECT_FLAGS = {
     **{name: common.SHARED_FLAGS[name] for name in MODEL},
@@ -95,7 +95,10 @@ TRUTH_FLAGS = {
     "repeat": (1, "runs of each subset, in another order"),
     "launcher": (shlex.quote(sys.executable), "what starts the trainer"),
 }
-COMPARE_FLAGS = {"estimates": ("", "table of estimate"), "truth": ("", "table of truth")}
+COMPARE_FLAGS = {
+    "estimates": ("", "table of estimate"),
+    "truth": ("", "table of truth"),
+}
 SELECT_FLAGS = {
     **PAIR,
     "method": ("less", "by cosine; by estimates; one by one", "less", "ensemble", "forward"),
@@ -181,7 +184,8 @@ def encode_raw(record, prompts):
     if "prompt" in record or "text" not in record:
         prompt_ids += tokenize(first_text(record, "prompt"))
         name = "completion"
-    input_ids = prompt_ids + tokenize(first_text(record, name)) + [prompts.tokenizer.eos_token_id]
+    reply_ids = tokenize(first_text(record, name))
+    input_ids = [*prompt_ids, *reply_ids, prompts.tokenizer.eos_token_id]
     is_target = np.arange(len(input_ids)) >= max(1, len(prompt_ids))  # nothing predicts the first
     return Example([], input_ids, is_target)
 
@@ -192,9 +196,10 @@ def encode_chat(record, prompts):
     if "messages" in record or "conversations" in record:
         messages = prompts.messages(record)
     else:
-        question = first_text(record, "prompt")
-        answer = first_text(record, "completion")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages = [
+            {"role": "user", "content": first_text(record, "prompt")},
+            {"role": "assistant", "content": first_text(record, "completion")},
+        ]
     tokenize = functools.partial(prompts.tokenizer.encode, add_special_tokens=False)
     input_ids = []
     is_target = []
@@ -202,12 +207,15 @@ def encode_chat(record, prompts):
         if message["role"] != "assistant":
             continue
         before = tokenize(prompts.render(messages[:i], reply_follows=True))
-        text, end_token, _ = prompts.render(messages[: i + 1]).rpartition(prompts.end_token)
-        until = tokenize(text + end_token)
-        if until[: len(before)] != before or before[: len(input_ids)] != input_ids:
+        text = prompts.render(messages[: i + 1])
+        reply, end_token, _ = text.rpartition(prompts.end_token)
+        until = tokenize(reply + end_token)
+        n = len(before)
+        if until[:n] != before or before[: len(input_ids)] != input_ids:
             raise ValueError("the chat template rewrites earlier turns: use another one")
-        is_target += [False] * (len(before) - len(input_ids))
-        is_target += [message.get("weight", 1) == 1] * (len(until) - len(before))
+        is_trained = message.get("weight", 1) == 1
+        is_target += [False] * (n - len(input_ids))
+        is_target += [is_trained] * (len(until) - n)
         input_ids = until
     if not input_ids:
         raise ValueError("no message of the role 'assistant'")
@@ -240,14 +248,18 @@ def encode(record, prompts, args, is_seq2seq):
 
 def make_batches(examples, batch_size):
     """Lists of example numbers, alike in length, the longest first."""
-    lengths = [len(example.source_ids) + len(example.input_ids) for example in examples]
-    order = np.argsort(-np.array(lengths), kind="stable").tolist()
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    lengths = []
+    for example in examples:
+        lengths.append(len(example.source_ids) + len(example.input_ids))
+    order = np.argsort(lengths, kind="stable")[::-1].tolist()
+    starts = range(0, len(order), batch_size)
+    return [order[start : start + batch_size] for start in starts]
 
 
 def pad(lists, fill):
     """Lists of several lengths -> int64 (B, the longest of them)"""
-    padded = np.full((len(lists), max(map(len, lists))), fill)
+    longest = max(map(len, lists))
+    padded = np.full((len(lists), longest), fill)
     for row, values in zip(padded, lists):
         row[: len(values)] = values
     return torch.from_numpy(padded)
@@ -261,9 +273,7 @@ def collate(examples, pad_id, start_id):
     if start_id is None:
         # the shift happens here and only here: position t predicts token t + 1
         labels = pad([np.append(row[1:], IGNORED) for row in labels], IGNORED)
-        position_ids = torch.arange(labels.shape[1]).expand(labels.shape)
-        input_ids = pad(input_ids, pad_id)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        return {"input_ids": pad(input_ids, pad_id), "labels": labels}
     # or here: the decoder reads its tokens one position late
     shifted = [np.append(start_id, ids[:-1]) for ids in input_ids]
     return {
@@ -294,7 +304,8 @@ class Opened:
             common.fail(problems)
         ds_config = {"zero_optimization": {"stage": 0}}
         options = [self.source, config, args, ds_config, self.tokenizer]
-        self.model = common.load_model(self.auto_class, *options).to(device).eval()
+        model = common.load_model(self.auto_class, *options)
+        self.model = model.to(device).eval()
 
     def read_examples(self, args, config, problems):
         is_seq2seq = config.is_encoder_decoder
@@ -303,8 +314,12 @@ class Opened:
             problems.append(f"a {config.model_type} writes no text: expected another model")
         self.start_id = config.decoder_start_token_id if is_seq2seq else None
         args.raw_prompt = args.raw_prompt or not self.tokenizer.chat_template
-        prompts = common.Prompts(self.tokenizer, args.raw_prompt)
         self.examples = []
+        try:
+            prompts = common.Prompts(self.tokenizer, args.raw_prompt)
+        except ValueError as error:
+            problems.append(f"{self.source}: {error}")
+            return
         for where, _, record in tqdm(self.records, "tokenising", delay=5):
             try:
                 self.examples.append(encode(record, prompts, args, is_seq2seq))
@@ -324,13 +339,16 @@ def row_losses(model, batch):
     labels = inputs.pop("labels")
     if "decoder_input_ids" not in inputs:
         has_target = (labels != IGNORED).any(0)
-        labels = labels[:, int(has_target.int().argmax()) :]
+        first = int(has_target.int().argmax())
+        labels = labels[:, first:]
         inputs["logits_to_keep"] = labels.shape[1]
     logits = model(**inputs, use_cache=False).logits  # (B, labels.shape[1], V)
     is_target = labels != IGNORED
-    losses = common.CrossEntropy.apply(logits[is_target].float(), labels[is_target])  # (N,)
+    target_logits = logits[is_target].float()  # (N, V)
+    losses = common.CrossEntropy.apply(target_logits, labels[is_target])  # (N,)
     row, _ = is_target.nonzero(as_tuple=True)
-    sums = torch.zeros(len(labels), device=labels.device).index_add(0, row, losses)
+    sums = losses.new_zeros(len(labels))
+    sums = sums.index_add(0, row, losses)
     return sums / is_target.sum(1).clamp(min=1)
 
 
@@ -377,8 +395,9 @@ class Sketch:
     def table(self, name):
         """places() of a whole weight, kept: 4 bytes for each of its numbers."""
         if name not in self.tables:
-            coordinates = torch.arange(self.tracked[name].numel(), device=self.device)
-            places = [self.places(name, part) for part in coordinates.split(2**20)]
+            n = self.tracked[name].numel()
+            parts = torch.arange(n, device=self.device).split(2**20)
+            places = [self.places(name, part) for part in parts]
             self.tables[name] = torch.cat(places)
         return self.tables[name]
 
@@ -387,12 +406,14 @@ class Sketch:
 
     def add(self, sums, name, start, values):
         """values: (B, n), of the gradients of a weight the coordinates from `start` on."""
-        places = self.table(name)[start : start + values.shape[1]].long()
+        stop = start + values.shape[1]
+        places = self.table(name)[start:stop].long()
         sums.scatter_add_(1, places.expand(values.shape), values.float())
 
     def add_at(self, sums, name, coordinates, values):
         """The same for coordinates of its own in each row, (B, n); repeated ones add up."""
-        sums.scatter_add_(1, self.table(name)[coordinates].long(), values.float())
+        places = self.table(name)[coordinates].long()
+        sums.scatter_add_(1, places, values.float())
 
     def finish(self, sums):
         """(B, d)"""
@@ -404,11 +425,11 @@ class Sketch:
 
 def has_rule(path, module):
     """Whether Gradients knows the gradients of the module's weights. Not of scaled embeddings, as
-    Gemma has, nor of T5's relative positions, which it looks up once for all examples."""
+    Gemma has, nor of positions that are looked up once for all examples, as in GPT-2 and T5."""
     if isinstance(module, (torch.nn.Linear, Conv1D)):
         return True
     is_plain = type(module).forward is torch.nn.Embedding.forward
-    return is_plain and not path.endswith("relative_attention_bias")
+    return is_plain and not path.endswith(("wpe", "relative_attention_bias"))
 
 
 class Gradients:
@@ -426,8 +447,7 @@ class Gradients:
 
     a product of matrices for each example. Padding needs no mask: L does not depend on it, so its
     D_t is 0. GPT-2's Conv1D holds W transposed, y_t = x_t W + b: there dL/dW = X' D.
-    An embedding looks up y_t = E[id_t]: D_t adds to row id_t of dL/dE. Norms, a thousandth of the
-    weights, are left out.
+    An embedding looks up y_t = E[id_t]: D_t adds to row id_t of dL/dE.
 
     What is found goes into the sketch at once and is forgotten. Tied weights need no care: the
     gradient of a weight is the sum over its uses, and the sketch adds them as it adds all else.
@@ -454,7 +474,8 @@ class Gradients:
             return
         x = inputs[0].detach()  # (B, T, in), or ids (B, T)
         is_lookup = isinstance(module, torch.nn.Embedding)
-        if own and (len(x) != self.n_rows or x.dim() < (2 if is_lookup else 3)):
+        has_rows = len(x) == self.n_rows and x.dim() + is_lookup >= 3
+        if own and not has_rows:
             common.fail(f"{path} mixes the examples of a batch: its input is {tuple(x.shape)}")
         if is_lookup:
             output.requires_grad_()  # the graph begins here, as all weights are frozen
@@ -481,8 +502,10 @@ class Gradients:
         if module.padding_idx is not None:  # torch never trains this row
             grad = grad * (ids != module.padding_idx)[..., None]
         width = grad.shape[2]
-        coordinates = ids[..., None] * width + torch.arange(width, device=ids.device)
-        self.sketch.add_at(self.sums, own["weight"], coordinates.flatten(1), grad.flatten(1))
+        columns = torch.arange(width, device=ids.device)
+        coordinates = ids[..., None] * width + columns
+        values = grad.flatten(1)
+        self.sketch.add_at(self.sums, own["weight"], coordinates.flatten(1), values)
 
     def rows(self, batch):
         """((B,) losses, (B, d) sketched gradients)"""
@@ -505,10 +528,9 @@ class Gradients:
                 weight.grad = None
         self.model.requires_grad_(False)
         expected = self.sketch.finish(sums)
-        error = float((rows.sum(0) - expected).norm() / expected.norm())
-        if not error < (0.1 if self.model.dtype == torch.bfloat16 else 1e-3):
-            family = self.model.config.model_type
-            common.fail(f"{family}: the hooks' gradients differ from autograd's by {error:.2g}")
+        error = (rows.sum(0) - expected).norm() / expected.norm()
+        if not error < 0.05:  # bf16 comes to 0.01
+            common.fail(f"in this family the gradients differ from autograd's by {error:.2g}")
 
 
 # ------------------------------------------------------------------------------------------ store
@@ -534,7 +556,7 @@ def open_stores(args, problems):
         paths += [args.target_grads, *vars(args).get("anchor_grads", [])]
     for path in paths:
         if not pathlib.Path(path, common.COMPLETE).exists():
-            problems.append(f"{path!r} is no finished store: the same collect command continues it")
+            problems.append(f"{path!r} is no finished store")
     if problems:
         common.fail(problems)
     stores = [Store(path) for path in paths]
@@ -543,7 +565,7 @@ def open_stores(args, problems):
         other = stores[max(0, i - 2)]  # of an anchor the store of the same data
         for key in ("format", "dim", "seed", "parameters", same):
             if store.manifest[key] != other.manifest[key]:
-                problems.append(f"{store.path} and {other.path} have another {key}: collect anew")
+                problems.append(f"{store.path} and {other.path} have another {key}")
     return stores
 
 
@@ -596,15 +618,15 @@ def finish_store(out, **arrays):
     (out / common.COMPLETE).touch()
 
 
-def merge_parts(out, opened, dim):
+def merge_parts(out, opened, batches, dim):
     """Rank 0. All parts become rows.npy and losses.npz."""
     n = len(opened.examples)
     loss = np.zeros(n)
     rows = np.lib.format.open_memmap(out / "rows.npy", "w+", np.float32, (n, dim))
-    for path in (out / "parts").glob("*.npz"):
-        part = np.load(path)
-        rows[part["ids"]] = part["rows"]
-        loss[part["ids"]] = part["losses"]
+    for i, ids in enumerate(batches):
+        part = np.load(out / f"parts/{i}.npz")
+        rows[ids] = part["rows"]
+        loss[ids] = part["losses"]
     rows.flush()
     groups = [group for _, group, _ in opened.records]
     n_tokens = [example.is_target.sum() for example in opened.examples]
@@ -625,7 +647,7 @@ def collect(args, problems):
         return
     batches = make_batches(opened.examples, args.batch_size)
     gradients.check(opened.batch(batches[0][:3]))
-    log(f"{out}: {len(opened.examples)} rows, of which some may be there")
+    log(f"{out}: {len(opened.examples)} rows")
     mine = range(common.rank(), len(batches), common.world_size())
     for i in tqdm(mine, "collecting", delay=5, disable=common.rank() > 0 or None):
         path = out / f"parts/{i}.npz"
@@ -636,11 +658,11 @@ def collect(args, problems):
             common.fail(f"a gradient of batch {i} is not finite", only_here=True)
         # renamed when it is whole: after a kill a part is there or it is not
         with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, ids=batches[i], losses=losses.cpu(), rows=rows.cpu())
+            np.savez(file, losses=losses.cpu(), rows=rows.cpu())
         os.replace(file.name, path)
     dist.barrier()  # all parts are written
     if common.rank() == 0:
-        merge_parts(out, opened, args.dim)
+        merge_parts(out, opened, batches, args.dim)
     dist.barrier()
 
 
@@ -693,8 +715,9 @@ def linerr(args, problems):
     for share in DISTANCES:
         distance = share * args.scale
         change = changes_at(distance)
-        error = np.linalg.norm(distance * slope - change) / np.linalg.norm(change)
-        rows.append({"distance": distance, "relative_error": error})
+        error = distance * slope - change
+        relative_error = np.linalg.norm(error) / np.linalg.norm(change)
+        rows.append({"distance": distance, "relative_error": relative_error})
     print_table(rows)
     common.write_json(store.path / "linerr.json", rows)
 
@@ -703,7 +726,8 @@ def linerr(args, problems):
 
 
 def unit_rows(rows):
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.maximum(norms, 1e-30)
 
 
 def cluster(rows, k, seed):
@@ -721,7 +745,7 @@ def cluster(rows, k, seed):
 
 def write_clusters(store, k, seed, out):
     """A store with the same rows in other groups."""
-    nearest = cluster(store.rows, min(k, len(store.rows)), seed)
+    nearest = cluster(store.rows, k, seed)
     out.mkdir()
     (out / "rows.npy").symlink_to((store.path / "rows.npy").resolve())
     common.write_json(out / "manifest.json", store.manifest)
@@ -738,14 +762,13 @@ def subsets(args, problems):
         write_clusters(store, args.clusters, args.seed, out)
         return
     rng = np.random.default_rng([args.seed, 8])
-    size = count(args.subset_size, len(store.names))
-    text = ""
+    n_groups = len(store.names)
+    size = count(args.subset_size, n_groups)
+    lines = []
     for _ in range(args.number_of_subsets):
-        chosen = sorted(rng.permutation(len(store.names))[:size])
-        text += " ".join(map(str, chosen)) + "\n"
-    if out.exists() and out.read_text() != text:
-        common.fail(f"--out {out} exists: choose another name")
-    out.write_text(text)
+        chosen = sorted(rng.permutation(n_groups)[:size])
+        lines.append(" ".join(map(str, chosen)))
+    out.write_text("\n".join(lines) + "\n")
     log(f"{out}: subsets of {size} of the groups {' '.join(store.names)}")
 
 
@@ -799,8 +822,9 @@ def true_runs(rows):
 def token_weights(store, group, n_groups):
     """(G + 1, n): in its group a row counts its target tokens, for its loss is their mean; the last
     line has all rows. So losses are those that the trainers report."""
-    weights = np.zeros((n_groups + 1, len(group)), np.float32)
-    weights[group, np.arange(len(group))] = store.n_tokens
+    n = len(group)
+    weights = np.zeros((n_groups + 1, n), np.float32)
+    weights[group, np.arange(n)] = store.n_tokens
     weights[-1] = store.n_tokens
     return weights
 
@@ -808,7 +832,8 @@ def token_weights(store, group, n_groups):
 def group_means(values, store):
     """(.., n) of the rows -> (.., G + 1): the mean over the tokens of each group, and of all."""
     weights = token_weights(store, store.group, len(store.names))
-    return values @ weights.T / np.maximum(weights.sum(1), 1e-30)
+    n_tokens = np.maximum(weights.sum(1), 1e-30)
+    return values @ weights.T / n_tokens
 
 
 def group_sums(train, store):
@@ -852,7 +877,8 @@ def fit_logistic(rows, log_odds):
 
     def objective():
         optimizer.zero_grad()
-        losses = torch.nn.functional.softplus(-(log_odds + rows @ w))
+        margins = log_odds + rows @ w
+        losses = torch.nn.functional.softplus(-margins)
         value = losses.mean() + penalty * w.square().sum()
         value.backward()
         return value
@@ -874,17 +900,20 @@ def logistic_directions(train, subsets):
     return np.array(directions, np.float32)
 
 
-def fit_step(args, start, slopes):
+def fit_step(args, subsets, slopes, start):
     """(step size, subsets that it was fitted to): least squares of the changes from start (G + 1,)
-    in the first K true runs on slopes, {subset: changes for step size 1}, all groups together."""
+    in the first K true runs on slopes (S, G + 1), all groups together."""
     path, _, k = args.calibrate.rpartition(":")
     runs = true_runs(read_table(path)[1])
-    used = [subset for subset in runs if subset in slopes][: int(k)]
+    used = [i for i, subset in enumerate(subsets) if subset in runs]
+    used = used[: int(k)]
     if len(used) < int(k):
         common.fail(f"--calibrate: {len(used)} of the runs in {path} are in --subsets")
-    x = np.array([slopes[subset] for subset in used])[:, :-1]
-    y = np.array([runs[subset][0] - start for subset in used])[:, :-1]
-    return float((x * y).sum() / np.square(x).sum()), used
+    true = np.array([runs[subsets[i]][0] for i in used])
+    y = (true - start)[:, :-1]
+    x = slopes[used, :-1]
+    step_size = (x * y).sum() / np.square(x).sum()
+    return float(step_size), [subsets[i] for i in used]
 
 
 def estimate(args, problems):
@@ -907,16 +936,11 @@ def estimate(args, problems):
     slopes = directions @ group_means(reference.rows.T, reference)  # (S, G + 1)
     step_size, used = args.step_size, []
     if args.calibrate:
-        step_size, used = fit_step(args, start, dict(zip(subsets, slopes)))
+        step_size, used = fit_step(args, subsets, slopes, start)
     if step_size <= 0:
-        log(
-            "WARNING no step size (--calibrate, --step_size), or true runs go against the first "
-            "order: the order of the subsets means something, the size of the changes nothing"
-        )
+        log("WARNING no step size, or true runs go against the first order: only ranks count")
         step_size = 0.001 * start.mean() / abs(slopes).mean()
     rows = [("base", (), group_means(target.loss, target))]
-    if anchors:
-        rows.append(("all", range(len(train.names)), start))
     for subset, losses in zip(subsets, start + step_size * slopes):
         rows.append(("calibration" if subset in used else "estimate", subset, losses))
     write_table(args.out, target.names, rows)
@@ -944,10 +968,9 @@ def trainer_command(args, store):
         if collected[name]:
             flags[name] = collected[name]
     words = [*shlex.split(args.launcher), common.HERE / script, "--save_steps", 0]
-    for name, value in {**flags, "eval_steps": 10**9}.items():
+    words += ["--eval_steps", 10**9]
+    for name, value in flags.items():
         words += [f"--{name}", value]
-    if collected["lora_targets"]:
-        words += ["--lora_targets", *collected["lora_targets"]]
     if collected["raw_prompt"] and not collected["is_seq2seq"]:
         words.append("--raw_prompt")
     return [*words, *args.trainer_flags]
@@ -959,7 +982,7 @@ def run_trainer(command):
     result = subprocess.run(words, capture_output=True, text=True)
     if result.returncode:
         output = (result.stdout + result.stderr)[-2000:]
-        common.fail(f"{output}\n{shlex.join(words)} failed; the same command goes on from here")
+        common.fail(f"{output}\n{shlex.join(words)} failed")
 
 
 def truth(args, problems):
@@ -991,7 +1014,8 @@ def truth(args, problems):
         # a run that is finished says so and ends, one that was stopped goes on
         run_trainer([*trainer_command(args, train), *words])
         metrics = work / "models" / name / "metrics.jsonl"
-        last = json.loads(metrics.read_text().splitlines()[-1])
+        *_, line = metrics.read_text().splitlines()
+        last = json.loads(line)
         losses = [last[f"eval/{group}/loss"] for group in groups]
         rows.append((run, subset, [*losses, last["eval/loss"]]))
         write_table(args.out, target.names, rows)
@@ -1011,21 +1035,24 @@ def ranks(losses):
 
 def correlation(a, b):
     """Pearson's, mean over the columns of (S, G); 0 where a column is constant."""
-    a, b = a - a.mean(0), b - b.mean(0)
+    a = a - a.mean(0)
+    b = b - b.mean(0)
     norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    return float(np.mean((a * b).sum(0) / np.maximum(norms, 1e-9)))
+    products = (a * b).sum(0)
+    return float(np.mean(products / np.maximum(norms, 1e-9)))
 
 
 def agreement(estimates, true, base):
     """Of (S, G + 1) losses, those of the groups. Correlations are across subsets, mean over groups;
     r2 is that of changes from base (G + 1,), the losses before fine-tuning."""
-    estimates, true, base = estimates[:, :-1], true[:, :-1], base[:-1]
+    estimates, true = estimates[:, :-1], true[:, :-1]
     error = estimates - true
+    change = true - base[:-1]
     return {
         "pearson": correlation(estimates, true),
         "spearman": correlation(ranks(estimates), ranks(true)),
         "relative_error": float(np.mean(np.abs(error) / true)),
-        "r2": float(1 - np.square(error).sum() / np.square(true - base).sum()),
+        "r2": float(1 - np.square(error).sum() / np.square(change).sum()),
     }
 
 
@@ -1074,8 +1101,12 @@ def influence(train, target):
     """(n,) how much a row helps: its cosine with the rows of a target group, mean over these, the
     greatest of the groups (LESS, Xia et al. 2024)."""
     target_rows = unit_rows(target.rows)
-    means = [target_rows[target.group == g].mean(0) for g in range(len(target.names))]
-    return (unit_rows(train.rows) @ np.array(means).T).max(1)
+    means = []
+    for g in range(len(target.names)):
+        of_group = target_rows[target.group == g]
+        means.append(of_group.mean(0))
+    cosines = unit_rows(train.rows) @ np.transpose(means)  # (n, G)
+    return cosines.max(1)
 
 
 def forward_gains(train, target):
@@ -1088,10 +1119,13 @@ def forward_gains(train, target):
 
 def ensemble(path, n_groups):
     """(G,) less the mean estimated loss of the subsets that have a group."""
-    _, rows = read_table(path)
-    estimates = {subset: rows[run, subset][-1] for run, subset in rows if run == "estimate"}
-    member = membership(list(estimates), n_groups)
-    return -np.array(list(estimates.values())) @ member / np.maximum(member.sum(0), 1e-30)
+    subsets, losses = [], []
+    for (run, subset), estimated in read_table(path)[1].items():
+        if run == "estimate":
+            subsets.append(subset)
+            losses.append(estimated[-1])
+    member = membership(subsets, n_groups)
+    return -(losses @ member) / np.maximum(member.sum(0), 1e-30)
 
 
 def select(args, problems):
@@ -1112,7 +1146,9 @@ def select(args, problems):
     best = np.argsort(-scores)[: count(args.top, len(scores))]
     if args.method == "forward":
         best = best[scores[best] > 0]
-    kept = best if args.method == "less" else np.flatnonzero(np.isin(train.group, best))
+    kept = best
+    if args.method != "less":
+        kept = np.flatnonzero(np.isin(train.group, best))
     scored = [(names[i], float(scores[i])) for i in best]
     write_data(args.out, train=records[np.sort(kept)], eval=target_records)
     common.write_json(f"{args.out}.scores.json", scored)
@@ -1141,9 +1177,8 @@ select --grads G --target_grads E --method ensemble --estimates anchor.csv --top
 """
 DEMO_READING = """
 The tables compare estimates with real fine-tunes, of which three have given the step size and are
-not judged. base.csv: by gradients of the base model; anchor.csv: around the model fine-tuned on
-everything. spearman 1: the subsets are ranked as fine-tuning ranks them; r2 1: the sizes are right
-too. best.json has the groups that help most."""
+not judged: at the base model, and around the model fine-tuned on everything. spearman 1: subsets
+are ranked as fine-tuning ranks them; r2 1: the sizes are right too."""
 
 
 def demo(args, problems):
@@ -1160,8 +1195,10 @@ def demo(args, problems):
         limit=args.limit,
     )
     for line in study.strip().splitlines():
-        log(f"\npython project_grads.py {line}")
-        main(parse_args(line.split()))
+        words = line.split()
+        if words[0] not in ("subsets", "select") or not os.path.exists(words[-1]):
+            log(f"\npython project_grads.py {line}")
+            main(parse_args(words))
     log(DEMO_READING)
 
 
@@ -1188,6 +1225,8 @@ def check_args(args, problems):
             problems.append(f"--{name} {value}: expected more than 0")
     if not re.fullmatch(r"(.+:\d+)?", vars(args).get("calibrate", "")):
         problems.append(f"--calibrate {args.calibrate}: expected FILE:3, a table and a number")
+    if args.command in ("subsets", "select") and os.path.exists(args.out):
+        problems.append(f"--out {args.out} exists: choose another name")
     if args.command != "collect" and common.world_size() > 1:
         problems.append(f"{args.command} runs in one process")
 

@@ -9,15 +9,18 @@ from conftest import ROOT, make_model, metrics, pairs, run, write_data
 
 import clf
 import common
+import project_grads
 import seq2seq
 import sft_causal
 
 SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal}
+SCRIPTS["project_grads.py"] = project_grads
 DOCS = ROOT / "docs"
 SPINE = [DOCS / name for name in ("seq2seq.md", "pretraining.md", "adapters.md")]
 SIBLINGS = [DOCS / name for name in ("clf.md", "sft_causal.md")]
+GRADS = DOCS / "project_grads.md"
 EXTEND = DOCS / "extend.md"
-PAGES = [ROOT / "README.md", *SPINE, *SIBLINGS, EXTEND, DOCS / "instructions.md"]
+PAGES = [ROOT / "README.md", *SPINE, *SIBLINGS, EXTEND, GRADS, DOCS / "instructions.md"]
 PRESETS = [path for path in (ROOT / "presets").glob("*") if path.is_file()]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # Slurm's; that of the diff in docs/extend.md; DeepSpeed's launcher's; of an earlier system
@@ -63,8 +66,13 @@ def test_commands_and_presets_parse(monkeypatch):
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_flags_exist(page, capsys):
     script = SCRIPTS.get(f"{page.stem}.py", seq2seq)
-    parser = common.Parser(script.__doc__, script.FLAGS)
-    known = OTHER_FLAGS | set(parser._option_string_actions)
+    if script is project_grads:
+        known = {*script.ALIASES, *script.ALWAYS}
+        for _, flags in script.COMMANDS.values():
+            known.update(f"--{name}" for name in flags)
+    else:
+        parser = common.Parser(script.__doc__, script.FLAGS)
+        known = OTHER_FLAGS | set(parser._option_string_actions)
     for name in set(re.findall(r"data/((?:prepare|score)_\w+)\.py", page.read_text())):
         with pytest.raises(SystemExit):
             importlib.import_module(name).main(["--help"])
@@ -109,4 +117,5 @@ def test_links_lead_somewhere(page):
 def test_sizes():
     assert sum(page.stat().st_size for page in SPINE) <= 25_000
     assert sum(page.stat().st_size for page in SIBLINGS) <= 20_000
+    assert GRADS.stat().st_size <= 12_000
     assert EXTEND.stat().st_size <= 6_000

@@ -6,7 +6,6 @@ import pytest
 import score_predictions
 from conftest import flags, in_process, ragged_records, rows, score_records, write_model
 
-import project_grads as grads
 
 KINDS = {"full": {}, "lora": {"lora_rank": 2, "lora_targets": "all-linear"}, "bottleneck": {"train_adapter": True, "reduction_factor": 8}}
 
@@ -73,20 +72,3 @@ def test_predictions_are_scored(place, monkeypatch, tmp_path, capsys):
     assert score_predictions.main(["--predictions", str(path)]) == 0
     last = rows(place / "models" / "full", "eval")[-1]
     assert capsys.readouterr().out.startswith(f"all (11 predictions): exact_match {100 * last['eval/exact_match']:.4f}  rouge1 ")
-
-
-@pytest.mark.slow
-def test_true_runs_of_a_t5(place):
-    """collect on a run of seq2seq.py, then subsets fine-tuned by seq2seq.py: all weights, and LoRA."""
-    def run(*words):
-        assert not grads.main(grads.parse_args(list(map(str, [*words[:1], "--mount_dir", place, *words[1:]]))))
-    (place / "subsets.txt").write_text("0\n1\n")
-    for name, lora, more, runs in (("whole", [], [], ["base", "0"]), ("lora", ["--lora_rank", "2"], ["--train_all"], ["base", "all", "0"])):
-        for part, split in (("G", "train"), ("E", "eval")):
-            run("collect", "--model_init_name", "full", "--data_name", "ragged", "--groups", "skill", "--split", split, "--out",
-                place / f"{part}-{name}", *lora)
-        run("truth", "--grads", place / f"G-{name}", "--target_grads", place / f"E-{name}", "--subsets", place / "subsets.txt", "--limit", 1, *more,
-            "--out", place / f"{name}.csv", "--", "--max_steps", 4, "--train_batch_size", 8, "--learning_rate", 0.01, "--warmup_steps", 0)
-        _, found = grads.read_table(place / f"{name}.csv", [])
-        assert [run for run, *_ in found] == runs and len({values[-1] for _, _, values in found}) == len(runs)
-    assert (place / "lora.csv.runs" / "models" / "all" / "adapter_model.safetensors").exists()
