@@ -46,8 +46,16 @@ from transformers.pytorch_utils import Conv1D
 from common import log
 
 # flags of common.py that collect has; the others keep their defaults
-MODEL = ["model_init_name", "model_init_path", "mount_dir", "data_name", "precision", "quantize"]
-MODEL += ["lora_rank", "lora_alpha"]
+MODEL = [
+    "model_init_name",
+    "model_init_path",
+    "mount_dir",
+    "data_name",
+    "precision",
+    "quantize",
+    "lora_rank",
+    "lora_alpha",
+]
 SEED = (0, "of the sketch, of drawing and of new weights")
 COLLECT_FLAGS = {
     **{name: common.SHARED_FLAGS[name] for name in MODEL},
@@ -57,8 +65,8 @@ COLLECT_FLAGS = {
     "seed": SEED,
     "batch_size": (16, "examples of one backward pass"),
     "num_batches_gradients": (0, "only so many x --batch_size examples"),
-    "downsample": (1.0, "share (up to 1) or number of examples"),
-    "raw_prompt": (False, "texts as they are, without a template"),
+    "downsample": (1.0, "share or number of examples"),
+    "raw_prompt": (False, "texts without a template"),
     "max_length": (2048, "longer examples lose their end"),
     "max_source_length": (1024, "the same of an encoder's prompts"),
     "out": ("", "folder of the store"),
@@ -67,28 +75,28 @@ GRADS = {"grads": ("", "store of the training examples")}
 PAIR = {**GRADS, "target_grads": ("", "store of the target examples")}
 LINERR_FLAGS = {
     **GRADS,
-    "scale": (0.1, "greatest distance, share of the weights' norm"),
+    "scale": (0.1, "distance / norm of the weights"),
 }
 SUBSETS_FLAGS = {
     **GRADS,
     "number_of_subsets": (100, "lines of the file"),
-    "subset_size": (0.5, "share (up to 1) or number of groups"),
-    "clusters": (0, "instead: a store with so many clusters as groups"),
+    "subset_size": (0.5, "share or number of groups"),
+    "clusters": (0, "instead: a store with clusters as groups"),
     "seed": SEED,
     "out": ("", "file (or store) to write"),
 }
 TABLE = {
     **PAIR,
-    "subsets": ("", "text file, a line of group numbers each"),
+    "subsets": ("", "file of group numbers"),
     "limit": (0, "only the first so many subsets"),
     "out": ("", "table to write, .csv"),
 }
 ESTIMATE_FLAGS = {
     **TABLE,
-    "anchor_grads": ([], "the same two, after fine-tuning on everything"),
-    "fit": ("mean", "direction: the mean gradient, or a fit", "mean", "logistic"),
-    "calibrate": ("", "FILE:K fits it to the first K runs of truth"),
-    "step_size": (0.0, "about learning rate x steps"),
+    "anchor_grads": ([], "the same two at the anchor"),
+    "fit": ("mean", "direction of a step", "mean", "logistic"),
+    "calibrate": ("", "FILE:K, by K runs of truth"),
+    "step_size": (0.0, "learning rate x steps"),
 }
 TRUTH_FLAGS = {
     **TABLE,
@@ -103,7 +111,7 @@ SELECT_FLAGS = {
     **PAIR,
     "method": ("less", "by cosine; by estimates; one by one", "less", "ensemble", "forward"),
     "estimates": ("", "ensemble: a table of estimate"),
-    "top": (0.05, "share (up to 1) or number to keep"),
+    "top": (0.05, "share or number to keep"),
     "out": ("", "data file to write, .json"),
 }
 DEMO_FLAGS = {
@@ -122,12 +130,11 @@ ALWAYS = ("--project_gradients", "--compute_pretrained_outputs", "--train_lora")
 POSITIVE = ("dim", "batch_size", "max_length", "max_source_length", "number_of_subsets", "repeat")
 POSITIVE += ("downsample", "subset_size", "top")
 REQUIRED = ("grads", "target_grads", "subsets", "truth", "out")
-FORMAT = 2  # of a store, its hash included
 CHUNK = 2**26 if torch.cuda.is_available() else 2**21  # numbers of gradients that exist at once
 IGNORED = -100  # the label of a token that is no target
 SURE = 0.001  # losses below are taken for this one, where odds are needed
 PENALTY = 0.01  # of the logistic fit, times the mean squared norm of the rows
-DISTANCES = [0.01, 0.03, 0.1, 0.3, 1.0]  # of linerr, as shares of --scale
+DISTANCES = np.array([0.01, 0.03, 0.1, 0.3, 1])  # of linerr, as shares of --scale
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -139,7 +146,7 @@ Example = collections.namedtuple("Example", "source_ids input_ids is_target")
 def count(share_or_number, n):
     """How many of n: a share up to 1 of them, or a number."""
     if share_or_number > 1:
-        return min(n, int(share_or_number))
+        return int(share_or_number)
     return max(1, round(share_or_number * n))
 
 
@@ -160,7 +167,8 @@ def read_records(args, problems):
         problems.append(f"no {args.split} records")
     rng = np.random.default_rng([args.seed, 5])
     n_drawn = count(args.downsample, len(records))
-    drawn = sorted(rng.permutation(len(records))[:n_drawn])
+    order = rng.permutation(len(records))
+    drawn = sorted(order[:n_drawn])
     last = args.num_batches_gradients * args.batch_size or None
     return [records[i] for i in drawn[:last]]
 
@@ -243,7 +251,8 @@ def encode(record, prompts, args, is_seq2seq):
         example = encode_chat(record, prompts)
     source_ids, input_ids, is_target = example
     n = args.max_length
-    return Example(source_ids, np.array(input_ids[:n]), is_target[:n])
+    input_ids = np.array(input_ids[:n])
+    return Example(source_ids, input_ids, is_target[:n])
 
 
 def make_batches(examples, batch_size):
@@ -273,12 +282,16 @@ def collate(examples, pad_id, start_id):
     if start_id is None:
         # the shift happens here and only here: position t predicts token t + 1
         labels = pad([np.append(row[1:], IGNORED) for row in labels], IGNORED)
-        return {"input_ids": pad(input_ids, pad_id), "labels": labels}
+        return {
+            "input_ids": pad(input_ids, pad_id),
+            "labels": labels,
+        }
     # or here: the decoder reads its tokens one position late
     shifted = [np.append(start_id, ids[:-1]) for ids in input_ids]
+    masks = [np.ones(len(ids)) for ids in source_ids]
     return {
         "input_ids": pad(source_ids, pad_id),
-        "attention_mask": pad([np.ones(len(ids)) for ids in source_ids], 0),
+        "attention_mask": pad(masks, 0),
         "decoder_input_ids": pad(shifted, pad_id),
         "labels": pad(labels, IGNORED),
     }
@@ -479,22 +492,26 @@ class Gradients:
             common.fail(f"{path} mixes the examples of a batch: its input is {tuple(x.shape)}")
         if is_lookup:
             output.requires_grad_()  # the graph begins here, as all weights are frozen
-        if own and output.requires_grad:
+        if own:
             add = self.add_lookup if is_lookup else self.add_linear
             output.register_hook(lambda grad: add(own, module, x, grad))
 
     def add_linear(self, own, module, x, grad):
         """x: (B, .., in), grad: (B, .., out)"""
-        x, grad = x.flatten(1, -2), grad.flatten(1, -2)
+        x = x.flatten(1, -2)
+        grad = grad.flatten(1, -2)
         if "bias" in own:
             self.sketch.add(self.sums, own["bias"], 0, grad.sum(1))
         if "weight" not in own:
             return
-        left, right = (x, grad) if isinstance(module, Conv1D) else (grad, x)
+        left, right = grad, x
+        if isinstance(module, Conv1D):
+            left, right = x, grad
         width = right.shape[2]
         n = max(1, CHUNK // (self.n_rows * width))  # rows of the weight at a time
         for first in range(0, left.shape[2], n):
-            part = left[:, :, first : first + n].transpose(1, 2) @ right  # (B, n, width)
+            columns = left[:, :, first : first + n]
+            part = columns.transpose(1, 2) @ right  # (B, n, width)
             self.sketch.add(self.sums, own["weight"], first * width, part.flatten(1))
 
     def add_lookup(self, own, module, ids, grad):
@@ -545,8 +562,10 @@ class Store:
         self.manifest = json.loads((self.path / "manifest.json").read_text())
         self.rows = np.load(self.path / "rows.npy", mmap_mode="r")
         arrays = np.load(self.path / "losses.npz")
-        self.loss, self.n_tokens = arrays["loss"], arrays["n_tokens"]
-        self.names, self.group = np.unique(arrays["groups"], return_inverse=True)
+        self.loss = arrays["loss"]
+        self.n_tokens = arrays["n_tokens"]
+        names, self.group = np.unique(arrays["groups"], return_inverse=True)
+        self.names = names.tolist()
 
 
 def open_stores(args, problems):
@@ -579,18 +598,18 @@ def records_of(store, problems):
     records = read_records(argparse.Namespace(**store.manifest), problems)
     if sha256_of_records(records) != store.manifest["data_sha256"]:
         problems.append(f"{store.path}: its data files have changed: collect again")
-    return np.array([record for _, _, record in records], object)
+    return np.array([record for *_, record in records], object)
 
 
 def describe(args, opened, gradients):
     """manifest.json: what the rows are, and the flags that open the model and the data again."""
     weights = {}
     for name, weight in opened.model.named_parameters():
-        weights[name] = weight.detach().cpu().view(torch.uint8).numpy()
+        weights[name] = weight.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return {
         **vars(args),
         "model_init_path": opened.source,
-        "format": FORMAT,
+        "format": 2,  # of a store, its hash included
         "is_seq2seq": opened.start_id is not None,
         "parameters": {name: list(w.shape) for name, w in gradients.tracked.items()},
         "model_sha256": common.sha256_of(weights),
@@ -605,11 +624,11 @@ def start_store(out, manifest):
         earlier = json.loads(path.read_text())
         changed = [key for key in manifest if earlier.get(key) != manifest[key]]
         if changed:
-            common.fail(f"{out} is another store ({', '.join(changed)}): choose another --out")
-    elif out.exists():
+            common.fail(f"{out} is another store {changed}: choose another --out")
+    elif out.exists() and not (out / "parts").exists():
         common.fail(f"{out} is no store: choose another --out")
     else:
-        (out / "parts").mkdir(parents=True)
+        (out / "parts").mkdir(parents=True, exist_ok=True)
         common.write_json(path, manifest)
 
 
@@ -628,8 +647,8 @@ def merge_parts(out, opened, batches, dim):
         rows[ids] = part["rows"]
         loss[ids] = part["losses"]
     rows.flush()
-    groups = [group for _, group, _ in opened.records]
     n_tokens = [example.is_target.sum() for example in opened.examples]
+    _, groups, _ = zip(*opened.records)
     finish_store(out, loss=loss, n_tokens=n_tokens, groups=groups)
     shutil.rmtree(out / "parts")
 
@@ -649,7 +668,7 @@ def collect(args, problems):
     gradients.check(opened.batch(batches[0][:3]))
     log(f"{out}: {len(opened.examples)} rows")
     mine = range(common.rank(), len(batches), common.world_size())
-    for i in tqdm(mine, "collecting", delay=5, disable=common.rank() > 0 or None):
+    for i in tqdm(mine, "collecting", delay=5):
         path = out / f"parts/{i}.npz"
         if path.exists():
             continue
@@ -663,7 +682,6 @@ def collect(args, problems):
     dist.barrier()  # all parts are written
     if common.rank() == 0:
         merge_parts(out, opened, batches, args.dim)
-    dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------- linerr
@@ -680,12 +698,9 @@ def losses_of(opened, batches):
     return torch.cat(losses).double().cpu().numpy()
 
 
-def print_table(rows):
-    """rows: dictionaries with the same keys."""
-    log("".join(f"{name:>26}" for name in rows[0]))
-    for row in rows:
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row.values()]
-        log("".join(f"{cell:>26}" for cell in cells))
+def show(title, figures):
+    cells = [f"{name} {value:.4g}" for name, value in figures.items()]
+    log(f"{title:<26}" + "  ".join(cells))
 
 
 def linerr(args, problems):
@@ -697,7 +712,8 @@ def linerr(args, problems):
     opened = Opened(flags, problems)
     batches = [opened.batch(ids) for ids in make_batches(opened.examples, flags.batch_size)]
     before = losses_of(opened, batches)
-    weights = [weight for weight in opened.model.parameters() if weight.grad is not None]
+    weights = opened.model.parameters()
+    weights = [weight for weight in weights if weight.grad is not None]
     starts = [weight.detach().clone() for weight in weights]
     steps = [weight.grad for weight in weights]
     norm = torch.nn.utils.get_total_norm
@@ -710,16 +726,17 @@ def linerr(args, problems):
         return losses_of(opened, batches) - before
 
     nearby = 0.001
-    slope = (changes_at(nearby) - changes_at(-nearby)) / (2 * nearby)
-    rows = []
-    for share in DISTANCES:
-        distance = share * args.scale
+    difference = changes_at(nearby) - changes_at(-nearby)
+    slope = difference / (2 * nearby)
+    table = {}
+    for distance in args.scale * DISTANCES:
         change = changes_at(distance)
         error = distance * slope - change
         relative_error = np.linalg.norm(error) / np.linalg.norm(change)
-        rows.append({"distance": distance, "relative_error": relative_error})
-    print_table(rows)
-    common.write_json(store.path / "linerr.json", rows)
+        name = f"distance {distance:.3g}"
+        table[name] = {"relative_error": relative_error}
+        show(name, table[name])
+    common.write_json(store.path / "linerr.json", table)
 
 
 # ---------------------------------------------------------------------------------------- subsets
@@ -766,7 +783,8 @@ def subsets(args, problems):
     size = count(args.subset_size, n_groups)
     lines = []
     for _ in range(args.number_of_subsets):
-        chosen = sorted(rng.permutation(n_groups)[:size])
+        order = rng.permutation(n_groups)
+        chosen = sorted(order[:size])
         lines.append(" ".join(map(str, chosen)))
     out.write_text("\n".join(lines) + "\n")
     log(f"{out}: subsets of {size} of the groups {' '.join(store.names)}")
@@ -788,12 +806,13 @@ def read_subsets(args, store, problems):
 
 
 def write_table(path, names, rows):
-    """rows: [(run, subset, (G + 1,) losses)]. Behind the run the columns of the earlier system."""
+    """rows: [(run, subset, (G,) losses)]. Behind the run the columns of the earlier system."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", "Data indices", *[f"loss_{name}" for name in names], "loss"])
+        writer.writerow(["run", "Data indices", *[f"loss_{name}" for name in names]])
         for run, subset, losses in rows:
-            writer.writerow([run, " ".join(map(str, subset)), *losses])
+            indices = " ".join(map(str, subset))
+            writer.writerow([run, indices, *losses])
 
 
 def read_table(path):
@@ -820,17 +839,16 @@ def true_runs(rows):
 
 
 def token_weights(store, group, n_groups):
-    """(G + 1, n): in its group a row counts its target tokens, for its loss is their mean; the last
-    line has all rows. So losses are those that the trainers report."""
+    """(G, n): in its group a row counts its target tokens, for its loss is their mean. So losses
+    are those that the trainers report."""
     n = len(group)
-    weights = np.zeros((n_groups + 1, n), np.float32)
+    weights = np.zeros((n_groups, n), np.float32)
     weights[group, np.arange(n)] = store.n_tokens
-    weights[-1] = store.n_tokens
     return weights
 
 
 def group_means(values, store):
-    """(.., n) of the rows -> (.., G + 1): the mean over the tokens of each group, and of all."""
+    """(.., n) of the rows -> (.., G): the mean over the tokens of each group."""
     weights = token_weights(store, store.group, len(store.names))
     n_tokens = np.maximum(weights.sum(1), 1e-30)
     return values @ weights.T / n_tokens
@@ -838,7 +856,7 @@ def group_means(values, store):
 
 def group_sums(train, store):
     """((G, d) sums of the rows over tokens, (G,) numbers of tokens), in the groups of train."""
-    weights = token_weights(store, train.group, len(train.names))[:-1]
+    weights = token_weights(store, train.group, len(train.names))
     return weights @ store.rows, weights.sum(1)
 
 
@@ -870,7 +888,8 @@ def anchored_directions(train, anchor, subsets):
 def fit_logistic(rows, log_odds):
     """w (d,) that minimises the mean of log(1 + exp(-(log_odds + rows w))) + penalty |w|^2: the
     fine-tuning of a model that is linear in its weights (Zhang et al. 2025)."""
-    rows, log_odds = torch.tensor(rows).double(), torch.tensor(log_odds)
+    rows = torch.tensor(rows).double()
+    log_odds = torch.tensor(log_odds)
     penalty = PENALTY * rows.square().sum(1).mean()
     w = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=500, line_search_fn="strong_wolfe")
@@ -895,25 +914,27 @@ def logistic_directions(train, subsets):
     directions = []
     for subset in tqdm(subsets, "fitting", delay=5):
         chosen = np.isin(train.group, subset) & (train.n_tokens > 0)
-        rows = train.rows[chosen] / (p[chosen] - 1)[:, None]
-        directions.append(fit_logistic(rows, log_odds[chosen]))
+        scale = p[chosen] - 1
+        rows = train.rows[chosen] / scale[:, None]
+        w = fit_logistic(rows, log_odds[chosen])
+        directions.append(w)
     return np.array(directions, np.float32)
 
 
 def fit_step(args, subsets, slopes, start):
-    """(step size, subsets that it was fitted to): least squares of the changes from start (G + 1,)
-    in the first K true runs on slopes (S, G + 1), all groups together."""
+    """(step size, subsets that it was fitted to): least squares of the changes from start (G,) in
+    the first K true runs on slopes (S, G), all groups together."""
     path, _, k = args.calibrate.rpartition(":")
     runs = true_runs(read_table(path)[1])
     used = [i for i, subset in enumerate(subsets) if subset in runs]
     used = used[: int(k)]
     if len(used) < int(k):
-        common.fail(f"--calibrate: {len(used)} of the runs in {path} are in --subsets")
-    true = np.array([runs[subsets[i]][0] for i in used])
-    y = (true - start)[:, :-1]
-    x = slopes[used, :-1]
+        common.fail(f"--calibrate: {len(used)} runs in {path} are of --subsets")
+    x = slopes[used]
+    y = np.array([runs[subsets[i]][0] for i in used]) - start
     step_size = (x * y).sum() / np.square(x).sum()
-    return float(step_size), [subsets[i] for i in used]
+    subsets = [subsets[i] for i in used]
+    return float(step_size), subsets
 
 
 def estimate(args, problems):
@@ -933,8 +954,9 @@ def estimate(args, problems):
     else:
         directions = mean_directions(train, train, subsets)
     start = group_means(reference.loss, reference)
-    slopes = directions @ group_means(reference.rows.T, reference)  # (S, G + 1)
-    step_size, used = args.step_size, []
+    slopes = directions @ group_means(reference.rows.T, reference)  # (S, G)
+    step_size = args.step_size
+    used = []
     if args.calibrate:
         step_size, used = fit_step(args, subsets, slopes, start)
     if step_size <= 0:
@@ -942,7 +964,8 @@ def estimate(args, problems):
         step_size = 0.001 * start.mean() / abs(slopes).mean()
     rows = [("base", (), group_means(target.loss, target))]
     for subset, losses in zip(subsets, start + step_size * slopes):
-        rows.append(("calibration" if subset in used else "estimate", subset, losses))
+        run = "calibration" if subset in used else "estimate"
+        rows.append((run, subset, losses))
     write_table(args.out, target.names, rows)
     log(f"{args.out}: {len(subsets)} subsets, step size {step_size:.6g}")
 
@@ -958,17 +981,18 @@ def write_data(path, **splits):
 def trainer_command(args, store):
     """Words that start the trainer on the model of a store, with its lengths."""
     collected = store.manifest
+    length = collected["max_length"]
     script = "sft_causal.py"
-    flags = {"max_length": collected["max_length"], "n_generate": 0}
+    flags = {"max_length": length, "n_generate": 0}
     if collected["is_seq2seq"]:
         script = "seq2seq.py"
-        flags = {"max_target_length": collected["max_length"], "max_new_tokens": 1}
+        flags = {"max_target_length": length, "max_new_tokens": 1}
         flags["max_source_length"] = collected["max_source_length"]
     for name in ("model_init_path", "precision", "quantize", "lora_rank", "lora_alpha"):
         if collected[name]:
             flags[name] = collected[name]
-    words = [*shlex.split(args.launcher), common.HERE / script, "--save_steps", 0]
-    words += ["--eval_steps", 10**9]
+    words = shlex.split(args.launcher)
+    words += [common.HERE / script, "--save_steps", 0, "--eval_steps", 10**9]
     for name, value in flags.items():
         words += [f"--{name}", value]
     if collected["raw_prompt"] and not collected["is_seq2seq"]:
@@ -1017,12 +1041,12 @@ def truth(args, problems):
         *_, line = metrics.read_text().splitlines()
         last = json.loads(line)
         losses = [last[f"eval/{group}/loss"] for group in groups]
-        rows.append((run, subset, [*losses, last["eval/loss"]]))
+        rows.append((run, subset, losses))
         write_table(args.out, target.names, rows)
         if run != "all":  # only its figures are needed
             for path in metrics.parent.glob("**/*.safetensors"):
                 path.unlink()
-    log(f"{args.out}: {len(runs)} true runs; the anchor is {work / 'models/all'}")
+    log(f"{args.out}; the anchor is {work / 'models/all'}")
 
 
 # ---------------------------------------------------------------------------------------- compare
@@ -1043,11 +1067,10 @@ def correlation(a, b):
 
 
 def agreement(estimates, true, base):
-    """Of (S, G + 1) losses, those of the groups. Correlations are across subsets, mean over groups;
-    r2 is that of changes from base (G + 1,), the losses before fine-tuning."""
-    estimates, true = estimates[:, :-1], true[:, :-1]
+    """Of (S, G) losses. Correlations are across subsets, mean over groups; r2 is that of changes
+    from base (G,), the losses before fine-tuning."""
     error = estimates - true
-    change = true - base[:-1]
+    change = true - base
     return {
         "pearson": correlation(estimates, true),
         "spearman": correlation(ranks(estimates), ranks(true)),
@@ -1063,19 +1086,20 @@ def compare(args, problems):
     runs = true_runs(true_rows)
     shared = [subset for subset in runs if ("estimate", subset) in estimates]
     if columns != true_columns or len(shared) < 3:
-        common.fail(f"{len(shared)} subsets with the same groups in both tables: expected 3")
+        common.fail(f"{len(shared)} subsets are in both tables, with the same groups: expected 3")
     base = true_rows["base", ()]
     found = np.array([estimates["estimate", subset] for subset in shared])
-    true = np.array([np.mean(runs[subset], axis=0) for subset in shared])
+    means = [np.mean(runs[subset], axis=0) for subset in shared]
+    true = np.array(means)
     table = {"estimate": agreement(found, true, base)}
     repeated = [runs[subset][:2] for subset in shared if len(runs[subset]) > 1]
     if len(repeated) > 2:
         first, second = np.array(repeated).swapaxes(0, 1)
         table["ceiling: another order"] = agreement(first, second, base)
-    nothing = np.zeros_like(true)
-    table["baseline: nothing changes"] = agreement(nothing + base, true, base)
-    table["baseline: mean of truth"] = agreement(nothing + true.mean(0), true, base)
-    print_table([{"": name, **row} for name, row in table.items()])
+    table["baseline: nothing changes"] = agreement(0 * true + base, true, base)
+    table["baseline: mean of truth"] = agreement(0 * true + true.mean(0), true, base)
+    for name, figures in table.items():
+        show(name, figures)
     common.write_json(f"{args.estimates}.compare.json", {"subsets": len(shared), **table})
     scatter(f"{args.estimates}.png", found - base, true - base, columns)
 
@@ -1086,9 +1110,9 @@ def scatter(path, estimates, true, columns):
     except ImportError:
         log("no picture: pip install matplotlib")
         return
-    figure = Figure(layout="constrained")
+    figure = Figure()
     axes = figure.add_subplot(xlabel="true change of the loss", ylabel="estimated change")
-    axes.axline((0, 0), slope=1, color="grey")
+    axes.axline((0, 0), slope=1)
     axes.plot(true, estimates, ".", label=columns)
     axes.legend()
     figure.savefig(path)
@@ -1105,7 +1129,8 @@ def influence(train, target):
     for g in range(len(target.names)):
         of_group = target_rows[target.group == g]
         means.append(of_group.mean(0))
-    cosines = unit_rows(train.rows) @ np.transpose(means)  # (n, G)
+    means = np.array(means)
+    cosines = unit_rows(train.rows) @ means.T  # (n, G)
     return cosines.max(1)
 
 
@@ -1113,17 +1138,18 @@ def forward_gains(train, target):
     """(G,) by how much each group lowers the mean loss of the target, for training by epochs, where
     each brings its own steps along. The estimate is linear: what is best first stays so."""
     sums, n_tokens = group_sums(train, train)
-    gradient = group_means(target.rows.T, target)[:, -1]
-    return sums @ gradient / n_tokens.sum()
+    gradients = group_means(target.rows.T, target)  # (d, groups of the target)
+    return sums @ gradients.mean(1) / n_tokens.sum()
 
 
 def ensemble(path, n_groups):
     """(G,) less the mean estimated loss of the subsets that have a group."""
-    subsets, losses = [], []
+    subsets = []
+    losses = []
     for (run, subset), estimated in read_table(path)[1].items():
         if run == "estimate":
             subsets.append(subset)
-            losses.append(estimated[-1])
+            losses.append(estimated.mean())
     member = membership(subsets, n_groups)
     return -(losses @ member) / np.maximum(member.sum(0), 1e-30)
 
@@ -1143,7 +1169,8 @@ def select(args, problems):
         scores = forward_gains(train, target)
     else:
         scores = ensemble(args.estimates, len(names))
-    best = np.argsort(-scores)[: count(args.top, len(scores))]
+    n = count(args.top, len(scores))
+    best = np.argsort(-scores)[:n]
     if args.method == "forward":
         best = best[scores[best] > 0]
     kept = best
@@ -1152,7 +1179,7 @@ def select(args, problems):
     scored = [(names[i], float(scores[i])) for i in best]
     write_data(args.out, train=records[np.sort(kept)], eval=target_records)
     common.write_json(f"{args.out}.scores.json", scored)
-    log(f"{args.out}: {len(kept)} of {len(records)} examples; the best are {scored[:5]}")
+    log(f"{args.out}: {len(kept)} of {len(records)} examples, best {scored[:5]}")
 
 
 # ------------------------------------------------------------------------------------------- demo
@@ -1176,18 +1203,17 @@ compare --estimates anchor.csv --truth truth.csv
 select --grads G --target_grads E --method ensemble --estimates anchor.csv --top 12 --out best.json
 """
 DEMO_READING = """
-The tables compare estimates with real fine-tunes, of which three have given the step size and are
-not judged: at the base model, and around the model fine-tuned on everything. spearman 1: subsets
-are ranked as fine-tuning ranks them; r2 1: the sizes are right too."""
+The tables compare estimates with real fine-tunes: those at the base model, and those around the
+model fine-tuned on everything. spearman: are subsets ranked alike? r2: are the sizes right?"""
 
 
 def demo(args, problems):
     """16 groups of four tasks, four of them with wrong answers: which group helps which task?"""
-    os.makedirs(args.out, exist_ok=True)
+    os.makedirs(args.out)
     os.chdir(args.out)
     data = common.HERE / "data"
     base = [*DEMO_BASE.split(), "--data_name", f"{data}/skills_base.jsonl"]
-    log(f"in {args.out}/, a model that knows a little: python sft_causal.py {shlex.join(base)}")
+    log(f"in {args.out}: python sft_causal.py {shlex.join(base)}")
     run_trainer([sys.executable, common.HERE / "sft_causal.py", *base])
     study = DEMO_STUDY.replace("\n--", " --").format(
         data=f"--data {data}/skills.jsonl --groups group --raw_prompt",
@@ -1195,10 +1221,8 @@ def demo(args, problems):
         limit=args.limit,
     )
     for line in study.strip().splitlines():
-        words = line.split()
-        if words[0] not in ("subsets", "select") or not os.path.exists(words[-1]):
-            log(f"\npython project_grads.py {line}")
-            main(parse_args(words))
+        log(f"\npython project_grads.py {line}")
+        main(parse_args(line.split()))
     log(DEMO_READING)
 
 
@@ -1225,8 +1249,8 @@ def check_args(args, problems):
             problems.append(f"--{name} {value}: expected more than 0")
     if not re.fullmatch(r"(.+:\d+)?", vars(args).get("calibrate", "")):
         problems.append(f"--calibrate {args.calibrate}: expected FILE:3, a table and a number")
-    if args.command in ("subsets", "select") and os.path.exists(args.out):
-        problems.append(f"--out {args.out} exists: choose another name")
+    if args.command in ("subsets", "select", "demo") and os.path.exists(args.out):
+        problems.append(f"--out {args.out} exists")
     if args.command != "collect" and common.world_size() > 1:
         problems.append(f"{args.command} runs in one process")
 
