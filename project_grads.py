@@ -308,7 +308,7 @@ class Opened:
         device = common.setup_distributed(args)
         common.resolve_precision(args, problems)
         if not args.model_init_name and not args.model_init_path:
-            problems.append("no model: --model_init_name (under models/) or --model_init_path")
+            problems.append("no model: --model_init_name or --model_init_path")
         self.source, config, self.tokenizer = common.open_model(args, problems)
         self.records = read_records(args, problems)
         if config:
@@ -624,7 +624,7 @@ def start_store(out, manifest):
         earlier = json.loads(path.read_text())
         changed = [key for key in manifest if earlier.get(key) != manifest[key]]
         if changed:
-            common.fail(f"{out} is another store {changed}: choose another --out")
+            common.fail(f"{out} is another store: {changed}")
     elif out.exists() and not (out / "parts").exists():
         common.fail(f"{out} is no store: choose another --out")
     else:
@@ -1046,7 +1046,7 @@ def truth(args, problems):
         if run != "all":  # only its figures are needed
             for path in metrics.parent.glob("**/*.safetensors"):
                 path.unlink()
-    log(f"{args.out}; the anchor is {work / 'models/all'}")
+    log(f"the anchor is {work / 'models/all'}")
 
 
 # ---------------------------------------------------------------------------------------- compare

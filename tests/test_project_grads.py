@@ -289,7 +289,7 @@ def test_a_store_that_was_stopped_goes_on_to_the_same_bits(stores, monkeypatch, 
     assert "again is finished" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         collect("again", "models/llama", "train", "--max_length", 9)
-    assert "again is another store (max_length" in capsys.readouterr().err
+    assert "again is another store: ['max_length" in capsys.readouterr().err
 
 
 def test_which_examples_are_collected(stores):
