@@ -59,7 +59,7 @@ MODEL = [
 SEED = (0, "of the sketch, of drawing and of new weights")
 COLLECT_FLAGS = {
     **{name: common.SHARED_FLAGS[name] for name in MODEL},
-    "split": ("train", "which records", "train", "eval", "test"),
+    "split": ("train", "train, eval or test", "train", "eval", "test"),
     "groups": ("", "key of the records that names their group"),
     "dim": (4096, "numbers of a row"),
     "seed": SEED,
@@ -94,7 +94,7 @@ TABLE = {
 ESTIMATE_FLAGS = {
     **TABLE,
     "anchor_grads": ([], "the same two at the anchor"),
-    "fit": ("mean", "direction of a step", "mean", "logistic"),
+    "fit": ("mean", "mean or logistic, of a subset", "mean", "logistic"),
     "calibrate": ("", "FILE:K, by K runs of truth"),
     "step_size": (0.0, "learning rate x steps"),
 }
@@ -109,8 +109,8 @@ COMPARE_FLAGS = {
 }
 SELECT_FLAGS = {
     **PAIR,
-    "method": ("less", "by cosine; by estimates; one by one", "less", "ensemble", "forward"),
-    "estimates": ("", "ensemble: a table of estimate"),
+    "method": ("less", "less, ensemble or forward", "less", "ensemble", "forward"),
+    "estimates": ("", "a table, for ensemble"),
     "top": (0.05, "share or number to keep"),
     "out": ("", "data file to write, .json"),
 }
@@ -127,7 +127,7 @@ ALIASES = {  # names of the earlier system
     "--subset_num": "--limit",
 }
 ALWAYS = ("--project_gradients", "--compute_pretrained_outputs", "--train_lora")  # asked or not
-POSITIVE = ("dim", "batch_size", "max_length", "max_source_length", "number_of_subsets", "repeat")
+POSITIVE = ("dim", "batch_size", "max_length", "max_source_length")
 POSITIVE += ("downsample", "subset_size", "top")
 REQUIRED = ("grads", "target_grads", "subsets", "truth", "out")
 CHUNK = 2**26 if torch.cuda.is_available() else 2**21  # numbers of gradients that exist at once
@@ -153,7 +153,9 @@ def count(share_or_number, n):
 def read_records(args, problems):
     """[(where, group, record)] of --split, in the order of the rows of a store."""
     records = []
-    found, _ = common.read_data_sets(args, problems)
+    found, amounts = common.read_data_sets(args, problems)
+    if any(amounts.values()):
+        problems.append("--data NAME:AMOUNT: use --downsample")
     for name, where, split, record in found:
         if split != args.split:
             continue
@@ -161,7 +163,7 @@ def read_records(args, problems):
         if args.groups:
             group = record.get(args.groups)
         if group is None:
-            problems.append((where, f"no key {args.groups!r}, which --groups names"))
+            problems.append((where, f"no {args.groups!r}, which --groups names"))
         records.append((where, str(group), record))
     if not records:
         problems.append(f"no {args.split} records")
@@ -257,9 +259,7 @@ def encode(record, prompts, args, is_seq2seq):
 
 def make_batches(examples, batch_size):
     """Lists of example numbers, alike in length, the longest first."""
-    lengths = []
-    for example in examples:
-        lengths.append(len(example.source_ids) + len(example.input_ids))
+    lengths = [len(example.source_ids) + len(example.input_ids) for example in examples]
     order = np.argsort(lengths, kind="stable")[::-1].tolist()
     starts = range(0, len(order), batch_size)
     return [order[start : start + batch_size] for start in starts]
@@ -626,7 +626,7 @@ def start_store(out, manifest):
         if changed:
             common.fail(f"{out} is another store: {changed}")
     elif out.exists() and not (out / "parts").exists():
-        common.fail(f"{out} is no store: choose another --out")
+        common.fail(f"{out} is no store")
     else:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         common.write_json(path, manifest)
@@ -712,8 +712,7 @@ def linerr(args, problems):
     opened = Opened(flags, problems)
     batches = [opened.batch(ids) for ids in make_batches(opened.examples, flags.batch_size)]
     before = losses_of(opened, batches)
-    weights = opened.model.parameters()
-    weights = [weight for weight in weights if weight.grad is not None]
+    weights = [weight for weight in opened.model.parameters() if weight.grad is not None]
     starts = [weight.detach().clone() for weight in weights]
     steps = [weight.grad for weight in weights]
     norm = torch.nn.utils.get_total_norm
@@ -783,8 +782,7 @@ def subsets(args, problems):
     size = count(args.subset_size, n_groups)
     lines = []
     for _ in range(args.number_of_subsets):
-        order = rng.permutation(n_groups)
-        chosen = sorted(order[:size])
+        chosen = sorted(rng.permutation(n_groups)[:size])
         lines.append(" ".join(map(str, chosen)))
     out.write_text("\n".join(lines) + "\n")
     log(f"{out}: subsets of {size} of the groups {' '.join(store.names)}")
@@ -941,8 +939,8 @@ def estimate(args, problems):
     """The loss of every target group after fine-tuning on each subset."""
     train, target, *anchors = open_stores(args, problems)
     subsets = read_subsets(args, train, problems)
-    if args.fit == "logistic" and anchors:
-        problems.append("--fit logistic does not go with --anchor_grads")
+    if len(anchors) == 1 or (anchors and args.fit == "logistic"):
+        problems.append("--anchor_grads: two stores, no --fit logistic")
     if problems:
         common.fail(problems)
     reference = target
@@ -1020,10 +1018,9 @@ def truth(args, problems):
         common.fail(problems)
     work = pathlib.Path(f"{args.out}.runs").resolve()
     (work / "data").mkdir(parents=True, exist_ok=True)
-    groups = []
-    for g in range(len(target.names)):
-        groups.append(f"target-{g}")
-        write_data(work / f"data/target-{g}.json", eval=target_records[target.group == g])
+    groups = [f"target-{g}" for g in range(len(target.names))]
+    for g, group in enumerate(groups):
+        write_data(work / f"data/{group}.json", eval=target_records[target.group == g])
     runs = [("all", tuple(range(len(train.names))), 0)]
     for repeat in range(args.repeat):
         runs += [(str(repeat), subset, repeat) for subset in subsets]
@@ -1089,8 +1086,7 @@ def compare(args, problems):
         common.fail(f"{len(shared)} subsets are in both tables, with the same groups: expected 3")
     base = true_rows["base", ()]
     found = np.array([estimates["estimate", subset] for subset in shared])
-    means = [np.mean(runs[subset], axis=0) for subset in shared]
-    true = np.array(means)
+    true = np.array([np.mean(runs[subset], axis=0) for subset in shared])
     table = {"estimate": agreement(found, true, base)}
     repeated = [runs[subset][:2] for subset in shared if len(runs[subset]) > 1]
     if len(repeated) > 2:
@@ -1100,7 +1096,7 @@ def compare(args, problems):
     table["baseline: mean of truth"] = agreement(0 * true + true.mean(0), true, base)
     for name, figures in table.items():
         show(name, figures)
-    common.write_json(f"{args.estimates}.compare.json", {"subsets": len(shared), **table})
+    common.write_json(f"{args.estimates}.compare.json", table)
     scatter(f"{args.estimates}.png", found - base, true - base, columns)
 
 
@@ -1203,8 +1199,8 @@ compare --estimates anchor.csv --truth truth.csv
 select --grads G --target_grads E --method ensemble --estimates anchor.csv --top 12 --out best.json
 """
 DEMO_READING = """
-The tables compare estimates with real fine-tunes: those at the base model, and those around the
-model fine-tuned on everything. spearman: are subsets ranked alike? r2: are the sizes right?"""
+The tables compare estimates with real fine-tunes: at the base model, and around the one fine-tuned
+on everything. spearman: are subsets ranked alike? r2: are the sizes right?"""
 
 
 def demo(args, problems):
