@@ -226,7 +226,7 @@ RECORDS = [
 def test_records_are_read_as_sft_causal_reads_them(record, flag):
     if "messages" in record and flag == "--raw_prompt":
         pytest.skip("texts only")
-    words = ["--model_init_name", "x", "--max_length", "12", flag]
+    words = ["--model_init_name", "x", "--max_length", "64", flag]
     args = sft_causal.parse_args(words)
     tokenizer = transformers.AutoTokenizer.from_pretrained(conftest.ROOT / "models/tiny-llama")
     prompts = sft_causal.open_prompts(args, "x", tokenizer, [])
@@ -261,14 +261,14 @@ def test_a_store_that_was_stopped_goes_on_to_the_same_bits(stores, monkeypatch, 
     rows = grads.Gradients.rows
     calls = []
 
-    def stop_at_third(self, batch):
+    def stop_at_fourth(self, batch):
         calls.append(len(batch["labels"]))
-        if len(calls) == 4:  # the first is the check
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return rows(self, batch)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grads.Gradients, "rows", stop_at_third)
+    monkeypatch.setattr(grads.Gradients, "rows", stop_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
         collect("again", "models/llama")
     assert len(list(pathlib.Path("again/parts").glob("*.npz"))) == 2
     with pytest.raises(SystemExit):
@@ -276,6 +276,7 @@ def test_a_store_that_was_stopped_goes_on_to_the_same_bits(stores, monkeypatch, 
     assert "'again' is no finished store" in capsys.readouterr().err
     store = collect("again", "models/llama")
     assert (store.rows == whole.rows).all() and (store.loss == whole.loss).all()
+    assert calls == [3, 4, 4, 4] + [3] + [4] * 4  # both times the check first
     other_batches = collect("other", "models/llama", "train", "--batch_size", 7)
     np.testing.assert_allclose(other_batches.rows, whole.rows, atol=1e-6 * abs(whole.rows).max())
     assert whole.rows.shape == (24, 300) and whole.names == ["a", "b", "c"]
