@@ -53,18 +53,16 @@ RULES = {
 STEPS = """
 collect {base} --split train --out {m}/G
 collect {base} --split eval --out {m}/E
-collect {base} --split train --output logodds --out {m}/LG
-collect {base} --split eval --output logodds --out {m}/LE
 subsets --grads {m}/G --number_of_subsets 40 --subset_size {size} --out {m}/subsets.txt
 truth {stores} --limit {n_repeated} --repeat 2 --out {m}/truth.csv -- {tune}
 collect {anchor} --split train --out {m}/GA
 collect {anchor} --split eval --out {m}/EA
 linerr --grads {m}/E
-estimate {stores} {around} --out {m}/anchor.csv
-compare {m}/anchor.csv {m}/truth.csv
+estimate {stores} {calibrate} --anchor_grads {m}/GA {m}/EA --out {m}/anchor.csv
+compare --estimates {m}/anchor.csv --truth {m}/truth.csv
 truth {stores} --limit {n_subsets} --out {m}/truth.csv -- {tune}
-estimate {stores} --out {m}/base.csv
-estimate {log_odds} --fit logistic --limit {n_subsets} --out {m}/logistic.csv
+estimate {stores} {calibrate} --out {m}/base.csv
+estimate {stores} {calibrate} --fit logistic --limit {n_subsets} --out {m}/logistic.csv
 """
 
 
@@ -124,8 +122,8 @@ def step(folder, script, words):
 def separation(path):
     """The share of pairs of a clean and a noisy group in which the clean one has the lower loss."""
     losses = {"clean": [], "noisy": []}
-    for group, loss in json.loads(path.read_text()):
-        losses[group.split("_")[0]].append(loss)
+    for group, score in json.loads(path.read_text()):
+        losses[group.split("_")[0]].append(-score)
     wins = np.subtract.outer(losses["noisy"], losses["clean"]) > 0
     return float(wins.mean())
 
@@ -147,28 +145,24 @@ def study(name, m):
         "--train_batch_size 64 --max_length 64 --n_generate 0 --eval_steps 1000000 --save_steps 0",
     )
     collect = f"--mount_dir {m} --data tasks --groups group --raw_prompt --max_length 64"
-    subsets = f"--subsets {m}/subsets.txt"
-    calibrate = f"--calibrate {m}/truth.csv:{N_CALIBRATE}"
     lines = STEPS.format(
         m=m,
         base=f"{collect} --model_init_path {m}/models/base",
         anchor=f"{collect} --model_init_path {m}/truth.csv.runs/models/all",
-        stores=f"--grads {m}/G --target_grads {m}/E {subsets}",
-        log_odds=f"--grads {m}/LG --target_grads {m}/LE {subsets} {calibrate}",
-        around=f"--anchor_grads {m}/GA {m}/EA {calibrate}",
+        stores=f"--grads {m}/G --target_grads {m}/E --subsets {m}/subsets.txt",
+        calibrate=f"--calibrate {m}/truth.csv:{N_CALIBRATE}",
         size=size,
         tune=f"{tune} --warmup_steps 0 --lr_scheduler_type constant",
         n_subsets=N_SUBSETS,
         n_repeated=N_REPEATED,
     )
     for line in lines.strip().splitlines():
-        if line.startswith("estimate") and "--calibrate" not in line:
-            line = f"{line} {calibrate}"
         step(m, "project_grads.py", line)
     twice = json.loads((m / "anchor.csv.compare.json").read_text())
     found = {"ceiling": twice["ceiling: another order"]}
     for way in ("anchor", "base", "logistic"):
-        harness.run_script("project_grads.py", ["compare", f"{m}/{way}.csv", f"{m}/truth.csv"])
+        words = f"compare --estimates {m}/{way}.csv --truth {m}/truth.csv"
+        harness.run_script("project_grads.py", words.split())
         compared = json.loads((m / f"{way}.csv.compare.json").read_text())
         found[way] = compared["estimate"]
         if data == "additions":

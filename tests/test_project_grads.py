@@ -53,7 +53,7 @@ def stores():
 # -------------------------------------------------------------------------------------- gradients
 
 FAMILIES = {
-    "llama": {},
+    "llama": {"pad_token_id": 85},  # a letter: torch gives it no gradient
     "llama-tied": {"tie_word_embeddings": True},
     "qwen2": {},  # has biases
     "gpt2": {},  # Conv1D
