@@ -1,5 +1,6 @@
-"""The pages about seq2seq.py and the README: commands parse, flags, metrics and links are right."""
+"""README and docs/: commands parse; flags, metrics and links are right; sizes."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -10,31 +11,38 @@ from conftest import ROOT, make_model, metrics, pairs, run, write_data
 import chat
 import clf
 import common
+import project_grads
 import rl_ppo
 import seq2seq
 import sft_causal
 
-SCRIPTS = {"seq2seq.py": seq2seq, "clf.py": clf, "sft_causal.py": sft_causal, "chat.py": chat}
-SCRIPTS["rl_ppo.py"] = rl_ppo
+SCRIPTS = {
+    f"{script.__name__}.py": script
+    for script in (seq2seq, clf, sft_causal, rl_ppo, project_grads, chat)
+}
 DOCS = ROOT / "docs"
-TOPICS = ["seq2seq", "pretraining", "adapters", "extend", "clf", "sft_causal", "instructions"]
-TOPICS += ["chat", "rl_ppo"]
-PAGES = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in TOPICS)]
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(DOCS.glob("*.md"))]
+TOOLS = [path for path in (ROOT / "data").glob("*.py") if "def main(argv" in path.read_text()]
 PRESETS = [path for path in (ROOT / "presets").glob("*") if path.is_file()]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-# that of the diff in docs/extend.md; DeepSpeed's launcher's; of an earlier system
-OTHER_FLAGS = {"--kl_coefficient", "--include", "--ft_head_first", "--save_best_metric"}
+OTHER_FLAGS = {
+    "--kl_coefficient",  # of the diff in docs/extend.md
+    *("--requeue", "--include", "--only", "--tiny"),  # Slurm's; DeepSpeed's; of benchmarks/gpu.py
+    *("--ft_head_first", "--save_best_metric"),  # of an earlier system
+}
 
 
-def commands():
-    """(script, words), of every command that runs one of ours."""
+def commands(names):
+    """(page, name, words behind it) of every command that runs one of names."""
     for page in PAGES:
         for language, text in BLOCK.findall(page.read_text()):
-            for line in text.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            if language != "bash":
+                continue
+            for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
                 words = shlex.split(line, comments=True)
-                for name in set(words) & set(SCRIPTS):
+                for name in set(words) & set(names):
                     if words[0] != "cp":
-                        yield name, words[words.index(name) + 1 :]
+                        yield page, name, words[words.index(name) + 1 :]
 
 
 def check(name, words):
@@ -51,9 +59,9 @@ def check(name, words):
 
 def test_commands_and_presets_parse(monkeypatch):
     monkeypatch.chdir(ROOT)  # where @presets/... is
-    found = list(commands())
-    assert len(found) > 30 and {name for name, _ in found} == set(SCRIPTS)
-    for name, words in found:
+    found = list(commands(SCRIPTS))
+    assert len(found) > 60 and {name for _, name, _ in found} == set(SCRIPTS)
+    for _, name, words in found:
         check(name, words)
     for preset in PRESETS:
         for name in SCRIPTS:
@@ -65,17 +73,51 @@ def test_commands_and_presets_parse(monkeypatch):
                 check(name, words)
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_commands_of_tools_parse(monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    class Parsed(Exception):
+        pass
+
+    def only_parse(parser, words=None, namespace=None):
+        parse_args(parser, words, namespace)
+        raise Parsed
+
+    names = {f"data/{path.name}": path.stem for path in TOOLS if path.name != "cot.py"}
+    found = list(commands(names))
+    assert len(found) > 20
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    for _, name, words in found:
+        with pytest.raises(Parsed):
+            importlib.import_module(names[name]).main(words)
+
+
+def flags_of(page):
+    """Those that a page may name: its script's, or of other pages all."""
+    found = set(OTHER_FLAGS)
+    own = f"{page.stem}.py"
+    for name in [own] if own in SCRIPTS else SCRIPTS:
+        script = SCRIPTS[name]
+        if script is project_grads:
+            found |= {*script.ALIASES, *script.ALWAYS}
+            for _, flags in script.COMMANDS.values():
+                found.update(f"--{flag}" for flag in flags)
+        else:
+            parser = common.Parser(script.__doc__, script.FLAGS)
+            found.update(parser._option_string_actions)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: page.name)
 def test_flags_exist(page, capsys):
-    script = SCRIPTS.get(f"{page.stem}.py", seq2seq)
-    parser = common.Parser(script.__doc__, script.FLAGS)
-    known = OTHER_FLAGS | set(parser._option_string_actions)
-    for name in set(re.findall(r"data/((?:prepare|score)_\w+)\.py", page.read_text())):
+    known = flags_of(page)
+    text = page.read_text()
+    tools = set(re.findall(r"data/(\w+)\.py", text)) & {path.stem for path in TOOLS}
+    for name in tools:
         with pytest.raises(SystemExit):
             importlib.import_module(name).main(["--help"])
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
-    text = BLOCK.sub("", page.read_text())
-    named = re.findall(r"`[^`]*`", text)
+    named = re.findall(r"`[^`]*`", BLOCK.sub("", text))
     assert set(re.findall(r"(?<!\w)--\w+", " ".join(named))) <= known
 
 
@@ -90,12 +132,9 @@ def test_every_metric_is_explained(name):
         write_data(data, records[:4], records[4:6], test=records[6:])
     words = ["--model_init_name", "t5", "--data", "one", "two", "--max_steps", 1]
     if name == "rl_ppo.py":
-        reward = [
-            "data/rewards.py:last_number",
-            "--heldout_reward_fn",
-            "data/rewards.py:last_number",
-        ]
-        words += ["--reward_fn", *reward, "--num_rollouts", 4, "--train_batch_size", 4]
+        function = "data/rewards.py:last_number"
+        words += ["--reward_fn", function, "--heldout_reward_fn", function]
+        words += ["--num_rollouts", 4, "--train_batch_size", 4]
     run(*words, "--training_run_name", "r", module=SCRIPTS[name])
     found = set()
     for row in metrics("r"):
@@ -119,4 +158,6 @@ def test_links_lead_somewhere(page):
 
 
 def test_sizes():
-    assert sum(page.stat().st_size for page in PAGES[1:]) <= 61_000
+    assert PAGES[0].stat().st_size <= 16_000 and PAGES[1].stat().st_size <= 10_000
+    assert sum(page.stat().st_size for page in DOCS.glob("*.md")) <= 85_000
+    assert (ROOT / "chat.html").stat().st_size <= 12_000
