@@ -161,5 +161,5 @@ def test_links_lead_somewhere(page):
 
 def test_sizes():
     assert PAGES[0].stat().st_size <= 16_000 and PAGES[1].stat().st_size <= 10_000
-    assert sum(page.stat().st_size for page in DOCS.glob("*.md")) <= 85_000
+    assert sum(page.stat().st_size for page in DOCS.glob("*.md")) <= 70_000
     assert (ROOT / "chat.html").stat().st_size <= 12_000
