@@ -45,8 +45,7 @@ def sizes(linear):
 def new_linear(n_in, n_out, like, dtype, seed=None, bias=False):
     """Of zeros, or with torch's (and PEFT's) start from a seed of its own: the same beside any
     other layers, on every rank and at every stage."""
-    if seed is not None:
-        torch.manual_seed(seed)
+    torch.manual_seed(seed or 0)
     linear = torch.nn.Linear(n_in, n_out, bias, device=like.weight.device, dtype=dtype)
     if seed is None:
         for weight in linear.parameters():
@@ -125,7 +124,7 @@ def quantized(linear, kind, dtype):
     # on some CPUs evaluation would repack the weights, and training go on with noise
     new.support_avx512bf16_for_cpu = False
     # the move to a device is what quantises
-    return new.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    return new.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sha256_of_weights(folder):
@@ -176,17 +175,19 @@ class Adapter:
         unknown = [name for name in NOT_READ if self.config.get(name)]
         if self.config.get("peft_type", "LORA") != "LORA" or unknown:
             common.fail(f"{self.folder}: only plain LoRA can be read, not {' '.join(unknown)}")
-        about = self.folder / "rawtune.json"
-        expected = about.exists() and json.loads(about.read_text())["base"]["sha256"]
-        if expected and expected != sha256_of_weights(self.base):
+        about = common.read_about(self.folder)
+        if about and about["base"]["sha256"] not in (None, sha256_of_weights(self.base)):
             common.fail(f"{self.base} has other weights than those {self.folder} was trained on")
         named = safetensors.torch.load_file(self.folder / weights_name)
         self.weights = {name.removeprefix(prefix): weight for name, weight in named.items()}
 
     def about(self):
         """What rawtune.json says of it."""
-        base = {"path": str(self.base), "sha256": sha256_of_weights(self.base)}
-        return {"base": base, "adapter": self.kind, "quantize": self.quantize or None}
+        return {
+            "base": {"path": str(self.base), "sha256": sha256_of_weights(self.base)},
+            "adapter": self.kind,
+            "quantize": self.quantize or None,
+        }
 
     def lora_config(self, model_config, args):
         """PEFT's names."""
@@ -218,22 +219,6 @@ class Adapter:
                 return BottleneckLinear(layer, part, factor, config["dropout"], dtype, seed)
         return layer
 
-    def put_in(self, model):
-        """Collective. Quantise, freeze, and wrap the layers; -> their number."""
-        head = model.get_output_embeddings()
-        dtype = model.dtype
-        n_wrapped = 0
-        model.requires_grad_(False)
-        for path, layer in list(model.named_modules()):
-            if not isinstance(layer, (torch.nn.Linear, Conv1D)) or layer is head:
-                continue
-            if self.quantize:
-                layer = quantized(layer, self.quantize, dtype)
-            wrapped = self.wrap(layer, path, dtype)
-            n_wrapped += wrapped is not layer
-            model.set_submodule(path, wrapped)
-        return n_wrapped
-
     def save(self, weights, folder):
         """Rank 0."""
         config_name, weights_name, prefix = self.FILES[self.kind]
@@ -243,12 +228,26 @@ class Adapter:
 
 
 def install(model, source, base, args):
-    """Collective. The adapter of the folder `source`, which training continues, else the flags'."""
+    """Collective. Quantise, freeze and wrap the layers. The adapter is that of the folder `source`,
+    which training continues, else the flags'."""
     if not common.has_weights(base):
         common.fail(f"{base} has no weights that an adapter could belong to")
     adapter = model.adapter = Adapter(source, base, model.config, args)
-    n_wrapped = adapter.put_in(model)
-    if n_wrapped == 0 and not args.no_train:
+    dtype = model.dtype
+    n_wrapped = 0
+    model.requires_grad_(False)
+    for path, layer in list(model.named_modules()):
+        if (
+            not isinstance(layer, (torch.nn.Linear, Conv1D))
+            or layer is model.get_output_embeddings()
+        ):
+            continue
+        if args.quantize:
+            layer = quantized(layer, args.quantize, dtype)
+        wrapped = adapter.wrap(layer, path, dtype)
+        n_wrapped += wrapped is not layer
+        model.set_submodule(path, wrapped)
+    if not n_wrapped and not args.no_train:
         common.fail("nothing to train: --lora_rank, --train_adapter, --lora_targets")
     if adapter.folder:
         model.load_state_dict(adapter.weights, strict=False)
@@ -267,22 +266,27 @@ def merge(args):
     source, config, tokenizer = common.open_model(args, problems)
     out = pathlib.Path(args.training_run_name)
     if out.exists() or not pathlib.Path(args.model_init_path, "adapter_config.json").exists():
-        problems.append("expected a folder that holds LoRA, and one that does not exist")
+        problems.append("expected a LoRA folder, and one that does not exist")
     if problems:
         common.fail(problems)
     auto_class = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
         auto_class = transformers.AutoModelForSeq2SeqLM
-    ds_config = {"zero_optimization": {"stage": 0}}
-    model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
+    stage_0 = {"zero_optimization": {"stage": 0}}
+    model = common.load_model(auto_class, source, config, args, stage_0, tokenizer)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
             update = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
             linear = layer.base_layer
             linear.weight += update.T if isinstance(linear, Conv1D) else update
             model.set_submodule(path, linear)
+    about = common.read_about(source)
+    if "stop_ids" in about:
+        model.generation_config.eos_token_id = about["stop_ids"]
     model.to(config.dtype or torch.float32).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if about:
+        common.write_json(out / "rawtune.json", {**about, "adapter": "none"})
     common.log(f"{out} holds {model.adapter.base} with {source} merged in")
 
 
@@ -290,7 +294,8 @@ def parse_args(argv):
     if len(argv) != 2:
         common.fail("usage: python adapters.py RUN OUT")
     words = ["--no_train", "--precision", "fp32", "--model_init_path", argv[0]]
-    return common.Parser(__doc__, {}).parse_args([*words, "--training_run_name", argv[1]])
+    words += ["--training_run_name", argv[1]]
+    return common.Parser(__doc__, {}).parse_args(words)
 
 
 if __name__ == "__main__":

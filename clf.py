@@ -24,7 +24,6 @@ import collections
 import functools
 import json
 import math
-import pathlib
 import re
 import shutil
 import sys
@@ -84,8 +83,7 @@ def complete_flags(args, source, problems):
     """Flags that are not given become those that the model was trained with, else LAYOUT. Sets
     args.threshold, from which on the model says yes, or None."""
     layout = {**LAYOUT, "threshold": None}
-    path = pathlib.Path(source or "", "rawtune.json")
-    about = json.loads(path.read_text()) if source and path.is_file() else {}
+    about = common.read_about(source) if source else {}
     if about.get("script") == "clf.py":
         words = {f"{kind}_word": about["verbaliser"][kind] for kind in ("positive", "negative")}
         known = {**about, **about["record_layout"], **words}
@@ -106,7 +104,7 @@ def complete_flags(args, source, problems):
         problems.append(
             f"--template {args.template}: expected keys, such as {{reply}} or {{input}}"
         )
-    if not args.target_min < args.target_max:
+    if not -math.inf < args.target_min < args.target_max < math.inf:
         problems.append("--target_min: expected less than --target_max")
 
 
@@ -115,14 +113,11 @@ def find_replies(record, split, where, problems):
     if "reply" in record and split != "train":
         return [record["reply"]]  # has a reward, but no rival
     replies = record.get("replies", [record.get("chosen"), record.get("rejected")])
-    if "replies" in record and not isinstance(replies, list):
-        problems.append((where, f"'replies' is {replies!r:.40}, expected a list of texts"))
+    is_list = isinstance(replies, list) and None not in replies
+    if not is_list or len(set(map(str, replies))) < max(2, len(replies)):
+        expected = "expected chosen and rejected, or replies: a list of different texts"
+        problems.append((where, f"{expected}; there is {', '.join(record)}"))
         return []
-    if None in replies:
-        problems.append((where, common.text_problem(None, "chosen and rejected", record)))
-        return []
-    if len(set(map(str, replies))) < max(2, len(replies)):
-        problems.append((where, "expected two or more replies, all different"))
     return replies
 
 
@@ -130,16 +125,16 @@ def find_target(args, record, split, where, problems):
     """The target of a record in [0, 1], nan where there is none."""
     target = record.get("target")
     low, high = args.target_min, args.target_max
-    if target is None:
-        if split == "train":
-            problem = common.text_problem(None, "target", record)
-            problems.append((where, f"{problem}; preferences need --loss pairwise"))
-    elif type(target) in (int, float) and low <= target <= high:
+    if target is None and split != "train":
+        return math.nan
+    if "target" not in record:
+        problem = common.text_problem(None, "target", record)
+        problems.append((where, f"{problem}; preferences need --loss pairwise"))
+        return math.nan
+    if type(target) in (int, float) and low <= target <= high:
         return (target - low) / (high - low)
-    else:
-        expected = f"a number from {low:g} (a sure no) to {high:g} (a sure yes)"
-        hint = "--target_min and --target_max set these"
-        problems.append((where, f"'target' is {target!r:.40}, expected {expected}; {hint}"))
+    expected = f"{low:g} (a sure no, --target_min) to {high:g} (a sure yes, --target_max)"
+    problems.append((where, f"'target' is {target!r:.40}, expected a number from {expected}"))
     return math.nan
 
 
@@ -406,7 +401,7 @@ def f1_score(is_predicted, is_positive):
 def calibration_error(scores, targets):
     """Mean over ten bins, weighted by their texts, of |mean score - mean target|, as Guo et al.
     2017."""
-    bins = np.minimum((scores * 10).astype(int), 9)
+    bins = np.minimum(scores * 10, 9).astype(int)
     gaps = np.bincount(bins, scores - targets)
     return float(np.abs(gaps).sum() / len(scores))
 
@@ -492,10 +487,11 @@ def write_predictions(args, examples, rows, logits, name, run):
         texts = rows.texts(i)
         if len(texts) == 1:
             texts = texts[0]
-        row = {"orig_d": example.record, "pred_score": scores[texts].tolist()}
+        row = {"orig_d": example.record, "dataset": example.data_set}
+        row["pred_score"] = scores[texts].tolist()
         if args.loss == "pairwise":
             row["reward"] = logits[texts].tolist()
-        predictions.append({**row, "dataset": example.data_set})
+        predictions.append(row)
     run.write_predictions(name, predictions)
 
 
@@ -504,19 +500,10 @@ def evaluate(args, engine, data, split, run, device):
     rows = data.rows[split]
     examples = data.examples[split]
     logits = score(args, engine, rows, device)
-    groups = collections.defaultdict(list, {"": range(len(examples))})
-    if len(data.sizes) > 1:
-        for i, example in enumerate(examples):
-            groups[f"{example.data_set}/"].append(i)
-    metrics = {}
-    for prefix, ids in groups.items():
-        texts = np.concatenate([rows.texts(i) for i in ids])
-        if args.loss == "pairwise":
-            found = pair_metrics(logits[texts], rows.counts[ids])
-        else:
-            found = point_metrics(args, logits[texts], rows.targets[ids])
-        for name, value in found.items():
-            metrics[prefix + name] = value
+    if args.loss == "pairwise":
+        metrics = pair_metrics(logits, rows.counts)
+    else:
+        metrics = point_metrics(args, logits, rows.targets)
     if common.rank() == 0:
         name = f"checkpoint-{run.step}-preds.json"
         if args.no_train or split == "test":
@@ -566,21 +553,16 @@ def auto_class_of(config):
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = None
+    ds_config = None
     common.check_shared_args(args, (), problems)
     source, config, tokenizer = common.open_model(args, problems)
     complete_flags(args, source, problems)
     if config:
         check_model(args, source, config, tokenizer, problems)
         ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
-    if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
     has_encoder = bool(config and config.is_encoder_decoder)
     data = load_records(args, tokenizer, has_encoder, problems)
-    if data:
-        data_sha256 = data.sha256
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, set(), identity, problems)
+    run = common.Run(args, set(), ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run
@@ -625,9 +607,6 @@ def main(args):
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
-    if run.is_exported():
-        log(f"{run.dir} is finished: a larger --max_steps or --num_epochs goes on")
-        return 0
     auto_class = auto_class_of(config)
     model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
     no_yes = answer_ids(args, tokenizer, config.is_encoder_decoder, [])
@@ -635,14 +614,10 @@ def main(args):
     # 2 engine
     engine, *_ = deepspeed.initialize(
         model=YesNo(model, no_yes, device),
-        optimizer=None if args.no_train else common.make_adamw(model, args, ds_config),
+        optimizer=None if args.no_train else common.make_adamw(model, args),
         config=ds_config,
     )
-    if run.resume_from:
-        common.load_checkpoint(engine, run.resume_from)
-    stage = engine.zero_optimization_stage()
-    log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
-    log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
+    run.resume(engine)
 
     def evaluation(split):
         return evaluate(args, engine, data, split, run, device)
@@ -657,21 +632,14 @@ def main(args):
     if rank == 0 and hasattr(model, "adapter"):
         about.update(model.adapter.about())
 
-    def evaluate_and_keep():
-        metrics = evaluation("eval")
-        run.state["threshold"] = metrics.get("optimal_threshold")
-        run.evaluated(metrics, LOW_IS_BETTER)
-
     if run.eval_is_due():  # the baseline, or what a stop left out
-        evaluate_and_keep()
+        run.evaluated(evaluation("eval"), LOW_IS_BETTER)
 
     # 3 loop: the forward steps of a step are a pure function of (seed, step)
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
     steps = common.ahead(train_data.forward_steps, run.step, last_step)
     for step, (batches, n_examples, padding_share) in steps:
-        lr = common.lr_at(step, args, max_steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(engine, step, args, max_steps)
         # seeded by the step, so that a checkpoint needs no state of random numbers
         torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -687,15 +655,13 @@ def main(args):
         # one exchange: every rank learns the loss of the step, and whether any rank has to stop
         loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
         engine.step()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
         loss = loss_sum / n_examples
-        common.check_step(engine, args, step, loss, grad_norm)
+        grad_norm = common.check_step(engine, args, step, loss, grad_norm)
         run.stepped(loss, n_examples, lr=lr, padding_share=padding_share, grad_norm=grad_norm)
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
         if run.eval_is_due() and not n_stop:  # after saving: it may run out of memory
-            evaluate_and_keep()
+            run.evaluated(evaluation("eval"), LOW_IS_BETTER)
         if n_stop:
             log(f"saved at step {run.step}: the same command, without --overwrite, continues")
             return common.EXIT_SAVED
@@ -704,10 +670,10 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     chosen = run.chosen()
-    args.threshold = json.loads((chosen / "state.json").read_text())["threshold"]
+    state = json.loads((chosen / "state.json").read_text())
+    args.threshold = state["metrics"].get("optimal_threshold")
     if data.examples["test"]:
-        if chosen != run.dir / f"checkpoint-{run.step}":
-            common.load_checkpoint(engine, chosen, weights_only=True)
+        run.load_chosen(engine)
         run.log("test", evaluation("test"))
     if rank == 0:
         about["threshold"] = args.threshold
@@ -718,14 +684,11 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
-        log(f"demo: python clf.py {DEMO}")
-        argv = [*DEMO.split(), *argv]
-    args = common.Parser(__doc__, FLAGS).parse_args(argv)
+    args = common.Parser(__doc__, FLAGS, DEMO).parse_args(argv)
     name = args.model_pretrain_name
     if name and not (args.model_init_name or args.model_init_path):
-        places = [common.find_input(args, "models", n, [], []) for n in (name, name.split("/")[-1])]
-        args.model_init_path = str(places[0] or places[1] or name)
+        folder = common.mount(args) / "models" / name.split("/")[-1]
+        args.model_init_path = str(folder) if folder.is_dir() else name
     return args
 
 

@@ -109,11 +109,10 @@ def use_slurm_ranks():
 
 
 def use_one_process():
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    """Port 0 means a free one, so that two runs on one machine do not meet."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
-    with socket.socket() as probe:  # a free port, so that two runs on one machine do not meet
-        probe.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
 
 
 def adopt_launcher():
@@ -177,8 +176,7 @@ def setup_distributed(args):
         return device
     # a build of this op that is killed leaves a lock on which all later runs wait
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if sys.platform == "linux":
-        keep_freed_memory()
+    keep_freed_memory()
     deepspeed.init_distributed("gloo", verbose=False, timeout=patience)
     return torch.device("cpu")
 
@@ -198,8 +196,8 @@ def keep_freed_memory():
     """glibc gives freed memory back to the system: page faults would take a third of a step."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL(None)
-    libc.mallopt(ctypes.c_int(M_MMAP_MAX), ctypes.c_int(0))
-    libc.mallopt(ctypes.c_int(M_TRIM_THRESHOLD), ctypes.c_int(2**31 - 1))
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def gather(rows):
@@ -214,26 +212,24 @@ def gather(rows):
 
 def on_one_process(build):
     """Collective. {name: array} of build(), which runs on one process per node; the others map its
-    arrays from a temporary folder."""
+    arrays from a temporary file."""
     if world_size() == 1:
         return build()
     host = socket.gethostname()
     hosts = gather({rank(): host})
     is_first = rank() == min(other for other in hosts if hosts[other] == host)
-    folders = {}
+    paths = {}
     if is_first:
         arrays = build()
-        folders[host] = pathlib.Path(tempfile.mkdtemp(prefix="rawtune-"))
-        for key, array in arrays.items():
-            np.save(folders[host] / f"{key}.npy", array)
-    folder = gather(folders)[host]
+        _, paths[host] = tempfile.mkstemp(prefix="rawtune-")
+        torch.save({name: torch.as_tensor(array) for name, array in arrays.items()}, paths[host])
+    path = gather(paths)[host]
     if not is_first:
-        arrays = {}
-        for path in folder.glob("*.npy"):
-            arrays[path.stem] = np.load(path, mmap_mode="r")
+        tensors = torch.load(path, mmap=True)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     dist.barrier()
     if is_first:
-        shutil.rmtree(folder)  # what is mapped stays readable
+        os.unlink(path)  # what is mapped stays readable
     return arrays
 
 
@@ -372,9 +368,10 @@ def add_flag(parser, name, default, text, *choices):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse from tables of flags, with @file presets; an unknown flag names the nearest one."""
+    """argparse from tables of flags, with @file presets; an unknown flag names the nearest one.
+    demo: the flags of a command that names neither model nor data."""
 
-    def __init__(self, description, own_flags):
+    def __init__(self, description, own_flags, demo="", shared_flags=SHARED_FLAGS):
         super().__init__(
             description=description,
             usage=argparse.SUPPRESS,
@@ -382,15 +379,20 @@ class Parser(argparse.ArgumentParser):
             fromfile_prefix_chars="@",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for name, spec in {**SHARED_FLAGS, **own_flags}.items():  # a script's own default wins
+        for name, spec in {**shared_flags, **own_flags}.items():  # a script's own default wins
             add_flag(self, name, *spec)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
+        self.demo = demo
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
-    def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_args(argv, namespace)
+    def parse_args(self, argv):
+        names = ("@", "-h", "--help", "--model", "--policy", "--data")
+        if self.demo and not any(word.startswith(names) for word in argv):
+            log(f"demo: python {self.prog} {self.demo}")
+            argv = [*self.demo.split(), *argv]
+        args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1, 0.0)
@@ -486,8 +488,9 @@ def run_name(args):
 class Run:
     """A run folder, and where its training stands: the bookkeeping around a loop, not the loop."""
 
-    def __init__(self, args, free_flags, identity, problems):
-        """identity: what must not change when a run goes on besides flags, as the data's hashes."""
+    def __init__(self, args, free_flags, ds_config, data_sha256, problems):
+        """free_flags: of the script, may differ when a run goes on. Where there are problems,
+        ds_config may be None."""
         self.args = args
         self.dir = mount(args) / "models" / run_name(args)
         self.tracker = None
@@ -498,16 +501,12 @@ class Run:
         if args.max_hours:
             self.deadline = time.monotonic() + 3600 * args.max_hours
         self.state = {"step": 0, "last_eval": -1, "loss_sum": 0.0, "n_targets": 0, "bad_evals": 0}
-        self.state.update(log_bytes=0, best=None, best_score=None, best_step=None)
+        self.state.update(log_bytes=0, best_score=None, best_step=None)
         # their product counts, not how it is made; the layout counts for the bits of a resumed run
         batch = args.train_batch_size * args.gradient_accumulation_steps
-        layout = {"batch": batch, "world_size": world_size(), "format": 2}
-        self.record = {**vars(args), **identity, **layout}
-        source = args.model_init_path or mount(args) / "models" / args.model_init_name
-        if args.overwrite and self.dir in (pathlib.Path(source), *pathlib.Path(source).parents):
-            problems.append(
-                f"--overwrite would rename {self.dir}, which has the model to start from"
-            )
+        self.record = {**vars(args), "batch": batch, "world_size": world_size(), "format": 2}
+        self.record["zero_stage"] = ds_config and ds_config["zero_optimization"]["stage"]
+        self.record["data_sha256"] = data_sha256
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
 
@@ -547,7 +546,7 @@ class Run:
             )
 
     def start(self, script, device, max_steps=0, steps_per_epoch=1):
-        """Collective. Make the folder and write down what runs."""
+        """Collective. Make the folder and write down what runs; leave if it is finished."""
         self.device = device
         self.max_steps = max_steps
         self.steps_per_epoch = steps_per_epoch
@@ -557,7 +556,10 @@ class Run:
             if not self.args.no_train:  # there is nothing to save
                 signal.signal(number, self.on_signal)
         dist.barrier()  # nobody is still looking at what an earlier run has left
-        if rank() == 0 and not self.is_exported():
+        if self.is_exported():
+            log(f"{self.dir} is finished: a larger --max_steps or --num_epochs goes on")
+            raise SystemExit(0)
+        if rank() == 0:
             self.prepare_folder(script)
         dist.barrier()
         self.restart_clock()
@@ -581,6 +583,20 @@ class Run:
         os.truncate(self.dir / "metrics.jsonl", self.state["log_bytes"])
         if self.args.wandb_project:
             self.start_wandb()
+
+    def resume(self, engine):
+        """Collective. The weights and the optimizer of the last checkpoint, if there is one."""
+        if self.resume_from:
+            load_checkpoint(engine, self.resume_from)
+        stage = engine.zero_optimization_stage()
+        n_steps = f"{self.max_steps} steps, {self.steps_per_epoch} per epoch, from step {self.step}"
+        layout = f"ZeRO stage {stage}, {world_size()} process(es) on {self.device.type}"
+        log(f"{self.dir}: {n_steps}; {self.args.precision}, {layout}")
+
+    def load_chosen(self, engine):
+        """Collective. The weights that are exported: of the best checkpoint, or the last."""
+        if self.chosen() != self.dir / f"checkpoint-{self.step}":
+            load_checkpoint(engine, self.chosen(), weights_only=True)
 
     def start_wandb(self):
         import wandb  # optional package; WANDB_ENTITY and the like are its own business
@@ -644,7 +660,7 @@ class Run:
     def evaluated(self, metrics, low_is_better=("loss",)):
         """Log an evaluation, keep which was the best, and write that into the checkpoint."""
         self.log("eval", metrics)
-        self.state["last_eval"] = self.step
+        self.state.update(last_eval=self.step, metrics=metrics)
         name = self.args.metric_for_best
         if name and name not in metrics:
             fail(f"--metric_for_best {name}: expected one of {', '.join(metrics)}")
@@ -659,11 +675,12 @@ class Run:
         state = self.state
         sign = -1 if name.split("/")[-1] in low_is_better else 1
         score = [sign * metrics[name], -metrics.get("loss", 0.0)]
-        is_first = state["best_score"] is None
-        is_better = is_first or score > state["best_score"]
-        state["bad_evals"] = 0 if is_better else state["bad_evals"] + 1
-        if is_better or score == state["best_score"]:
-            state.update(best=metrics[name], best_score=score, best_step=self.step)
+        best_score = state["best_score"] or [-math.inf]
+        state["bad_evals"] += 1
+        if score > best_score:
+            state["bad_evals"] = 0
+        if score >= best_score:
+            state.update(best_score=score, best_step=self.step)
 
     def write_predictions(self, name, predictions):
         """Rank 0. Those of an earlier --no_train are kept under another name."""
@@ -725,6 +742,7 @@ class Run:
 
 DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "eval", "test")
+INNER_MARK = "a byte order mark inside the file, as joined files have it: remove it"
 
 
 def parse_data_spec(spec, problems):
@@ -744,8 +762,23 @@ def unique_keys(pairs):
     """For json: of a repeated key it would silently keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"a key is repeated among {', '.join(key for key, _ in pairs)}")
+        names = ", ".join(key for key, _ in pairs)
+        raise ValueError(f"a key is repeated among {names}: rename or delete one")
     return record
+
+
+def refuse_constant(word):
+    raise ValueError(f"{word} is no JSON: write null or a number")
+
+
+def parse_json(text):
+    """The value of a JSON text; a ValueError names the remedy. json would take some of it."""
+    if text.startswith("\ufeff"):
+        raise ValueError(INNER_MARK)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply: write the inner part as a text") from None
 
 
 def open_text(path, newline=None):
@@ -765,16 +798,16 @@ def read_records(path, problems):
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        record = json.loads(line, object_pairs_hook=unique_keys)
+                        record = parse_json(line)
                         found.append((where, "train", record))
             else:
-                lists = json.load(file, object_pairs_hook=unique_keys)
+                lists = parse_json(file.read())
                 if not isinstance(lists, dict):
                     lists = {"train": lists}
                 for split, records in lists.items():
                     for i, record in enumerate(records):
                         found.append((f"{path}, {split}[{i}]", split, record))
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         problems.append(f"{where}: {error}; expected lists train, eval, test, or lines in a .jsonl")
     for where, split, record in found:
         if not isinstance(record, dict):
@@ -790,11 +823,11 @@ def read_records(path, problems):
 
 def text_problem(text, name, record):
     """What is wrong with a text of a record, or None."""
-    if text is None:
+    if text is None and name not in record:
         keys = ", ".join(record)
         return f"{name!r} is missing; there is {keys}: data/prepare_table.py can rename them"
     if not isinstance(text, str) or not text.strip():
-        return f"{name!r} is {str(text)[:40]!r}, expected text"
+        return f"{name!r} is {text!r:.40}, expected text"
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         return f"{name!r} holds bytes that are no UTF-8, or half a character"
     return None
@@ -825,7 +858,7 @@ def check_examples(args, examples, amounts, problems):
     what two examples share when one gives the other's answer away."""
     sizes = collections.Counter(example.data_set for example in examples["train"])
     for name, amount in amounts.items():
-        if isinstance(amount, int) and amount > sizes[name]:
+        if isinstance(amount, int) and amount > sizes[name] and not args.no_train:
             problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
     keys = {}
     for split in SPLITS:
@@ -1081,6 +1114,12 @@ def adapter_base(source):
     return None
 
 
+def read_about(folder):
+    """rawtune.json of a trained model: how it was trained. {} of other models."""
+    path = pathlib.Path(folder, "rawtune.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def has_weights(base):
     """Of a hub id we assume so."""
     folder = pathlib.Path(base)
@@ -1227,38 +1266,21 @@ def whole(weight):
     return deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id"))
 
 
-def whole_copy(model):
-    """Collective. A copy with whole weights of a model that ZeRO-3 has partitioned."""
-    with torch.device("meta"):
-        twin = type(model)(model.config)
-        if hasattr(model, "adapter"):
-            model.adapter.put_in(twin)
-    copies = {}  # a weight that is tied has several names and one copy
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    for name, tensor in tensors:
-        if id(tensor) not in copies:
-            with whole(tensor):
-                copy = tensor.detach().clone()
-            is_weight = isinstance(tensor, torch.nn.Parameter)
-            copies[id(tensor)] = torch.nn.Parameter(copy, False) if is_weight else copy
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, copies[id(tensor)])
-    return twin.eval()
-
-
 @contextlib.contextmanager
 def generating(engine, settings):
-    """Collective. The model to call generate on. Under ZeRO-3 a whole copy: to gather every weight
-    again for every token takes ten times as long."""
+    """Collective. The model to call generate on. Under ZeRO-3 its weights are whole meanwhile: to
+    gather each of them again for every token takes ten times as long."""
     engine.eval()
     model = engine.module.model
+    gathered = contextlib.nullcontext()
     if engine.zero_optimization_partition_weights():
-        model = whole_copy(model)
+        gathered = deepspeed.zero.unwrap_model_for_generation(engine)
     # generate fills gaps of its arguments from the model's own settings, so these are replaced
     inherited = model.generation_config
     model.generation_config = settings
     is_mixed = engine.torch_autocast_enabled()
-    with torch.no_grad(), torch.autocast(engine.device.type, torch.bfloat16, enabled=is_mixed):
+    autocast = torch.autocast(engine.device.type, torch.bfloat16, enabled=is_mixed)
+    with gathered, torch.no_grad(), autocast:
         yield model
     model.generation_config = inherited
     engine.train()
@@ -1272,15 +1294,22 @@ def without_auto(pairs):
     return {key: value for key, value in pairs if value != "auto"}
 
 
+def needs_masters(args):
+    """Whether weights need the fp32 copy that ZeRO keeps of them, from stage 1 on."""
+    return args.precision in ("bf16", "fp16") and not args.no_train
+
+
 def make_ds_config(args, auto_class, model_config, problems):
     """DeepSpeed's configuration: the JSON of --ds_config, in which batch, clipping and precision
     are the flags'."""
     if type(model_config) not in auto_class._model_mapping:
         problems.append(f"a {model_config.model_type} writes no text: expected another model")
         return None
-    name = args.ds_config
     if args.precision not in DTYPES:
         return None
+    if args.precision == "fp16" and "t5" in model_config.model_type:
+        problems.append("--precision fp16: T5 overflows in it; use bf16 or fp32")
+    name = args.ds_config
     if name == "auto":
         name = choose_stage(args, auto_class, model_config, problems)
     path = pathlib.Path(name) if name.endswith(".json") else HERE / "ds_configs" / f"{name}.json"
@@ -1294,8 +1323,8 @@ def make_ds_config(args, auto_class, model_config, problems):
         stage = config["zero_optimization"]["stage"] = 0  # there is no optimizer to partition
     if "optimizer" in config or "scheduler" in config:
         problems.append(f"{path}: remove optimizer and scheduler; --learning_rate etc. decide")
-    if args.precision == "bf16" and stage == 0 and not args.no_train:
-        problems.append("--precision bf16 needs ZeRO stage 1 or more: --ds_config zero1")
+    if stage == 0 and needs_masters(args):
+        problems.append(f"--precision {args.precision} needs ZeRO: --ds_config zero1 or higher")
     if stage == 3 and (args.compile or args.quantize):
         problems.append("--compile and --quantize do not go with ZeRO-3: --ds_config zero2")
     # what the flags decide is written always, for DeepSpeed's defaults differ from ours
@@ -1304,18 +1333,16 @@ def make_ds_config(args, auto_class, model_config, problems):
         train_micro_batch_size_per_gpu=max(1, args.train_batch_size // world_size()),
         gradient_accumulation_steps=1,  # the loops accumulate by hand; DeepSpeed is not to divide
         gradient_clipping=args.max_grad_norm,
-        bf16={"enabled": args.precision == "bf16" and not (args.no_train and stage == 0)},
-        fp16={"enabled": args.precision == "fp16"},
+        bf16={"enabled": args.precision == "bf16" and stage > 0},
+        fp16={"enabled": args.precision == "fp16" and stage > 0},
         data_types={"grad_accum_dtype": "fp32"},
+        zero_force_ds_cpu_optimizer=False,  # torch's AdamW is as fast and needs no compiler
     )
     if args.precision == "bf16":  # or gradients are rounded to bf16 where ranks add theirs
         config.setdefault("communication_data_type", "fp32")
-    if args.precision == "bf16-mixed":
-        config["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
+    is_mixed = args.precision == "bf16-mixed"
+    autocast = {"enabled": is_mixed, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config["torch_autocast"] = autocast
     return config
 
 
@@ -1326,28 +1353,21 @@ def choose_stage(args, auto_class, config, problems):
     with torch.device("meta"):
         model = auto_class.from_config(config)
     n_params = sum(weight.numel() for weight in model.parameters())
-    n = world_size()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-    weight = DTYPES[args.precision].itemsize
-    gradient = 4 if weight == 4 else 6  # bf16's are added up in fp32
+    weight = {"nf4": 0.6, "int8": 1.1}.get(args.quantize, DTYPES[args.precision].itemsize)
+    gradient = 4 if weight == 4 else 6  # half precision is added up in fp32
     state = 12  # 4 each: AdamW's two means, ZeRO's fp32 masters
     if args.lora_rank or args.train_adapter or args.no_train:
         gradient = state = 0  # next to nothing
-    if args.quantize:
-        weight = {"nf4": 0.6, "int8": 1.1}[args.quantize]
-    bytes_per_param = {
-        "zero0": weight + gradient + state * 2 / 3,  # no masters
-        "zero1": weight + gradient + state / n,
-        "zero2": weight + (gradient + state) / n,
-        "zero3": (weight + gradient + state) / n,
-    }
-    if args.precision == "bf16" and not args.no_train:
-        del bytes_per_param["zero0"]  # it has no fp32 copy of the weights
-    for name, n_bytes in bytes_per_param.items():
+    n = world_size()
+    shards = [(1, 1, 1), (1, 1, n), (1, n, n), (n, n, n)]  # of weights, gradients, state
+    for stage in range(needs_masters(args), 4):
+        in_weight, in_gradient, in_state = shards[stage]
+        n_bytes = weight / in_weight + gradient / in_gradient + state / in_state
         if n_params * n_bytes < 0.8 * memory:
-            return name
+            return f"zero{stage}"
     problems.append(
         f"{n_params / 1e9:.2f} G parameters in {args.precision} do not fit {n} x "
         f"{memory / 1e9:.1f} GB: more processes, or on GPUs --ds_config zero3_offload"
@@ -1355,24 +1375,16 @@ def choose_stage(args, auto_class, config, problems):
     return "zero3"
 
 
-def param_groups(model, weight_decay):
-    """AdamW's groups: decay on matrices, none on vectors. ZeRO-3 keeps a shape in ds_shape."""
-    groups = {weight_decay: [], 0.0: []}
+def make_adamw(model, args):
+    """torch's AdamW, with weight decay on matrices and none on vectors."""
+    groups = {args.weight_decay: [], 0.0: []}
     for weight in model.parameters():
-        is_matrix = len(getattr(weight, "ds_shape", weight.shape)) > 1
+        is_matrix = len(getattr(weight, "ds_shape", weight.shape)) > 1  # ZeRO-3 has flattened it
         if weight.requires_grad:
-            groups[weight_decay if is_matrix else 0.0].append(weight)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
-
-
-def make_adamw(model, args, ds_config):
-    """torch's AdamW; of states that are offloaded to the CPU DeepSpeed's, where it can be built."""
-    groups = param_groups(model, args.weight_decay)
-    if "offload_optimizer" in ds_config["zero_optimization"]:
-        try:
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=args.learning_rate)
-        except Exception as error:  # of the compiler, of the loader: each has its own
-            log(f"torch's AdamW on the CPU, for DeepSpeed's cannot be built: {error}")
+            groups[args.weight_decay if is_matrix else 0.0].append(weight)
+    groups = [
+        {"params": params, "weight_decay": decay} for decay, params in groups.items() if params
+    ]
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
@@ -1396,6 +1408,13 @@ def lr_at(step, args, max_steps):
     return peak * (1 - progress)
 
 
+def set_lr(engine, step, args, max_steps):
+    lr = lr_at(step, args, max_steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def step_totals(engine, loss_sum, wants_stop):
     """Collective, between backward and step: the loss of all ranks, how many of them want to stop,
     the gradient's norm before clipping or None. At ZeRO 0 the one wait for the GPU."""
@@ -1412,7 +1431,10 @@ def step_totals(engine, loss_sum, wants_stop):
 
 
 def check_step(engine, args, step, loss, norm):
-    """Stop where a step has spoiled the weights, or was silently skipped. fp16 skips on purpose."""
+    """The gradient's norm. Stops where a step has spoiled the weights, or was silently skipped;
+    fp16 skips on purpose."""
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
     is_applied = engine.was_step_applied()
     if args.precision == "fp16":
         if not is_applied:
@@ -1423,6 +1445,7 @@ def check_step(engine, args, step, loss, norm):
             "nothing of it: begin a run from one of them with a lower --learning_rate, or with "
             "--precision fp32"
         )
+    return norm
 
 
 def peak_memory_gb(device):

@@ -862,15 +862,14 @@ def check_args(args, problems):
         problems.append(f"--noise_density {args.noise_density}: expected a share between 0 and 1")
 
 
-def check_model(args, source, config, stage, problems):
+def check_model(args, source, config, ds_config, problems):
     if getattr(config, "decoder_start_token_id", None) is None:
         problems.append(f"{source}: config.json lacks decoder_start_token_id")
-    if config.model_type in T5_FAMILY and args.precision == "fp16":
-        problems.append("--precision fp16: T5 overflows in it; use bf16 or fp32")
     n_positions = getattr(config, "max_position_embeddings", math.inf)
     for name in ("max_source_length", "max_target_length", "max_new_tokens"):
         if getattr(args, name) > n_positions:
             problems.append(f"--{name} {getattr(args, name)}: {source} has {n_positions} positions")
+    stage = ds_config["zero_optimization"]["stage"]
     if args.optimizer == "adafactor" and stage:  # which flattens the matrices it looks at
         problems.append("--optimizer adafactor needs --ds_config zero0 and fp32 or bf16-mixed")
     if args.objective == "span_corruption" and config.model_type not in T5_FAMILY:
@@ -880,7 +879,7 @@ def check_model(args, source, config, stage, problems):
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = None
+    ds_config = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     if config and not config.is_encoder_decoder:
@@ -888,27 +887,23 @@ def prepare(args):
     elif config:
         ds_config = common.make_ds_config(args, AutoModelForSeq2SeqLM, config, problems)
     if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
-        check_model(args, source, config, stage, problems)
+        check_model(args, source, config, ds_config, problems)
     load = load_records if args.objective == "completion" else load_corpus
     data = load(args, tokenizer, problems)
-    if data:
-        data_sha256 = data.sha256
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, FREE_FLAGS, identity, problems)
+    run = common.Run(args, FREE_FLAGS, ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run
 
 
-def make_optimizer(args, model, ds_config):
+def make_optimizer(args, model):
     if args.no_train:
         return None
     if args.optimizer == "adafactor":  # Shazeer & Stern 2018; the learning rate is ours
         from transformers import Adafactor  # takes seconds to import
 
         return Adafactor(model.parameters(), lr=args.learning_rate, relative_step=False)
-    return common.make_adamw(model, args, ds_config)
+    return common.make_adamw(model, args)
 
 
 def main(args):
@@ -922,22 +917,15 @@ def main(args):
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
-    if run.is_exported():
-        log(f"{run.dir} is finished: a larger --max_steps or --num_epochs goes on")
-        return 0
     model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, ds_config, tokenizer)
 
     # 2 engine
     engine, *_ = deepspeed.initialize(
         model=TargetLosses(model),
-        optimizer=make_optimizer(args, model, ds_config),
+        optimizer=make_optimizer(args, model),
         config=ds_config,
     )
-    if run.resume_from:
-        common.load_checkpoint(engine, run.resume_from)
-    stage = engine.zero_optimization_stage()
-    log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
-    log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
+    run.resume(engine)
 
     def evaluation(split):
         return evaluate(args, engine, tokenizer, data, split, run, device)
@@ -966,9 +954,7 @@ def main(args):
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
     steps = common.ahead(train_data.forward_steps, run.step, last_step)
     for step, (batches, n_targets, padding_share) in steps:
-        lr = common.lr_at(step, args, max_steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(engine, step, args, max_steps)
         # seeded by the step, so that a checkpoint needs no state of random numbers
         torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -984,10 +970,8 @@ def main(args):
         # one exchange: every rank learns the loss of the step, and whether any rank has to stop
         loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
         engine.step()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
         loss = loss_sum / n_targets
-        common.check_step(engine, args, step, loss, grad_norm)
+        grad_norm = common.check_step(engine, args, step, loss, grad_norm)
         run.stepped(loss, n_targets, lr=lr, padding_share=padding_share, grad_norm=grad_norm)
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
@@ -1001,8 +985,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if len(data.rows["test"].lengths):
-        if run.chosen() != run.dir / f"checkpoint-{run.step}":
-            common.load_checkpoint(engine, run.chosen(), weights_only=True)
+        run.load_chosen(engine)
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)
@@ -1010,10 +993,7 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
-        log(f"demo: python seq2seq.py {DEMO}")
-        argv = [*DEMO.split(), *argv]
-    return common.Parser(__doc__, FLAGS).parse_args(argv)
+    return common.Parser(__doc__, FLAGS, DEMO).parse_args(argv)
 
 
 if __name__ == "__main__":

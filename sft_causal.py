@@ -22,8 +22,8 @@ Shapes: R rows, S tokens of a row, N target tokens, D hidden, V vocabulary.
 import collections
 import functools
 import inspect
+import itertools
 import math
-import pathlib
 import sys
 
 import common  # first: it prepares the import of DeepSpeed
@@ -209,7 +209,9 @@ def to_conversations(args, record):
         answers = texts_of(record, "output")
         if record.get("input"):
             separator = "\n\n### Input:\n" if args.template == "alpaca" else "\n\n"
-            questions = [separator.join([*questions, *texts_of(record, "input")])]
+            contexts = texts_of(record, "input")
+            pairs = itertools.product(questions, contexts)
+            questions = [separator.join(pair) for pair in pairs]
     elif "text" in record and "prompt" not in record:
         return [[message("text", text)] for text in texts_of(record, "text")]
     else:
@@ -340,7 +342,8 @@ def tokenize(examples, args, prompts):
     n_cut = np.count_nonzero(n_tokens > args.max_length)
     cut = f"{n_cut} of {len(n_tokens)} examples are cut to --max_length {args.max_length}"
     if n_lost > MAX_LOST * len(n_tokens):
-        problems.append(f"{n_lost} of {len(n_tokens)} examples have no target token; {cut}")
+        lost = f"{n_lost} of {len(n_tokens)} examples have no target token"
+        problems.append(f"{lost}: their replies have weight 0, or {cut}")
     if problems:
         common.fail(problems, only_here=True)
     if n_cut or n_lost:
@@ -573,13 +576,15 @@ def check_model(args, engine, pad_id, device):
     other, or that counts positions on. Fails where our logits are not the model's own."""
     model = engine.module.model
     tolerance = 1e-3 if args.precision == "fp32" else 0.05
-    ids = np.random.default_rng(0).integers(model.config.get_text_config().vocab_size, size=40)
-    examples = {0: ids[:10], 1: ids[10:], 2: ids[9::-1]}
+    n_rows = model.config.get_text_config().vocab_size
+    first, second = np.random.default_rng(0).integers(n_rows, size=(2, 20))
+    examples = {0: first, 1: second, 2: first[::-1]}
+    n_targets = len(second) - 1
 
     def losses(row):
         """Of example 1, the last of the row."""
         batch = collate([row], examples, examples, pad_id)
-        return engine(common.to_device(batch, device))[0, -29:]
+        return engine(common.to_device(batch, device))[0, -n_targets:]
 
     engine.eval()
     alone = losses([1])
@@ -756,15 +761,14 @@ def check_model_folder(args, source, config, data, problems):
             f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
             f"{source} has {n_positions} positions"
         )
-    about = pathlib.Path(source, "rawtune.json")
-    if about.exists() and '"bidirectional_prompt": true' in about.read_text():
+    if common.read_about(source).get("bidirectional_prompt"):
         problems.append(f"{source} was trained with --bidirectional_prompt, which is gone")
 
 
 def prepare(args):
     """All that can be wrong, found and reported together before any weight is loaded."""
     problems = []
-    ds_config = stage = data_sha256 = prompts = None
+    ds_config = prompts = None
     check_args(args, problems)
     source, config, tokenizer = common.open_model(args, problems)
     if config and config.is_encoder_decoder:
@@ -772,14 +776,10 @@ def prepare(args):
     elif config:
         ds_config = common.make_ds_config(args, AutoModelForCausalLM, config, problems)
         prompts = open_prompts(args, source, tokenizer, problems)
-    if ds_config:
-        stage = ds_config["zero_optimization"]["stage"]
     data = load_records(args, prompts, problems)
     if data:
-        data_sha256 = data.sha256
         check_model_folder(args, source, config, data, problems)
-    identity = {"data_sha256": data_sha256, "zero_stage": stage}
-    run = common.Run(args, FREE_FLAGS, identity, problems)
+    run = common.Run(args, FREE_FLAGS, ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, ds_config, prompts, data, run
@@ -797,25 +797,18 @@ def main(args):
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
-    if run.is_exported():
-        log(f"{run.dir} is finished: a larger --max_steps or --num_epochs goes on")
-        return 0
     model = common.load_model(AutoModelForCausalLM, source, config, args, ds_config, tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=prompts.stop_ids)  # is exported
 
     # 2 engine
-    optimizer = None if args.no_train else common.make_adamw(model, args, ds_config)
+    optimizer = None if args.no_train else common.make_adamw(model, args)
     engine, *_ = deepspeed.initialize(
         model=TargetLosses(model), optimizer=optimizer, config=ds_config
     )
     train_data.is_packed = check_model(args, engine, tokenizer.pad_token_id, device)
     if not train_data.is_packed:
         log("WARNING this family would mix the examples of a row: one example per row")
-    if run.resume_from:
-        common.load_checkpoint(engine, run.resume_from)
-    stage = engine.zero_optimization_stage()
-    log(f"{run.dir}: {max_steps} steps, {steps_per_epoch} per epoch, from step {run.step}")
-    log(f"{source}: {args.precision}, ZeRO stage {stage}, {world} process(es) on {device.type}")
+    run.resume(engine)
     log(f"template {args.template}, replies end with {prompts.end_token!r}")
 
     def evaluation(split):
@@ -848,9 +841,7 @@ def main(args):
     last_step = run.step if run.finished() else max_steps  # finished: killed before its export
     steps = common.ahead(train_data.forward_steps, run.step, last_step)
     for step, (batches, n_targets, padding_share) in steps:
-        lr = common.lr_at(step, args, max_steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(engine, step, args, max_steps)
         # seeded by the step, so that a checkpoint needs no state of random numbers
         torch.manual_seed(common.derive_seed(args.seed, "dropout", step, rank))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -866,10 +857,8 @@ def main(args):
         # one exchange: every rank learns the loss of the step, and whether any rank has to stop
         loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
         engine.step()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
         loss = loss_sum / n_targets
-        common.check_step(engine, args, step, loss, grad_norm)
+        grad_norm = common.check_step(engine, args, step, loss, grad_norm)
         run.stepped(loss, n_targets, lr=lr, padding_share=padding_share, grad_norm=grad_norm)
         if run.save_is_due() or n_stop:
             common.save_checkpoint(engine, model, tokenizer, run, about)
@@ -883,8 +872,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if len(data.rows["test"].lengths):
-        if run.chosen() != run.dir / f"checkpoint-{run.step}":
-            common.load_checkpoint(engine, run.chosen(), weights_only=True)
+        run.load_chosen(engine)
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)
@@ -892,10 +880,7 @@ def main(args):
 
 
 def parse_args(argv):
-    if not any(word.startswith(("@", "-h", "--help", "--model", "--data")) for word in argv):
-        log(f"demo: python sft_causal.py {DEMO}")
-        argv = [*DEMO.split(), *argv]
-    return common.Parser(__doc__, FLAGS).parse_args(argv)
+    return common.Parser(__doc__, FLAGS, DEMO).parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,251 +1,225 @@
-"""Make instruction tasks of question generation, in the layout of Super-NaturalInstructions, from textbook questions that you have as files.
+"""Make task folders of question generation from textbook questions, for prepare_ni.py.
 
-EduQG (Hadifar et al. 2023; the two files of hadifar/question-generation), whole books on one side of the split:
-    python data/prepare_eduqg.py --eduqg qg_train_v0.json qg_valid_v0.json --out data/eduqg
-SciQ, every passage on one side. Expected for its validation part, 1000 rows: 113 without a passage and 77 whose answer is not in it are
-left out; 648 train, 81 dev, 81 test of each task.
-    python data/prepare_eduqg.py --sciq SciQ_valid.csv --out data/sciq
-data/prepare_ni.py makes records for seq2seq.py of these folders (@presets/qg, @presets/qog-def-pos).
-Prompts to ask a trained model about a book of your own, which is plain text:
-    python data/prepare_eduqg.py --text book.txt --out data/book.jsonl
+    python data/prepare_eduqg.py --eduqg qg_train_v0.json qg_valid_v0.json --out eduqg
+    python data/prepare_eduqg.py --sciq SciQ_valid.csv --out sciq
+    python data/prepare_ni.py --task_dir eduqg/tasks --out data/eduqg.json
 
-Tasks, one file each for train, dev and test: qg, passage and answer to question; options, question, passage and answer to the wrong
-options; qog, passage and answer to question and wrong options at once. splits/qg, options and qog list one task, splits/default all three,
-the mixture that the earlier system found best. An instance:
+EduQG (Hadifar et al. 2023) has chapters of books, in whose passages a sentence is marked. SciQ has
+a passage for each question; marked is the first sentence that has the answer. Three tasks:
+
     Answer: nucleotides
-    Passage: A gene is copied first. <hl> A frameshift mutation is a deletion or insertion of nucleotides. <hl> It changes ...
+    Passage: A gene is copied first. <hl> A frameshift mutation is ... of nucleotides. <hl> It ...
     -> qg       What is inserted or deleted in a frameshift mutation?
-    -> options  proteins | carotenoids | genes            (in the file's order; its input begins with "Question: ...")
-    -> qog      What is inserted or deleted in a frameshift mutation? Options: proteins | carotenoids | genes
+    -> options  proteins | carotenoids | genes       (its input begins with "Question: ...")
+    -> qog      What is inserted ... mutation? Options: proteins | carotenoids | genes
+
+splits/qg, options and qog list one of them each, splits/default all three. A book, of SciQ a
+passage, is whole in train, dev or test.
 """
 
 import argparse
 import collections
-import hashlib
-import json
-import os
 import pathlib
 import re
-import string
 import sys
 
-import records_v1 as records
+import records  # first: it makes common.py importable
 
-SEPARATOR = " | "
-EXAMPLES = [  # (question, answer, wrong options, passage, why)
-    ("Which gas do plants take from the air for photosynthesis?", "carbon dioxide", ["oxygen", "nitrogen", "hydrogen"],
-     "Leaves have small openings on their lower side. <hl> Through them a plant takes in carbon dioxide, from which it makes sugar in the light. <hl> "
-     "Oxygen leaves the same way.", "the marked sentence says what the plant takes in"),
-    ("What happens to a price when more people want a good whose supply stays the same?", "it rises", ["it falls", "it stays the same", "it becomes zero"],
-     "Markets bring buyers and sellers together. <hl> If demand grows while supply stays as it is, the price rises until fewer people want to buy. <hl> "
-     "In time, producers may offer more.", "the marked sentence names the condition and its effect"),
+# isort: split
+import common
+from common import SPLITS, log
+
+MAX_WORDS = 300  # of a passage
+LEAF = (
+    "Leaves have small openings on their lower side. <hl> Through them a plant takes in carbon "
+    "dioxide, from which it makes sugar in the light. <hl> Oxygen leaves the same way."
+)
+PRICE = (
+    "Markets bring buyers and sellers together. <hl> If demand grows while supply stays as it is, "
+    "the price rises until fewer people want to buy. <hl> In time, producers may offer more."
+)
+
+# group: the book or passage; why: of an example in the prompt
+Item = collections.namedtuple("Item", "question answer wrong passage group why", defaults=["", ""])
+EXAMPLES = [
+    Item(
+        "Which gas do plants take from the air for photosynthesis?",
+        "carbon dioxide",
+        ["oxygen", "nitrogen", "hydrogen"],
+        LEAF,
+        why="The marked sentence says what the plant takes in.",
+    ),
+    Item(
+        "What happens to a price when more people want a good whose supply stays the same?",
+        "it rises",
+        ["it falls", "it stays the same", "it becomes zero"],
+        PRICE,
+        why="The marked sentence names the condition and its effect.",
+    ),
 ]
-BAD_EXAMPLES = [  # (question, answer, wrong options, passage, why not)
-    ("What colour is the sky?", "carbon dioxide", ["carbon dioxide", "blue", "the leaf"], EXAMPLES[0][3],
-     "the answer does not answer the question, and an option repeats the answer"),
-    ("It rises?", "it rises", ["perhaps", "it rises quickly", "yes"], EXAMPLES[1][3], "nobody could answer this without the passage, and the options are no rivals"),
-]
-# qog: the earlier system's words, with their double "and"
-TASKS = {
-    "qg": ("Question Generation", "You need to read the given passage from a chapter of a textbook and construct an educational question whose answer is the "
-           "provided answer. The question needs to be answerable from the passage."),
-    "options": ("Options Generation", "You need to read the given passage from a chapter of a textbook, a question about it and its correct answer, and write "
-                "wrong answer choices that a student could take for right, separated by |."),
-    "qog": ("Question and Options Generation", "You need to read the given passage from a chapter of a textbook and and construct a multi-choices educational question based on a "
-            "provided answer about information in the passage. The question needs to be answerable from the passage and also include possible answer choices."),
+TASKS = {  # category and definition
+    "qg": (
+        "Question Generation",
+        "You need to read the given passage from a chapter of a textbook and construct an "
+        "educational question whose answer is the provided answer. The question needs to be "
+        "answerable from the passage.",
+    ),
+    "options": (
+        "Options Generation",
+        "You need to read the given passage from a chapter of a textbook, a question about it and "
+        "its correct answer, and write wrong answer choices that a student could take for right, "
+        "separated by |.",
+    ),
+    # as published, with its double "and"
+    "qog": (
+        "Question and Options Generation",
+        "You need to read the given passage from a chapter of a textbook and and construct a "
+        "multi-choices educational question based on a provided answer about information in the "
+        "passage. The question needs to be answerable from the passage and also include possible "
+        "answer choices.",
+    ),
 }
 
 
-def to_pair(task, question, answer, wrong, passage):
+def to_pair(task, item):
     """(input, output) of one of the three tasks."""
-    given = f"Answer: {answer}\nPassage: {passage}"
-    options = SEPARATOR.join(wrong)
-    return {"qg": (given, question), "options": (f"Question: {question}\n{given}", options), "qog": (given, f"{question} Options: {options}")}[task]
-
-
-def around_marks(passage, max_words):
-    """At most so many words of the passage: the marked sentence and what stands around it. 0 = all."""
-    before, marked, after = passage.split("<hl>")
-    before, after, room = before.split(), after.split(), max(0, max_words - len(marked.split()))
-    if max_words and len(before) + len(after) > room:
-        n_before = min(len(before), max(room // 2, room - len(after)))
-        before, after = before[len(before) - n_before:], after[: room - n_before]
-    return " ".join([*before, "<hl>", *marked.split(), "<hl>", *after])
+    given = f"Answer: {item.answer}\nPassage: {item.passage}"
+    options = " | ".join(item.wrong)
+    if task == "qg":
+        return given, item.question
+    if task == "options":
+        return f"Question: {item.question}\n{given}", options
+    return given, f"{item.question} Options: {options}"
 
 
 def sentences(text):
-    """Sentences of running text: split behind . ! ? with a capital, a digit or a quotation mark next."""
-    text = " ".join(text.split())
-    return [part for part in re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b[A-Z][a-z]\.)(?<!e\.g\.)(?<!i\.e\.)\s+(?=[\"'(A-Z0-9])", text) if part]
+    """Of running text: a sentence ends before a capital, a digit or a quotation mark."""
+    abbreviation = r"(?<!\b[A-Z]\.)(?<!\b[A-Z][a-z]\.)(?<!e\.g\.)(?<!i\.e\.)"
+    return re.split(rf"(?<=[.!?]){abbreviation}\s+(?=[\"'(A-Z0-9])", " ".join(text.split()))
 
 
-def read_eduqg(path, problems, skipped):
-    """Yield (group, question, answer, wrong options, passage) of the chapters of a file; group: the book."""
-    try:
-        chapters = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path}: cannot be read ({error}); expected a JSON list of chapters")
-        return
-    if not isinstance(chapters, list):
-        problems.append(f"{path}: a {type(chapters).__name__}, expected a list of chapters")
-        return
-    for i, chapter in enumerate(chapters):
-        where = f"{path}, [{i}]"
-        if not isinstance(chapter, dict) or not isinstance(chapter.get("questions"), list) or not isinstance(chapter.get("bname"), str):
-            problems.append(f"{where}: expected an object with 'bname' (the book) and a list 'questions'")
-            continue
-        for k, item in enumerate(chapter["questions"]):
-            try:
-                question, at, context = item["question"], item["answer"]["ans_choice"], item["hl_context"]
-                choices = question["question_choices"]
-                text = (question.get("normal_format") or question["question_text"]).strip()
-                if not isinstance(at, int) or not 0 <= at < len(choices) or not all(isinstance(choice, str) for choice in choices):
-                    raise ValueError(f"answer {at!r} of the choices {choices!r}")
-                context = " ".join(context) if isinstance(context, list) else context or ""
-                if context.count("<hl>") != 2:
-                    skipped["without one marked sentence"] += 1
-                    continue
-                choices = [choice.strip() for choice in choices]
-                wrong = [choice for n, choice in enumerate(choices) if n != at]
-                if not text or not wrong or not all(choices) or choices[at] in wrong:
-                    skipped["without a question, an answer or other options"] += 1
-                else:
-                    yield chapter["bname"], text, choices[at], wrong, context
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                problems.append(f"{where}, questions[{k}]: {type(error).__name__}: {error}; expected 'question' (normal_format or question_text, "
-                                "question_choices), 'answer' (ans_choice, from 0) and 'hl_context'")
+def around_marks(passage, max_words=MAX_WORDS):
+    """At most so many words of a passage: the marked sentence and what stands around it."""
+    before, marked, after = [part.split() for part in passage.split("<hl>")]
+    room = max(0, max_words - len(marked))
+    n_before = min(len(before), max(room // 2, room - len(after)))
+    before = before[len(before) - n_before :]
+    after = after[: room - n_before]
+    return " ".join([*before, "<hl>", *marked, "<hl>", *after])
 
 
-def read_sciq(path, problems, skipped):
-    """The same of a SciQ table; group: the passage."""
-    names = ("question", "correct_answer", "distractor1", "distractor2", "distractor3", "support")
-    for where, row in records.read(path, problems):
-        if missing := [name for name in names if not isinstance(row.get(name), str)]:
-            problems.append(f"{where}: no {', '.join(missing)}")
-            continue
-        question, answer, *wrong, support = (row[name].strip() for name in names)
-        parts = sentences(support)
-        at = next((i for i, part in enumerate(parts) if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.IGNORECASE)), None) if answer else None
-        if "<hl>" in support:
-            skipped["with <hl> in its passage"] += 1
-        elif not support or at is None:
-            skipped["whose passage has not the answer" if support else "without a passage"] += 1
-        elif not question or not all(wrong):
-            problems.append(f"{where}: the question or an option is empty")
-        else:
-            yield support, question, answer, wrong, " ".join([*parts[:at], f"<hl> {parts[at]} <hl>", *parts[at + 1:]])
+def make_item(group, question, answer, wrong, passage):
+    """The Item, or None if it cannot be used."""
+    question, *choices = [text.strip() for text in [question, answer, *wrong]]
+    if passage.count("<hl>") != 2 or not question or not all(choices) or len(choices) < 2:
+        return None
+    return Item(question, choices[0], choices[1:], around_marks(passage), group)
 
 
-def split_groups(sizes, shares):
-    """{group: instances} -> {group: "train" | "dev" | "test"}: in the order of a hash, each group goes to the emptier of test and dev, unless
-    it would be over its share by more than half of the group. shares: {"dev": 0.1, "test": 0.1}."""
-    total, found, filled = sum(sizes.values()), {}, collections.Counter()
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).digest()):
-        open_sides = [side for side in ("test", "dev") if shares[side] and filled[side] + sizes[group] / 2 < max(1, shares[side] * total)]
-        found[group] = min(open_sides, key=lambda side: filled[side] / shares[side], default="train")
-        filled[found[group]] += sizes[group]
-    return found
+def from_chapter(chapter):
+    """[Item or None] of a chapter of a book."""
+    items = []
+    for entry in chapter["questions"]:
+        question = entry["question"]
+        text = question.get("normal_format") or question["question_text"]
+        wrong = list(question["question_choices"])
+        answer = wrong.pop(entry["answer"]["ans_choice"])
+        passage = " ".join(records.as_list(entry["hl_context"] or ""))
+        items.append(make_item(chapter["bname"], text, answer, wrong, passage))
+    return items
 
 
-def task_object(task, instances, source):
-    category, definition = TASKS[task]
+def from_sciq(row):
+    """[Item or None] of a row."""
+    answer, passage = row["correct_answer"].strip(), row["support"]
+    parts = sentences(passage)
+    for i, part in enumerate(parts):
+        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.IGNORECASE):
+            parts[i] = f"<hl> {part} <hl>"
+            break
+    wrong = [row[f"distractor{i}"] for i in (1, 2, 3)]
+    return [make_item(passage, row["question"], answer, wrong, " ".join(parts))]
 
-    def shown(example):
-        given, output = to_pair(task, *example[:4])
-        return {"input": given, "output": output, "explanation": example[4][0].upper() + example[4][1:] + "."}
 
-    return {"Contributors": [], "Source": [source], "URL": [], "Categories": [category], "Reasoning": [], "Definition": [definition],
-            "Input_language": ["English"], "Output_language": ["English"], "Instruction_language": ["English"], "Domains": ["Education"],
-            "Positive Examples": [shown(example) for example in EXAMPLES], "Negative Examples": [shown(example) for example in BAD_EXAMPLES],
-            "Instances": instances, "Instance License": ["of the source"]}
+def split_groups(args, items):
+    """{group: split}. The smallest groups are held out: several of few books."""
+    sizes = collections.Counter(item.group for item in items)
+    wanted = {"eval": args.eval_fraction * len(items), "test": args.test_fraction * len(items)}
+    splits = {}
+    for group in sorted(sizes, key=lambda group: (sizes[group], common.derive_seed(group))):
+        splits[group] = "train"
+        for split, n in wanted.items():
+            if n > 0:
+                splits[group] = split
+                wanted[split] -= sizes[group]
+                break
+    return splits
 
 
-def book_prompts(path, max_words, problems):
-    """Prompts of qg for every sentence of a plain text that says something: 8 to 40 words that end with a full stop; the answer is the sentence."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: cannot be read ({error}); expected plain text in UTF-8")
-        return []
-    found = []
-    for n, block in enumerate(re.split(r"\n\s*\n", text), 1):
-        parts = sentences(block)
-        for i, part in enumerate(parts):
-            if 8 <= len(part.split()) <= 40 and part.endswith(".") and "<hl>" not in block:
-                passage = around_marks(" ".join([*parts[:i], f"<hl> {part} <hl>", *parts[i + 1:]]), max_words)
-                given, _ = to_pair("qg", "", part, [], passage)
-                # as prepare_ni.py writes it, with the definition alone
-                prompt = f"Definition: {TASKS['qg'][1]}\n\nNow complete the following example -\nInput: {given}"
-                found.append({"prompt": f"{prompt}{'' if given[-1] in string.punctuation else '.'}\nOutput: ", "paragraph": n, "answer": part})
-    if not found:
-        problems.append(f"{path}: no sentence of 8 to 40 words that ends with a full stop")
-    return found
+def write_tasks(folder, name, splits):
+    """<name>_<task>_<side>.json of each task and split, and the lists of them."""
+    (folder / "tasks").mkdir(parents=True)
+    for task, (category, definition) in TASKS.items():
+        examples = []
+        for item in EXAMPLES:
+            given, output = to_pair(task, item)
+            examples.append({"input": given, "output": output, "explanation": item.why})
+        for split, items in splits.items():
+            side = "dev" if split == "eval" else split
+            instances = []
+            for i, item in enumerate(items):
+                given, output = to_pair(task, item)
+                instances.append({"id": f"{name}-{i}", "input": given, "output": [output]})
+            about = {
+                "Categories": [category],
+                "Definition": [definition],
+                "Positive Examples": examples,
+                "Negative Examples": [],
+                "Instances": instances,
+            }
+            common.write_json(folder / "tasks" / f"{name}_{task}_{side}.json", about)
+            for kind in (task, "default"):
+                path = folder / "splits" / kind / f"{side}_tasks.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "a") as file:
+                    file.write(f"{name}_{task}_{side}\n")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="to write")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--eduqg", nargs="+", metavar="FILE", help="chapters of EduQG, .json")
-    source.add_argument("--sciq", nargs="+", metavar="FILE", help="SciQ, .csv or .json")
-    source.add_argument("--text", metavar="FILE", help="plain text of a book")
-    parser.add_argument("--out", required=True, help="the folder to write, with --text the .jsonl file; never overwritten")
-    parser.add_argument("--dev_share", type=float, default=0.1, help="of the instances, in whole books or passages [0-1]")
-    parser.add_argument("--test_share", type=float, default=0.1, help="of the instances, in whole books or passages [0-1]")
-    parser.add_argument("--max_words", type=int, default=300, help="of a passage, around its marked sentence [words], 0 = all")
-    records.add_tokenizer(parser)
+    source.add_argument("--eduqg", nargs="+", metavar="FILE", help="chapters, .json")
+    source.add_argument("--sciq", nargs="+", metavar="FILE", help="a row a question, .csv, .json")
+    records.add_fractions(parser)
+    records.add_skip(parser)
+    parser.set_defaults(eval_fraction=0.1, test_fraction=0.1)
     args = parser.parse_args(argv)
-    problems, skipped, out = [], collections.Counter(), pathlib.Path(args.out)
-    shares = {"dev": args.dev_share, "test": args.test_share}
-    aside = out.with_name(out.name + ".tmp")  # a kill leaves no half of it under its name
-    if args.text:
-        records.check_out(out, problems)
-        problems += [f"--{name} has no effect with --text" for name in ("dev_share", "test_share") if getattr(args, name) != 0.1]
-    elif aside.exists():
-        problems.append(f"{aside}: exists, perhaps from a run that was killed; delete or move it")
-    elif out.exists() or not out.parent.is_dir():
-        problems.append(f"--out {out}: " + ("exists; move it away or choose another name" if out.exists() else "expected a new folder in one that exists"))
-    if not all(share >= 0 for share in shares.values()) or not sum(shares.values()) < 1:
-        problems.append(f"--dev_share {args.dev_share} --test_share {args.test_share}: expected 0 or more, below 1 together")
-    if args.max_words < 0:
-        problems.append(f"--max_words {args.max_words}: expected 0 (all) or more")
-    count = records.token_counter(args.tokenizer, problems)
-    if args.text:
-        prompts = book_prompts(args.text, args.max_words, problems)
-        if problems:
-            return records.stop(problems)
-        records.write(out, {"train": prompts})
-        records.show(out, {"train": prompts}, {"prompt": lambda r: r["prompt"]}, count, args.tokenizer)
-        return 0
-    read = read_eduqg if args.eduqg else read_sciq
-    rows = [row for path in args.eduqg or args.sciq for row in read(path, problems, skipped)]
-    repeats = len(rows) - len(rows := list({(row[1], row[2], row[4]): row for row in rows}.values()))
-    side_of = split_groups(collections.Counter(row[0] for row in rows), shares)
-    rows.sort(key=lambda row: hashlib.sha256("\n".join((row[1], row[4])).encode()).digest())  # of a test task the first 100 count: of all books
-    splits = {side: [row for row in rows if side_of[row[0]] == side] for side in ("train", "dev", "test") if side == "train" or shares[side]}
-    problems += [f"{side}: no instance is left; {len(side_of)} books or passages are too few for these shares" for side, part in splits.items() if not part and not problems]
-    if problems:
-        return records.stop(problems)
-    name = "eduqg" if args.eduqg else "sciq"
-    shown = {}
-    (aside / "tasks").mkdir(parents=True)
-    for kind in (*TASKS, "default"):
-        (aside / "splits" / kind).mkdir(parents=True)
-        for side in splits:
-            names = [f"{name}_{task}_{side}" for task in (TASKS if kind == "default" else [kind])]
-            (aside / "splits" / kind / f"{side}_tasks.txt").write_text("\n".join(names) + "\n")
-    for task in TASKS:
-        for side, part in splits.items():
-            instances = [{"id": f"{name}-{task}-{side}-{i}", "input": given, "output": [output]} for i, (given, output) in enumerate(
-                to_pair(task, *row[1:4], around_marks(row[4], args.max_words)) for row in part)]
-            shown[f"{task} {side}"] = instances
-            (aside / "tasks" / f"{name}_{task}_{side}.json").write_text(json.dumps(task_object(task, instances, name), ensure_ascii=False, indent=1), "utf-8")
-    os.rename(aside, out)
-    print("left out: " + (", ".join(f"{n} {why}" for why, n in skipped.items()) or "none") + f"; {repeats} repeats")
-    groups = collections.Counter(side_of.values())
-    print(f"{len(side_of)} {'books' if args.eduqg else 'passages'}: " + ", ".join(f"{groups[side]} {side}" for side in splits))
-    if len(splits.get("test", ())) > 100:
-        print("of a test task the first 100 instances count, as in Super-NaturalInstructions; they are in a random order")
-    records.show(out, shown, {"input": lambda r: r["input"], "output": lambda r: r["output"][0]}, count, args.tokenizer)
+    out = pathlib.Path(args.out)
+    problems = []
+    if out.exists():
+        problems.append(f"--out {out}: exists")
+    rows = []
+    to_items = from_chapter if args.eduqg else from_sciq
+    for path in args.eduqg or args.sciq:
+        rows += records.convert(path, to_items, args, problems)
+    found = [item for _, items in rows for item in items]
+    items = [item for item in found if item]
+    log(f"{len(found)} questions, of which {len(found) - len(items)} lack a mark or a choice")
+    split_of = split_groups(args, items)
+    # scores take the first 100 instances of a test task: so they are of all books
+    items.sort(key=lambda item: common.derive_seed(item.question, item.passage))
+    splits = {split: [] for split in SPLITS}
+    for item in items:
+        splits[split_of[item.group]].append(item)
+    records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
+    if problems or not splits["train"]:
+        common.fail(problems or "too few books or passages: none is left to train on")
+    splits = {split: found for split, found in splits.items() if found}
+    write_tasks(out, "eduqg" if args.eduqg else "sciq", splits)
+    for split, found in splits.items():
+        log(f"{out}: {len(found)} {split} questions")
     return 0
 
 

@@ -11,8 +11,8 @@ columns in alphabetical order as in its code, STS-B's scores in steps of 0.2. GL
 line that is shown says how seq2seq.py trains on the file.
 """
 
-import argparse
 import collections
+import functools
 import json
 import pathlib
 import re
@@ -107,26 +107,6 @@ def to_record(row, task, for_clf):
     return {"prompt": prompt, "completion": completion, "references": [label]}
 
 
-def read(path, task, args, problems):
-    """[record] of a file; rows that cannot be used are problems, or dropped and counted."""
-    found = []
-    wrong = []  # a pair (where, text) is about a row, a text about the file
-    for where, _, row in records.read(path, wrong, task.columns):
-        try:
-            found.append(to_record(row, task, args.clf))
-        except ValueError as error:
-            wrong.append((where, str(error)))
-    malformed = [problem for problem in wrong if isinstance(problem, tuple)]
-    problems += [problem for problem in wrong if isinstance(problem, str)]
-    if not found and (args.skip_malformed or not wrong):
-        problems.append(f"{path}: no records")
-    if malformed and args.skip_malformed:
-        log(f"{path}: dropped {len(malformed)} rows; the first: {': '.join(malformed[0])}")
-    else:
-        problems += [(where, f"{text}; --skip_malformed drops it") for where, text in malformed]
-    return found
-
-
 def train_command(task, out):
     words = ["python", "seq2seq.py", "--model_init_path", "google/t5-v1_1-base", "--data"]
     words += [str(out), "--metrics", *task.metrics, "--metric_for_best", task.metrics[0]]
@@ -136,25 +116,28 @@ def train_command(task, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    records.add_flags(parser)
+    parser = records.make_parser(__doc__)
+    records.add_skip(parser)
     add = parser.add_argument
     add("--task", required=True, choices=list(TASKS))
     add(
         "--data_dir", required=True, metavar="FOLDER", help="with its train.tsv or train.jsonl, ..."
     )
     add("--clf", action="store_true", help="records of clf.py; for two labels, and stsb")
-    add("--skip_malformed", action="store_true", help="drop rows that cannot be used")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     problems = []
     if args.clf and len(task.answers) > 2:
         problems.append(f"--clf: {args.task} has {len(task.answers)} labels")
     tokenizer = records.load_tokenizer(args.tokenizer, problems)
+    use = functools.partial(to_record, task=task, for_clf=args.clf)
     splits = {}
     for split, name in task.files.items():
-        splits[split] = read(pathlib.Path(args.data_dir, name), task, args, problems)
+        path = pathlib.Path(args.data_dir, name)
+        rows = records.convert(path, use, args, problems, task.columns)
+        splits[split] = [record for _, record in rows]
+        if not rows:
+            problems.append(f"{path}: no records")
     if problems:
         common.fail(problems)
     records.write(args.out, splits)

@@ -18,7 +18,6 @@ With --tokenizer a prompt has at most --max_source_length tokens: examples are t
 fit, then the input loses its end. docs/instructions.md shows the prompt.
 """
 
-import argparse
 import bisect
 import collections
 import pathlib
@@ -294,9 +293,7 @@ def convert(args, tasks, tokenizer, problems):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    records.add_flags(parser)
+    parser = records.make_parser(__doc__)
     records.add_fractions(parser)
     add = parser.add_argument
     add("--task_dir", required=True, metavar="FOLDER", help="with a <task>.json for each task")

@@ -17,7 +17,6 @@ a model, empty, in another language, of low quality or of the same role as the o
 with all that is below it. A tree is whole on one side of a split.
 """
 
-import argparse
 import collections
 import math
 import sys
@@ -25,7 +24,6 @@ import sys
 import records  # first: it makes common.py importable
 
 # isort: split
-import common
 from common import SPLITS, log
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -172,32 +170,21 @@ def convert(args, split_of_file, path, splits, roots, problems):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    records.add_flags(parser)
-    records.add_fractions(parser)
+    parser = records.make_parser(__doc__)
+    records.add_files(parser)
     add = parser.add_argument
-    for split in SPLITS:
-        add(f"--{split}", metavar="FILE", help=f"trees for {split}: .jsonl or .json, also .gz")
     add("--to", required=True, choices=["conversations", "pairs", "prompts"])
     add("--threads", choices=["all", "best"], default="all", help="best: only the best replies")
     add("--lang", nargs="+", metavar="CODE", help="messages in these languages, such as en")
     add("--min_quality", type=float, default=0.0, help="lowest grade of a message, from 0 to 1")
     args = parser.parse_args(argv)
     problems = []
-    tokenizer = records.load_tokenizer(args.tokenizer, problems)
     splits = {split: [] for split in SPLITS}
     roots = {}
-    for split in SPLITS:
-        path = getattr(args, split)
-        if path:
-            convert(args, split, path, splits, roots, problems)
+    for split, path in records.files_of(args).items():
+        convert(args, split, path, splits, roots, problems)
     records.clean(splits, lambda record: [roots[record["tree"]]])
-    splits = {split: found for split, found in splits.items() if found}
-    if problems or not splits:
-        common.fail(problems or "no records: expected --train FILE of trees")
-    records.write(args.out, splits)
-    records.show(args.out, splits, tokenizer)
+    records.finish(args, splits, problems)
     return 0
 
 

@@ -19,6 +19,11 @@ import common
 from common import SPLITS, log, open_text
 
 TEXT_FIELDS = ("prompt", "completion", "input", "messages")  # whose lengths are shown
+READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, csv.Error)
+SPLIT_OF = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **dict.fromkeys(["eval", "evaluation", "dev", "val", "valid", "validation"], "eval"),
+}
 
 csv.field_size_limit(2**31 - 1)  # of a cell, in characters; the default is 131,072
 
@@ -49,16 +54,37 @@ def share(text):
     return float(text)
 
 
-def add_flags(parser):
+def make_parser(doc):
+    """With the flags that all preparers have."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("--out", required=True, type=new_file, metavar="FILE", help="the .json or .jsonl to write")
     add("--tokenizer", metavar="MODEL", help="folder or hub id: lengths are shown in its tokens")
+    return parser
 
 
 def add_fractions(parser):
     for split in ("eval", "test"):
         text = f"share of the training data held out for {split}"
         parser.add_argument(f"--{split}_fraction", type=share, default=0.0, help=text)
+
+
+def add_files(parser):
+    for split in SPLITS:
+        text = f"for {split}: .csv, .tsv, .json or .jsonl, also .gz"
+        parser.add_argument(f"--{split}", metavar="FILE", help=text)
+    add_fractions(parser)
+
+
+def files_of(args):
+    """{split: file} of those that are given."""
+    return {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+
+
+def add_skip(parser):
+    text = "drop rows that cannot be used, and count them"
+    parser.add_argument("--skip_malformed", action="store_true", help=text)
 
 
 def load_tokenizer(name, problems):
@@ -83,15 +109,15 @@ def load_json(path, problems):
     """The value that a JSON file holds, or None."""
     try:
         with open_text(path) as file:
-            return json.load(file, object_pairs_hook=common.unique_keys)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+            return common.parse_json(file.read())
+    except READ_ERRORS as error:
         problems.append(f"{path}: {error}; expected JSON")
         return None
 
 
 def read_table(path, problems, names=None):
     """Yield (where, {column: text}) of a .csv, or of a .tsv, in which a quotation mark is text. The
-    first row names the columns, unless `names` does."""
+    first row names the columns, unless `names` does; an empty list numbers them from 0."""
     is_csv = kind_of(path) == ".csv"
     number = 0
     try:
@@ -105,12 +131,59 @@ def read_table(path, problems, names=None):
                     continue
                 if names is None:
                     names = [name.strip() for name in row]
+                    continue
+                names = names or [str(i) for i in range(len(row))]
+                if row[0].startswith("\ufeff"):
+                    problems.append((where, common.INNER_MARK))
                 elif len(row) == len(names):
                     yield where, common.unique_keys(list(zip(names, row)))
                 else:
                     problems.append((where, f"{len(row)} columns, expected {len(names)}"))
-    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
+    except READ_ERRORS as error:
         problems.append(f"{path}, behind row {number}: {error}; expected a table")
+
+
+def read_lines(path, problems):
+    """Yield (where, value) of a file of JSON lines."""
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    value = common.parse_json(line)
+                except ValueError as error:
+                    problems.append((where, f"{error}; expected JSON"))
+                    continue
+                yield where, value
+    except READ_ERRORS as error:
+        problems.append(f"{path}: {error}")
+
+
+def lists_of(value):
+    """{name of a list, or "": [row]} of JSON: a list, an object of columns, or an object with one
+    list of objects or with several, named as splits. A ValueError says what does not fit."""
+    if isinstance(value, list):
+        return {"": value}
+    if not isinstance(value, dict):
+        raise ValueError("expected a list or an object")
+    lists = {}
+    for name, rows in value.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            lists[name] = rows
+    if len(lists) > 1 and not lists.keys() <= SPLIT_OF.keys():
+        raise ValueError(f"it has the lists {', '.join(lists)}, expected one, or train, eval, test")
+    if lists:
+        return lists
+    columns = []
+    for cells in value.values():
+        if not isinstance(cells, (list, dict)):
+            return {"": [value]}  # a single row
+        columns.append(list(cells.values()) if isinstance(cells, dict) else cells)
+    if len(set(map(len, columns))) > 1:
+        raise ValueError(f"the columns {', '.join(value)} are of different lengths")
+    return {"": [dict(zip(value, cells)) for cells in zip(*columns)]}
 
 
 def kind_of(path):
@@ -119,13 +192,47 @@ def kind_of(path):
 
 
 def read(path, problems, names=None):
-    """Yield (where, split, record) of a file of JSON, see common.read_records, or of a table."""
+    """Yield (where, split, row) of a table (see read_table), of JSON lines, or of other JSON (see
+    lists_of). split: train, eval or test where the name of a list says it, else None."""
     path = pathlib.Path(path)
+    lists = {}
     if kind_of(path) in (".csv", ".tsv"):
-        for where, row in read_table(path, problems, names):
-            yield where, "train", row
+        lists[""] = read_table(path, problems, names)
+    elif kind_of(path) == ".jsonl":
+        lists[""] = read_lines(path, problems)
     else:
-        yield from common.read_records(path, problems)
+        try:
+            for name, rows in lists_of(load_json(path, problems) or []).items():
+                lists[name] = [(f"{path}, {name}[{i}]", row) for i, row in enumerate(rows)]
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    for name, rows in lists.items():
+        for where, row in rows:
+            if isinstance(row, dict):
+                yield where, SPLIT_OF.get(name), row
+            else:
+                problems.append((where, f"{row!r:.40}: expected an object"))
+
+
+def convert(path, to_record, args, problems, names=None):
+    """[(split or None, to_record(row))] of a file, see read. A row that cannot be used is a
+    problem, or with --skip_malformed dropped and counted."""
+    found = []
+    wrong = []  # a pair (where, text) is about a row, a text about the file
+    for where, split, row in read(path, wrong, names):
+        try:
+            found.append((split, to_record(row)))
+        except ValueError as error:
+            wrong.append((where, str(error)))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            wrong.append((where, f"{type(error).__name__}: {error}"))
+    malformed = [problem for problem in wrong if isinstance(problem, tuple)]
+    problems += [problem for problem in wrong if isinstance(problem, str)]
+    if malformed and args.skip_malformed:
+        log(f"{path}: dropped {len(malformed)} rows; the first: {': '.join(malformed[0])}")
+    else:
+        problems += [(where, f"{text}; --skip_malformed drops it") for where, text in malformed]
+    return found
 
 
 # ----------------------------------------------------------------------------------------- splits
@@ -168,6 +275,21 @@ def clean(splits, keys):
             later.update(map(normal, keys(record)))
 
 
+def split_files(args, to_records, key_of, problems, names=None):
+    """{split: [record]} of the files of --train, --eval and --test, clean. to_records: row ->
+    [record], whose key "split" says more than its file; key_of: record -> text, see hold_out."""
+    splits = {split: [] for split in SPLITS}
+    for split_of_file, path in files_of(args).items():
+        for split_of_list, found in convert(path, to_records, args, problems, names):
+            for record in found:
+                split = SPLIT_OF[record.pop("split", split_of_list or "train")]
+                if split_of_file != "train":
+                    split = split_of_file
+                splits[hold_out(args, split, normal(key_of(record)))].append(record)
+    clean(splits, lambda record: [key_of(record)])
+    return splits
+
+
 # ---------------------------------------------------------------------------------------- writing
 
 
@@ -196,6 +318,16 @@ def write(path, splits):
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def finish(args, splits, problems):
+    """Write and show {split: [record]}, or leave with exit code 2; splits without records go."""
+    tokenizer = load_tokenizer(args.tokenizer, problems)
+    splits = {split: found for split, found in splits.items() if found}
+    if problems or not splits:
+        common.fail(problems or "no records to write: no file, an empty one, or all left out")
+    write(args.out, splits)
+    show(args.out, splits, tokenizer)
 
 
 def as_list(value):

@@ -1,34 +1,51 @@
-"""Reward functions for rl_ppo.py: (prompts, replies, records) -> one float per reply, higher is better.
+"""Reward functions for rl_ppo.py: (prompts, replies, records) -> a float for each reply, higher is
+better.
 
     python rl_ppo.py --policy my-sft --data wishes --reward_fn data/rewards.py:wish
 
-prompts and replies are texts; records are the lines of the data file, so a function finds there what it checks against.
-A function of your own needs nothing from this file.
+prompts and replies are texts, records the lines of the data file: a function finds there what it
+checks against. One of your own needs nothing from this file.
 """
 
 import re
 
-KINDS = {"digits": "0123456789", "vowels": "aeiou", "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "marks": ".,;:!?-()/'\""}
+KINDS = {
+    "digits": "0123456789",
+    "vowels": "aeiou",
+    "capitals": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "marks": ".,;:!?-()/'\"",
+}
 
 
 def wish(prompts, replies, records):
-    """Share of a reply's characters that are of the kind that record["want"] names, blanks not counted; replies of fewer than 5 get less in
-    proportion. "a1 2" for digits -> 2 / 5, "1 2 3 4 5" -> 1."""
+    """Share of a reply's characters, blanks not counted, of the kind that record["want"] names. A
+    reply of fewer than 5 gets less in proportion: "a1 2" for digits -> 2 / 5, "1 2 3 4 5" -> 1."""
     rewards = []
     for reply, record in zip(replies, records):
         characters = "".join(reply.split())
-        rewards.append(sum(c in KINDS[record["want"]] for c in characters) / max(5, len(characters)))
+        n_right = sum(map(KINDS[record["want"]].count, characters))
+        rewards.append(n_right / max(5, len(characters)))
     return rewards
 
 
 def exact_answer(prompts, replies, records):
-    """1.0 where the reply is record["answer"], blanks at its ends not counted, else 0.0."""
-    return [float(reply.strip() == record["answer"].strip()) for reply, record in zip(replies, records)]
+    """1.0 where the reply is record["answer"], blanks at the ends not counted, else 0.0."""
+    rewards = []
+    for reply, record in zip(replies, records):
+        rewards.append(float(reply.strip() == record["answer"].strip()))
+    return rewards
+
+
+def find_number(text):
+    """The last number of a text without its thousands commas, or None."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return float(numbers[-1]) if numbers else None
 
 
 def last_number(prompts, replies, records):
-    """1.0 where the last number of the reply is that of record["answer"], thousands commas not counted, else 0.0."""
-    def number(text):
-        found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-        return float(found[-1]) if found else None
-    return [float(number(reply) is not None and number(reply) == number(record["answer"])) for reply, record in zip(replies, records)]
+    """1.0 where the last number of the reply is that of record["answer"], else 0.0."""
+    rewards = []
+    for reply, record in zip(replies, records):
+        number = find_number(reply)
+        rewards.append(float(number is not None and number == find_number(record["answer"])))
+    return rewards

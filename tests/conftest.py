@@ -93,7 +93,13 @@ def make_model(kind, weights=True, **changes):
 
 def run(*words, module=seq2seq):
     """A run in this process; returns its exit code. Mistakes raise SystemExit(2)."""
-    return module.main(module.parse_args([str(word) for word in words]))
+    args = module.parse_args([str(word) for word in words])
+    try:
+        return module.main(args)
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return 0  # a finished run
 
 
 def weights(name):

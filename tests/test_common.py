@@ -103,23 +103,26 @@ def test_every_format_gives_the_same_records(name):
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text, message",
     [
-        '{"train": [{"prompt": "a", "prompt": "b", "completion": "c"}]}',
-        '{"train": [3]}',
-        '{"train": [null]}',
-        '{"validation": [{"prompt": "a", "completion": "b"}]}',
-        '"text"',
-        "3",
-        "{",
+        ('{"train": [{"prompt": "a", "prompt": "b"}]}', "prompt, prompt: rename or delete one"),
+        ('{"train": [{"prompt": NaN}]}', "NaN is no JSON: write null"),
+        ('\ufeff{"train": []}', "byte order mark inside the file, as joined files have it: remove"),
+        ("[" * 100_000, "nested too deeply: write the inner part as a text"),
+        ('{"train": [3]}', "expected an object"),
+        ('{"train": [null]}', "expected an object"),
+        ('{"validation": [{"prompt": "a", "completion": "b"}]}', "eval is meant?"),
+        ('"text"', "expected an object"),
+        ("3", "expected lists train, eval, test, or lines in a .jsonl"),
+        ("{", "expected lists train, eval, test, or lines in a .jsonl"),
     ],
 )
-def test_what_is_no_data_is_named(text):
+def test_what_is_no_data_is_named(text, message):
     path = pathlib.Path("data", "d.json")
-    path.write_text(text)
+    path.write_text("\ufeff" + text)  # the first mark belongs to the file
     problems = []
     assert list(common.read_records(path, problems)) == []
-    assert "d.json" in str(problems)
+    assert "d.json" in str(problems) and message in str(problems)
 
 
 # -------------------------------------------------------------------------------- order of examples
@@ -264,7 +267,7 @@ def start_run(flags=""):
     words = f"--model_init_name t5 --training_run_name r {flags}"
     args = seq2seq.parse_args(words.split())
     device = common.setup_distributed(args)
-    run = common.Run(args, set(), {}, [])
+    run = common.Run(args, set(), None, None, [])
     run.start(conftest.__file__, device, max_steps=5)
     return run
 

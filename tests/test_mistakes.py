@@ -71,7 +71,7 @@ WORDS = [
     ("--precision fp64", "--precision fp64: expected auto, fp32, bf16, bf16-mixed, fp16"),
     ("--precision transformer-engine", "--precision transformer-engine: expected auto, fp32"),
     ("--precision 16-true", "--precision fp16: "),
-    ("--precision bf16 --ds_config zero0", "needs ZeRO stage 1 or more: --ds_config zero1"),
+    ("--precision bf16 --ds_config zero0", "--precision bf16 needs ZeRO: --ds_config zero1"),
     ("--optimizer adafactor --ds_config zero2", "--optimizer adafactor needs --ds_config zero0"),
     ("--early_stopping_patience 2", "--early_stopping_patience needs --metric_for_best"),
     ("--ds_config zero9", "--ds_config zero9: "),

@@ -113,6 +113,7 @@ def test_rows_that_are_wrong_are_named_or_dropped(capsys):
         ("sst2", [], "dev.tsv: no records"),
         ("sst2", ["text\tlabel", "x\t1"], "no 'sentence' in ['text', 'label']"),
         ("stsb", ["sentence1\tsentence2\tscore", "a\tb\t5.1"], "expected a score from 0 to 5"),
+        ("cb", ['{"premise": '], "val.jsonl, line 1: Expecting value"),
         ("cb", ['{"premise": null, "hypothesis": "b", "label": "neutral"}'], "premise is None"),
     ],
 )

@@ -30,16 +30,28 @@ def test_all_kinds_of_files_give_the_same_records():
         "t.tsv": 'a\tb\n1\tx "y"\n\n\tüber\u2028z\n',
         "t.jsonl": lines,
         "t.json": json.dumps(rows),
+        "wrapped.json": json.dumps({"version": "1", "tags": ["x"], "data": rows}),
+        "columns.json": json.dumps({"a": ["1", ""], "b": [rows[0]["b"], rows[1]["b"]]}),
+        "pandas.json": '{"a": {"0": "1", "1": ""}, "b": {"0": "x \\"y\\"", "1": "über\u2028z"}}',
         "t.jsonl.gz": gzip.compress(lines.encode()),
         "t.tsv.gz": gzip.compress('a\tb\n1\tx "y"\n\tüber\u2028z\n'.encode()),
     }.items():
         assert read(name, content) == (rows, []), name
     assert read("t.tsv", '1\tx "y"\n', names=["a", "b"]) == (rows[:1], [])
+    assert read("t.tsv", "1\t2\n", names=[]) == ([{"0": "1", "1": "2"}], [])
+    assert read("t.json", '{"a": "1", "b": [2]}') == ([{"a": "1", "b": [2]}], [])
     assert read("t.csv", "\n\na,b\n1,2\n")[0] == [{"a": "1", "b": "2"}]
     # a line break in a cell of a .csv, and a lone "\r" in a .tsv, are text
     assert read("t.csv", 'a\n"x\ny"\n')[0] == [{"a": "x\ny"}]
     assert read("t.tsv", "a\nx\ry\r\n")[0] == [{"a": "x\ry"}]
     assert read("t.csv", f"a\n{'x' * 200_000}\n")[1] == []
+
+
+def test_lists_are_splits():
+    lists = {"train": [{"a": 1}], "validation": [{"a": 2}], "test": []}
+    pathlib.Path("t.json").write_text(json.dumps(lists))
+    found = list(records.read("t.json", []))
+    assert [(split, row["a"]) for _, split, row in found] == [("train", 1), ("eval", 2)]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +60,15 @@ def test_all_kinds_of_files_give_the_same_records():
         ("t.csv", 'a,b\n1,"x\n', "t.csv, behind row 1: unexpected end of data"),
         ("t.csv", "a,b\n1\n", "1 columns, expected 2"),
         ("t.tsv", "a\ta\n1\t2\n", "a key is repeated among a, a"),
-        ("t.jsonl", '{"a": 1, "a": 2}\n', "t.jsonl, line 1: a key is repeated among a, a"),
+        ("t.jsonl", '{"a": 1, "a": 2}\n', "a key is repeated among a, a: rename or delete one"),
+        ("t.jsonl", '{"a": NaN}\n', "t.jsonl, line 1', 'NaN is no JSON: write null"),
+        ("t.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', "a byte order mark inside the file"),
+        ("t.csv", "a\n1\n\ufeffa\n", "a byte order mark inside the file, as joined files have"),
+        ("t.json", "[" * 100_000, "nested too deeply"),
+        ("t.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "it has the lists a, b, expected one"),
+        ("t.json", '{"a": [1, 2], "b": [1]}', "the columns a, b are of different lengths"),
+        ("t.json", "[1]", "t.json, [0]', '1: expected an object"),
+        ("t.json", '"a"', "t.json: expected a list or an object"),
         ("t.json.gz", b"no gzip", "t.json.gz: Not a gzipped file"),
         ("t.tsv.gz", gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], "expected a table"),
     ],
@@ -59,7 +79,7 @@ def test_what_is_wrong_with_a_file_is_named(name, content, message):
 
 
 def test_a_json_file_that_is_none_is_a_problem():
-    pathlib.Path("t.json").write_text('{"a": NaN')
+    pathlib.Path("t.json").write_text('{"a": ')
     problems = []
     assert records.load_json(pathlib.Path("t.json"), problems) is None
     assert records.load_json(pathlib.Path("none.json"), problems) is None

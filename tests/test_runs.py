@@ -64,7 +64,7 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
 
 
 @pytest.mark.slow
-def test_precisions_offload_compilation_and_checkpointing_agree(monkeypatch, capsys):
+def test_precisions_offload_compilation_and_checkpointing_agree():
     """A process each would cost 8 seconds; that of --compile takes its own part."""
     conftest.make_model("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--training_run_name"]
@@ -84,18 +84,7 @@ def test_precisions_offload_compilation_and_checkpointing_agree(monkeypatch, cap
     assert losses("adafactor")[-1] < losses("adafactor")[0]
     for stage in ("zero2_offload", "zero3_offload"):
         conftest.run(*words, stage, "--ds_config", stage)
-        assert (
-            conftest.distance("plain", stage) < 1e-5
-        )  # DeepSpeed's Adam keeps beta ** step in fp32
-    assert "cannot be built" not in capsys.readouterr().out
-
-    def load(self):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(common.deepspeed.ops.op_builder.CPUAdamBuilder, "load", load)
-    conftest.run(*words, "torch", "--ds_config", "zero2_offload")
-    assert conftest.distance("plain", "torch") < 1e-6
-    assert "torch's AdamW on the CPU, for DeepSpeed's cannot be built" in capsys.readouterr().out
+        assert conftest.distance("plain", stage) < 1e-6
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -105,6 +105,14 @@ def test_raw_prompts_and_plain_texts_have_no_template():
     assert trained(labels, prompts) == ["two and two</s>"] and question == []
 
 
+def test_each_of_several_instructions_gets_the_input():
+    record = {"instruction": ["Add.", "Sum up."], "input": "2 2", "output": "4"}
+    args = sft_causal.parse_args(["--data", "d", "--template", "plain"])
+    conversations = sft_causal.to_conversations(args, record)
+    questions = [messages[0]["content"] for messages in conversations]
+    assert questions == ["Add.\n\n2 2", "Sum up.\n\n2 2"]
+
+
 def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     record = {"prompt": ["a", "b", "c"], "completion": ["1", "2"]}
     conftest.write_data("d", [record] * 200, [{**record, "references": ["1", "I"]}])
@@ -496,8 +504,8 @@ MISTAKES = [  # words, content of data/d.json, message
     ("", TOOLS, "9 records, first data/d.json, train[0]: 'tools' is not supported"),
     ("", '[{"question": "a"}]', "'prompt' is missing; there is question"),
     ("", '[{"prompt": "a", "completion": []}]', "'completion' is an empty list"),
-    ("", '[{"instruction": "a", "output": 3}]', "'output' is '3', expected text"),
-    ("", '[{"instruction": "a", "input": 1, "output": "b"}]', "'input' is '1', expected text"),
+    ("", '[{"instruction": "a", "output": 3}]', "'output' is 3, expected text"),
+    ("", '[{"instruction": "a", "input": 1, "output": "b"}]', "'input' is 1, expected text"),
     ("", '[{"prompt": "a", "completion": "b", "references": []}]', "'references' is an empty"),
     ("", '[{"messages": [{"role": "user", "content": "a"}]}]', "no message of the role 'assist"),
     ("--raw_prompt", CHATS, "--raw_prompt takes prompt and completion, or text"),

@@ -115,57 +115,6 @@ def score_records(n, seed=0):
              "row": i} for i in range(n)]
 
 
-def preference_records(n, seed=0):
-    """Prompts with a better and a worse reply; every third has three or four ranked replies instead."""
-    rng = random.Random(seed)
-    words = "the cat dog reads water book answer word number one two three".split()
-    texts = [[" ".join(rng.choices(words, k=rng.choice([1, 2, 4, 12]))) + f" {k}" for k in range(4)] for _ in range(n)]
-    replies = [{"replies": t[:3 + i % 2]} if i % 3 == 2 else {"chosen": t[0], "rejected": t[1]} for i, t in enumerate(texts)]
-    return [{"prompt": f"question {i}", **those} for i, those in enumerate(replies)]
-
-
-def write_clf_mount(folder):
-    """models/tiny, /dropout, /llama; data/scores.json (43 train, 11 eval of which 3 lack a target, 5 test) and data/pairs.json
-    (21 train, 7 eval, 4 test)."""
-    write_model(folder / "models" / "tiny")
-    write_model(folder / "models" / "dropout", dropout_rate=0.1)
-    write_llama(folder / "models" / "llama")
-    (folder / "data").mkdir()
-    records, pairs = score_records(59), preference_records(32)
-    for record in records[45:54:4]:
-        del record["target"]
-    (folder / "data" / "scores.json").write_text(json.dumps({"train": records[:43], "eval": records[43:54], "test": records[54:]}))
-    (folder / "data" / "pairs.json").write_text(json.dumps({"train": pairs[:21], "eval": pairs[21:28], "test": pairs[28:]}))
-    return folder
-
-
-def write_ppo_mount(folder):
-    """`write_clf_mount` (llama and tiny with many end tokens, so that replies differ in length), models/t5 (tiny with weights), models/chat (a
-    babbler), reward.py, and data/wants.jsonl: 40 ragged prompts, 12 for evaluation and 5 for the test."""
-    import torch
-    import transformers
-    write_clf_mount(folder)
-    write_babbler(folder / "models" / "chat")
-    for name, ends in (("llama", [2, *range(20, 60)]), ("tiny", [1, *range(20, 60)])):
-        (folder / "models" / name / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    shutil.copytree(folder / "models" / "tiny", folder / "models" / "t5")
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.from_pretrained(folder / "models" / "t5"))
-    model.generation_config.eos_token_id = ends
-    model.save_pretrained(folder / "models" / "t5")
-    records = [{"prompt": f"question number {i} is " + "long " * (i % 7), "want": "digits"} for i in range(40)]
-    records += [{"prompt": f"{split} {i}", "want": "vowels", "split": split} for split, n in (("eval", 12), ("test", 5)) for i in range(n)]
-    (folder / "data" / "wants.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "reward.py").write_text("".join(f"def {name}(prompts, replies, records):\n    return [{value} for r in replies]\n\n" for name, value in
-                                              (("variety", "len(set(r)) / 10"), ("length", "float(len(r))"), ("shortness", "-float(len(r))"))))
-    return folder
-
-
-@pytest.fixture
-def clf_mount(tmp_path):
-    return write_clf_mount(tmp_path)
-
-
 @pytest.fixture
 def mount(tmp_path):
     """A mount folder with models/tiny (dropout 0), models/dropout, data/ragged.json (43 train, 11 eval, 5 test)."""
@@ -198,18 +147,6 @@ def trainer_args(words):
     common.add_task_args(parser)
     common.add_shared_args(parser)
     return parser.parse_args(list(map(str, words)))
-
-
-def clf_flags(mount, run="run", **changes):
-    """The same for clf.py, on data/scores.json; models/llama has 256 positions."""
-    return flags(mount, run, **{"data": "scores", "max_new_tokens": None, "max_length": 256, **changes})
-
-
-def ppo_flags(mount, run="run", **changes):
-    """The same for rl_ppo.py on `write_ppo_mount`: 4 rollouts of 16 replies, 2 steps each."""
-    return flags(mount, run, **{"model_init_name": None, "policy": "llama", "data": "wants", "reward_fn": f"{mount}/reward.py:variety", "max_steps": 8,
-                                "num_rollouts": 16, "ppo_epochs": 1, "rollout_batch_size": 8, "max_new_tokens": 6, "learning_rate": 0.001,
-                                "num_layers_unfrozen": 0, "warmup_steps": 0, **changes})
 
 
 @pytest.fixture(autouse=True)

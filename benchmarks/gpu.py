@@ -1,0 +1,372 @@
+"""All scripts on one GPU at real sizes, with random weights, and what only a GPU can get wrong.
+
+    python benchmarks/gpu.py --out gpu.json        # one GPU with 80 GB: 8 minutes
+    python benchmarks/gpu.py --only sft stages     # some parts
+    python benchmarks/gpu.py --tiny                # tiny models on a CPU: do the commands run?
+
+Each part is a process of its own with a time limit, and its figures are in --out as soon as it is
+done. The exit code is the number of parts that failed. Figures:
+    tokens_per_sec   target tokens of training, written tokens of chat.py, examples of collect
+    mfu              6 x weights x tokens (Kaplan et al. 2020, without attention) per second, as a
+                     share of the GPU's dense bf16 peak
+    peak_memory_gb   of torch's allocator
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import harness
+import torch
+import transformers
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+MINUTES = 4  # limit of a part
+SMALL = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+SMALL.update(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+T5_LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
+T5_3B = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}  # 1.1 B weights
+LLAMA.update(num_attention_heads=32, num_key_value_heads=4)
+WORDS = "the of a number word reads three long letter under city when water".split()
+REWARD = """def variety(prompts, replies, records):
+    return [float(len(set(reply))) for reply in replies]
+"""
+
+# ------------------------------------------------------------------------------- models and data
+
+
+def write_models(is_tiny):
+    """models/: t5-large, t5-3b, llama; t5-small and llama-small for equalities. No weights."""
+    t5 = {"vocab_size": 32128, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
+    llama = {"vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+    sizes = {"t5-large": T5_LARGE, "t5-3b": T5_3B, "llama": LLAMA}
+    sizes.update({"t5-small": SMALL, "llama-small": SMALL})
+    for name, size in sizes.items():
+        size = SMALL if is_tiny else size
+        folder = pathlib.Path("models", name)
+        if name.startswith("t5"):
+            tokenizer = "tiny-t5"
+            config = transformers.T5Config(**t5, **size, dropout_rate=0.0)
+        else:
+            tokenizer = "tiny-llama"
+            config = transformers.LlamaConfig(**llama, **size)
+        shutil.copytree(harness.ROOT / "models" / tokenizer, folder)
+        config.save_pretrained(folder)
+
+
+def write_data(is_tiny):
+    """data/: words at random, of lengths as instructions have them."""
+    rng = random.Random(0)
+    longest = 30 if is_tiny else 300
+
+    def text(share):
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, math.ceil(longest * share))))
+
+    n = 64 if is_tiny else 4000
+    lists = {"records": [], "scored": [], "prompts": []}
+    for i in range(n):
+        lists["records"].append({"prompt": text(1), "completion": text(0.4)})
+        lists["scored"].append({"input": text(1), "target": i % 2})
+        lists["prompts"].append({"prompt": text(0.1)})
+    for name, records in lists.items():
+        splits = {"train": records, "eval": records[:8]}
+        pathlib.Path("data", f"{name}.json").write_text(json.dumps(splits))
+    lines = [json.dumps(record) for record in lists["prompts"][:64]]
+    pathlib.Path("chats.jsonl").write_text("\n".join(lines) + "\n")
+    pathlib.Path("reward.py").write_text(REWARD)
+
+
+# ---------------------------------------------------------------------------------- running scripts
+
+
+def command_of(script, words):
+    return [sys.executable, str(harness.ROOT / script), *words.split()]
+
+
+def run(script, words, code=0):
+    """A script as users run it, which must end with this exit code; -> what it said."""
+    result = subprocess.run(command_of(script, words), capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode != code:
+        sys.exit(f"{script} {words}: exit code {result.returncode}, not {code}\n{output[-4000:]}")
+    return output
+
+
+def train(script, words, n_steps=12, name="run"):
+    """The train rows of metrics.jsonl of a training run."""
+    words = (
+        f"--training_run_name {name} --max_steps {n_steps} --num_epochs 100 --eval_steps 100000 "
+        f"--save_steps 0 --logging_steps {max(1, n_steps // 3)} {words}"
+    )
+    run(script, words if "--overwrite" in words else f"--overwrite {words}")
+    return harness.metric_rows(pathlib.Path("models", name))
+
+
+def speed(rows, flops_per_token=0):
+    """Without the first third of the steps."""
+    timed = rows[1:]
+    n_targets = sum(row["target_tokens"] for row in timed)
+    seconds = sum(row["target_tokens"] / row["tokens_per_sec"] for row in timed)
+    found = {"tokens_per_sec": n_targets / seconds, "loss": timed[-1]["loss"]}
+    found["peak_memory_gb"] = timed[-1]["peak_memory_gb"]
+    for name, peak in PEAK_FLOPS.items():
+        if name in harness.device_name() and flops_per_token:
+            found["mfu"] = n_targets / seconds * flops_per_token / peak
+    return found
+
+
+def count_weights(name, beginning=""):
+    """Of the matrices whose names begin so, without embeddings that are only looked up."""
+    config = transformers.AutoConfig.from_pretrained(pathlib.Path("models", name))
+    auto_class = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        auto_class = transformers.AutoModelForSeq2SeqLM
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    head = model.get_output_embeddings().weight
+    n = 0 if beginning == "encoder" else head.numel()
+    for path, weight in model.named_parameters():
+        if path.removeprefix("model.").startswith(beginning) and weight is not head:
+            n += weight.numel() * ("embed" not in path and "shared" not in path)
+    return n
+
+
+# ------------------------------------------------------------------------------------ parts: speed
+
+
+def train_t5(name, batch):
+    records = json.loads(pathlib.Path("data/records.json").read_text())["train"]
+    n_source = sum(len(record["prompt"].split()) for record in records)
+    n_target = sum(len(record["completion"].split()) for record in records)
+    encoder = count_weights(name, "encoder") * n_source / n_target
+    flops = 6 * (count_weights(name, "decoder") + encoder)  # for each target token
+    words = f"--model_init_name {name} --data records --max_new_tokens 1"
+    return speed(train("seq2seq.py", f"{words} --train_batch_size {batch}"), flops)
+
+
+def t5_large():
+    return train_t5("t5-large", 64)
+
+
+def t5_3b():
+    return train_t5("t5-3b", 32)
+
+
+def clf():
+    words = "--model_init_name t5-large --data scored --train_batch_size 64"
+    return speed(train("clf.py", words))
+
+
+def sft():
+    """Rows of 4096 tokens, each of them a target, so that MFU counts them all."""
+    words = "--model_init_name llama --data records --raw_prompt --targets all --n_generate 0 "
+    words += "--max_length 4096 --train_batch_size 64"
+    return speed(train("sft_causal.py", words), 6 * count_weights("llama"))
+
+
+def write_start():
+    """models/start: a Llama with random weights, for scripts that do not make any."""
+    words = "--model_init_name llama --data records --n_generate 0"
+    train("sft_causal.py", words, n_steps=1, name="start")
+
+
+def ppo():
+    """It stops by itself unless the first ratio is 1 and sampler and scorer agree."""
+    write_start()
+    words = "--policy start --data prompts --reward_fn reward.py:variety --lora_rank 16 "
+    words += "--num_rollouts 64 --rollout_batch_size 64 --train_batch_size 32 --n_eval 8"
+    row = train("rl_ppo.py", words)[-1]
+    return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
+def chat():
+    """64 replies, 32 at a time; the seconds include loading."""
+    write_start()
+    start = time.perf_counter()
+    words = "--model_path start --input chats.jsonl --output replies.jsonl --max_batch 32"
+    run("chat.py", f"{words} --max_new_tokens 128")
+    return {"seconds": time.perf_counter() - start}
+
+
+def collect():
+    write_start()
+    start = time.perf_counter()
+    words = "collect --model_init_name start --data records --downsample 256 --out grads"
+    run("project_grads.py", words)
+    return {"seconds": time.perf_counter() - start}
+
+
+def hf():
+    """The ratio to Seq2SeqTrainer; needs accelerate."""
+    words = "--task seq2seq --data questions.jsonl --width 768 --layers 12 --batch 64 "
+    words += "--accumulation 1 --rounds 1 --steps 30 --out hf.json"
+    records = json.loads(pathlib.Path("data/records.json").read_text())["train"]
+    lines = [json.dumps({"question": r["prompt"], "answer": r["completion"]}) for r in records]
+    pathlib.Path("questions.jsonl").write_text("\n".join(lines))
+    run("benchmarks/bench_train.py", words)
+    return json.loads(pathlib.Path("hf.json").read_text())["ratios"]["trained"]
+
+
+# ------------------------------------------------------------------------- parts: right or wrong
+
+
+def kernels():
+    """Masked attention backwards as T5 needs it: finite, and no plan is made for each new shape."""
+    sys.path.insert(0, str(harness.ROOT))
+    import common
+
+    common.adopt_launcher()
+    device = common.setup_distributed(argparse.Namespace(deterministic=False))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    seconds = []
+    for length in [704, *range(200, 400, 10)] * 2:
+        start = time.perf_counter()
+        states = torch.randn(3, 2, 4, length, 64, device=device, dtype=dtype, requires_grad=True)
+        bias = torch.randn(2, 4, length, length, device=device, dtype=dtype, requires_grad=True)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        attention(*states, attn_mask=bias).sum().backward()
+        if not (states.grad.isfinite().all() and bias.grad.isfinite().all()):
+            sys.exit(f"gradients of masked attention are not finite at length {length}")
+        seconds.append(time.perf_counter() - start)
+    half = len(seconds) // 2
+    return {"new_shapes_over_known_ones": sum(seconds[1:half]) / sum(seconds[half + 1 :])}
+
+
+def losses(script, model, words, name="run"):
+    words = f"--model_init_name {model} --data records --train_batch_size 16 {words}"
+    return [row["loss"] for row in train(script, words, n_steps=3, name=name)]
+
+
+def check_close(found, expected, tolerance, what):
+    gap = max(abs(a - b) for a, b in zip(found, expected))
+    if not gap <= tolerance:
+        sys.exit(f"{what}: losses {found}, expected {expected}")
+    return gap
+
+
+def stages():
+    """Each ZeRO stage, precision, offload, accumulation and --compile: the losses of fp32."""
+    gaps = {}
+    for script, model, more in (
+        ("seq2seq.py", "t5-small", "--max_new_tokens 1 "),
+        ("sft_causal.py", "llama-small", "--n_generate 0 --raw_prompt "),
+    ):
+        expected = losses(script, model, f"{more} --precision fp32 --ds_config zero0")
+        variants = [f"--precision fp32 --ds_config zero{k}" for k in (1, 2, 3)]
+        variants += [f"--precision bf16 --ds_config zero{k}" for k in (1, 2, 3)]
+        variants += ["--precision bf16-mixed", "--precision bf16 --ds_config zero2_offload"]
+        variants += ["--precision fp32 --train_batch_size 4 --gradient_accumulation_steps 4"]
+        variants += ["--precision fp32 --compile", "--precision fp32 --gradient_checkpointing"]
+        for variant in variants:
+            tolerance = 1e-3 if "fp32" in variant else 0.05
+            what = f"{script} {variant}"
+            gaps[what] = check_close(
+                losses(script, model, more + variant), expected, tolerance, what
+            )
+    return gaps
+
+
+def adapters():
+    """LoRA at ZeRO-3 with checkpointing, and over 8 and 4 bits, where bitsandbytes is there."""
+    write_start()
+    words = "--lora_rank 8 --n_generate 0 --raw_prompt"
+    expected = losses("sft_causal.py", "start", words, "lora")
+    gaps = {}
+    variants = {"--ds_config zero3 --gradient_checkpointing": 0.05}
+    if torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"):
+        variants.update({"--quantize int8": 0.1, "--quantize nf4": 0.3})
+    for variant, tolerance in variants.items():
+        found = losses("sft_causal.py", "start", f"{words} {variant}", "variant")
+        gaps[variant] = check_close(found, expected, tolerance, variant)
+    return gaps
+
+
+def resume():
+    """Killed after 3 of 6 steps and started again: the same bits with --deterministic. SIGTERM
+    saves and leaves with 75."""
+    words = "--model_init_name t5-small --data records --train_batch_size 16 --max_new_tokens 1 "
+    words += "--logging_steps 1 --eval_steps 1000 --lr_scheduler_type constant --deterministic "
+    words += "--training_run_name"
+    run("seq2seq.py", f"{words} whole --max_steps 6 --save_steps 3")
+    run("seq2seq.py", f"{words} halves --max_steps 3 --save_steps 3")
+    run("seq2seq.py", f"{words} halves --max_steps 6 --save_steps 3")
+    ends = [pathlib.Path("models", name, "model.safetensors") for name in ("whole", "halves")]
+    process = subprocess.Popen(command_of("seq2seq.py", f"{words} killed --max_steps 100000"))
+    rows = pathlib.Path("models/killed/metrics.jsonl")
+    while process.poll() is None and not (rows.exists() and rows.stat().st_size > 1000):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    if process.wait(60) != 75:
+        sys.exit(f"SIGTERM: exit code {process.returncode}, expected 75")
+    return {"same_bits": ends[0].read_bytes() == ends[1].read_bytes()}
+
+
+def out_of_memory():
+    """Ends with exit code 2 and words, not with a traceback alone."""
+    if not torch.cuda.is_available():
+        return {"not run": "no GPU"}
+    words = "--model_init_name t5-3b --data records --train_batch_size 4000 --max_steps 1"
+    output = run("seq2seq.py", f"{words} --max_new_tokens 1 --eval_steps 100000", code=2)
+    return {"says": output.splitlines()[-1]}
+
+
+PARTS = (kernels, stages, resume, t5_large, t5_3b, clf, sft, ppo, chat, collect)
+PARTS += (adapters, out_of_memory, hf)
+
+
+def run_part(part, is_tiny):
+    """In a folder of its own; the last line printed is the JSON of the part's figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for name in ("models", "data"):
+            pathlib.Path(name).mkdir()
+        write_models(is_tiny)
+        write_data(is_tiny)
+        print(json.dumps(part()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--tiny", action="store_true")
+    harness.add_flags(parser)
+    args = parser.parse_args()
+    if args.child:
+        part = PARTS[names.index(args.child)]
+        return run_part(part, args.tiny)
+    if not args.tiny and not torch.cuda.is_available():
+        print("not run: no GPU here")
+        return 0
+    print(f"{harness.device_name()}, cuDNN {torch.backends.cudnn.version()}")
+    results = {}
+    for name in args.only:
+        start = time.perf_counter()
+        child = [sys.executable, *sys.argv, "--child", name]
+        try:
+            done = subprocess.run(child, capture_output=True, text=True, timeout=60 * MINUTES)
+            ok = done.returncode == 0
+            found = (
+                json.loads(done.stdout.splitlines()[-1]) if ok else {"failed": done.stderr[-4000:]}
+            )
+        except subprocess.TimeoutExpired:
+            found = {"failed": f"longer than {MINUTES} minutes"}
+        results[name] = {**found, "part_seconds": time.perf_counter() - start}
+        print(name, json.dumps(results[name], indent=2), flush=True)
+        harness.write_summary(args, {}, parts=results)
+    return sum("failed" in found for found in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
