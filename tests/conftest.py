@@ -39,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     tied = dict(transformers.T5ForConditionalGeneration._tied_weights_keys)
     monkeypatch.setattr(transformers.T5ForConditionalGeneration, "_tied_weights_keys", tied)
     yield tmp_path
+    torch.backends.cuda.enable_flash_sdp(True)  # rl_ppo.py switches it off for a T5
     for number in (signal.SIGTERM, signal.SIGUSR1):  # which a run in this process has taken
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -383,7 +383,7 @@ def test_a_sequence_classifier_with_one_logit_is_a_reward():
 
 def test_what_the_readme_says_happens():
     page = (conftest.ROOT / "README.md").read_text()
-    section = page.split("\n## A reward instead of examples\n")[1].split("\n## ")[0]
+    section = page.split("\n## A reward: rl_ppo.py\n")[1].split("\n## ")[0]
     make_policy("llama").rename("models/assistant")
     make_judge("assistant", "reward")
     lines = section.split("```json\n")[1].split("```")[0]
