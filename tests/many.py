@@ -13,7 +13,10 @@ import common
 def main(runs):
     script = importlib.import_module(sys.argv[1])
     for words in runs:
-        assert script.main(script.parse_args(words)) == 0
+        try:
+            assert script.main(script.parse_args(words)) == 0
+        except SystemExit as stop:
+            assert stop.code == 0  # a finished run
 
 
 if __name__ == "__main__":
