@@ -132,14 +132,11 @@ def find_target(args, record, split, problems):
     high = args.target_max
     if type(target) in (int, float) and low <= target <= high:
         return (target - low) / (high - low)
+    expected = f"{low:g} (a sure no, --target_min) to {high:g} (a sure yes, --target_max)"
+    problem = f"'target' is {target!r:.40}, expected a number from {expected}"
     if "target" not in record:
         problem = common.text_problem(None, "target", record)
         problem += "; preferences need --loss pairwise"
-    else:
-        problem = (
-            f"'target' is {target!r:.40}, expected a number from {low:g} (a sure no, --target_min) "
-            f"to {high:g} (a sure yes, --target_max)"
-        )
     if target is not None or split == "train":
         problems.append(problem)
     return math.nan
@@ -167,8 +164,8 @@ def to_example(args, data_set, split, record, where, problems):
             problem = common.text_problem(version.get(name), name, version)
             if problem:
                 found.append(f"{problem}; --template names the keys")
-    for problem in dict.fromkeys(found):  # what is wrong with each reply is said once
-        problems.append((where, problem))
+    # what is wrong with each reply is said once
+    problems += [(where, problem) for problem in dict.fromkeys(found)]
     key = fill(args.template, {**record, "reply": ""})
     return Example(data_set, key, texts, target, record)
 
@@ -214,15 +211,15 @@ def tokenize(examples, args, tokenizer, config):
     """{name: array}, as Data reads them, of {split: [Example]}."""
     arrays = {}
     for split in SPLITS:
-        texts, targets, counts = [], [], []
+        texts, targets, bounds = [], [], [0]
         for example in examples[split]:
             texts += example.texts
             targets.append(example.target)
-            counts.append(len(example.texts))
+            bounds.append(len(texts))
         input_ids = tokenize_texts(texts, args, tokenizer, config.is_encoder_decoder)
         arrays.update(common.Ragged.arrays(f"{split}_input_ids", input_ids))
-        arrays[f"{split}_targets"] = np.array(targets, np.float64)
-        arrays[f"{split}_counts"] = np.array(counts, np.int64)
+        arrays[f"{split}_targets"] = np.array(targets, float)
+        arrays[f"{split}_bounds"] = np.array(bounds)
     return arrays
 
 
@@ -232,17 +229,15 @@ class Rows:
     def __init__(self, split, arrays):
         self.input_ids = common.Ragged(f"{split}_input_ids", arrays)
         self.targets = arrays[f"{split}_targets"]  # (examples,)
-        self.counts = arrays[f"{split}_counts"]
-        self.offsets = np.cumsum(self.counts) - self.counts
-        lengths = self.input_ids.lengths
-        longest = np.maximum.reduceat(lengths, self.offsets)
-        total = np.add.reduceat(lengths, self.offsets)
+        self.bounds = arrays[f"{split}_bounds"]  # (examples + 1,), first rows and the end
+        starts = self.bounds[:-1]
+        longest = np.maximum.reduceat(self.input_ids.lengths, starts)
+        total = np.add.reduceat(self.input_ids.lengths, starts)
         self.lengths = np.stack([longest, total], axis=1)  # (examples, 2), in tokens
 
     def texts(self, i):
         """The rows of input_ids that example i has."""
-        start = self.offsets[i]
-        return range(start, start + self.counts[i])
+        return range(*self.bounds[i : i + 2])
 
 
 def load_records(args, tokenizer, config, problems):
@@ -294,14 +289,15 @@ class TrainingData:
 
     def make_batch(self, ids):
         """As `collate`, with the targets (R,), and the example (R,) of each row, from 0."""
-        rows = self.rows
         texts = []
-        for i in ids:
-            texts += [rows.input_ids[row] for row in rows.texts(i)]
+        example = []
+        for k, i in enumerate(ids):
+            row_ids = self.rows.texts(i)
+            texts += [self.rows.input_ids[row] for row in row_ids]
+            example += [k] * len(row_ids)
         batch = collate(texts)
-        example = np.repeat(np.arange(len(ids)), rows.counts[ids])
-        batch.update(common.to_tensors({"example": example}))
-        batch["targets"] = torch.tensor(rows.targets[ids]).float()
+        batch["example"] = torch.tensor(example)
+        batch["targets"] = torch.tensor(self.rows.targets[ids]).float()
         return batch
 
 
@@ -326,16 +322,14 @@ class YesNo(torch.nn.Module):
     def two_columns(self, hidden_states):
         """(R, S, D) -> (R, 1, V), 0 but for no and yes."""
         head = self.head[0]
-        bias = getattr(head, "bias", None)
         if self.last is not None:
             hidden_states = hidden_states[self.last].unsqueeze(1)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            if bias is not None:
-                bias = bias[self.no_yes].float()
-            weight = head.weight[self.no_yes].float()
-            columns = F.linear(hidden_states.float(), weight, bias)  # (R, 1, 2)
-        logits = columns.new_zeros(len(columns), 1, len(head.weight))
-        return logits.index_copy(2, self.no_yes, columns)
+        weight = head.weight[self.no_yes].float()
+        columns = (hidden_states.float() * weight).sum(2)  # (R, 2): a matmul would be autocast
+        if getattr(head, "bias", None) is not None:
+            columns = columns + head.bias[self.no_yes]
+        logits = columns.new_zeros(len(columns), len(head.weight))
+        return logits.index_copy(1, self.no_yes, columns).unsqueeze(1)
 
     def forward(self, batch):
         input_ids = batch["input_ids"]
@@ -410,12 +404,13 @@ def calibration_error(scores, targets):
 
 
 def best_threshold(scores, is_positive):
-    """The score from which on "yes" is right most often: halfway to the next lower one, or 1."""
-    values = np.unique([0.0, *scores, 1.0])
-    n_right_below = np.searchsorted(np.sort(scores[~is_positive]), values)
-    n_wrong_below = np.searchsorted(np.sort(scores[is_positive]), values)
-    i = np.argmax(n_right_below - n_wrong_below)
-    return values[max(0, i - 1) : i + 1].mean()
+    """The score from which on "yes" is right most often: halfway between two that occur, 0 or 1."""
+    values, inverse = np.unique(scores, return_inverse=True)
+    gains = np.bincount(inverse, 1 - 2 * is_positive)  # of a no to a value
+    gains_below = np.append(0, np.cumsum(gains))
+    i = np.argmax(gains_below)
+    bounds = [0.0, *values, 1.0]
+    return (bounds[i] + bounds[i + 1]) / 2
 
 
 def point_metrics(args, logits, targets):
@@ -447,7 +442,7 @@ def point_metrics(args, logits, targets):
         "optimal_threshold": low + span * threshold,
         "optimal_accuracy": is_optimal.mean(),
     }
-    if is_positive.any() and not is_positive.all():
+    if 0 < is_positive.mean() < 1:
         metrics["auc"] = roc_auc(logits, is_positive)
     if np.ptp(targets) and np.ptp(scores):
         metrics["pearson"] = np.corrcoef(scores, targets)[0, 1]
@@ -458,12 +453,12 @@ def point_metrics(args, logits, targets):
     return metrics
 
 
-def pair_metrics(logits, counts):
-    """Means over examples with counts of replies, the best first; single replies do not count."""
+def pair_metrics(logits, bounds):
+    """Means over examples, each with the rows from one bound to the next, the best reply first;
+    single replies do not count."""
     losses = []
     accuracies = []
-    ends = np.cumsum(counts)
-    for rewards in np.split(logits, ends[:-1]):
+    for rewards in np.split(logits, bounds[1:-1]):
         better, worse = np.triu_indices(len(rewards), 1)
         if len(better):
             margins = rewards[better] - rewards[worse]
@@ -500,8 +495,11 @@ def write_predictions(args, examples, rows, logits, name, run):
         texts = rows.texts(i)
         if len(texts) == 1:
             texts = texts[0]
-        row = {"orig_d": example.record, "dataset": example.data_set}
-        row["pred_score"] = scores[texts].tolist()
+        row = {
+            "orig_d": example.record,
+            "pred_score": scores[texts].tolist(),
+            "dataset": example.data_set,
+        }
         if args.loss == "pairwise":
             row["reward"] = logits[texts].tolist()
         predictions.append(row)
@@ -513,7 +511,7 @@ def evaluate(args, engine, data, split, run, device):
     rows = data.rows[split]
     logits = score(args, engine, rows, device)
     if args.loss == "pairwise":
-        metrics = pair_metrics(logits, rows.counts)
+        metrics = pair_metrics(logits, rows.bounds)
     else:
         metrics = point_metrics(args, logits, rows.targets)
     if common.rank() == 0:
@@ -554,7 +552,7 @@ def check_model(args, source, config, tokenizer, problems):
         problems.append(f"{source} is an encoder: expected a model that writes text")
     if not has_encoder and args.template.endswith(" "):
         problems.append("--template: end it without a blank, which belongs to the answer")
-    n_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    n_positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_length > n_positions:
         problems.append(f"--max_length {args.max_length}: {source} has {n_positions} positions")
     answer_ids(args, tokenizer, has_encoder, problems)
@@ -579,35 +577,6 @@ def prepare(args):
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run
-
-
-def describe(args, source, config, no_yes):
-    """What rawtune.json says of the model, for all that read it."""
-    is_pairwise = args.loss == "pairwise"
-    return {
-        "format": 1,
-        "script": "clf.py",
-        "task": "preference" if is_pairwise else "score",
-        "family": "seq2seq" if config.is_encoder_decoder else "causal",
-        "record_layout": {
-            "template": args.template,
-            "max_length": args.max_length,
-            "truncation": "start" if is_pairwise else "end",
-        },
-        "loss": args.loss,
-        "verbaliser": {
-            "positive": args.positive_word,
-            "negative": args.negative_word,
-            "positive_id": no_yes[1],
-            "negative_id": no_yes[0],
-        },
-        "target_min": args.target_min,
-        "target_max": args.target_max,
-        "threshold": None,
-        "base": {"path": source, "sha256": None},
-        "adapter": "none",
-        "quantize": None,
-    }
 
 
 def main(args):
@@ -641,7 +610,31 @@ def main(args):
                 run.log(split, evaluation(split))
         return 0
     args.threshold = None  # it was of the weights that training starts from
-    about = describe(args, source, config, no_yes)
+    is_pairwise = args.loss == "pairwise"
+    about = {  # for all that read the model
+        "format": 1,
+        "script": "clf.py",
+        "task": "preference" if is_pairwise else "score",
+        "family": "seq2seq" if config.is_encoder_decoder else "causal",
+        "record_layout": {
+            "template": args.template,
+            "max_length": args.max_length,
+            "truncation": "start" if is_pairwise else "end",
+        },
+        "loss": args.loss,
+        "verbaliser": {
+            "positive": args.positive_word,
+            "negative": args.negative_word,
+            "positive_id": no_yes[1],
+            "negative_id": no_yes[0],
+        },
+        "target_min": args.target_min,
+        "target_max": args.target_max,
+        "threshold": None,
+        "base": {"path": source, "sha256": None},
+        "adapter": "none",
+        "quantize": None,
+    }
     if rank == 0 and hasattr(model, "adapter"):
         about.update(model.adapter.about())
 
