@@ -48,8 +48,8 @@ FLAGS = {  # the first seven, where not given: as the model's rawtune.json says,
     "target_max": ("", "target that means a sure yes; else 1"),
     "loss": ("", "else cross_entropy", "cross_entropy", "pairwise"),
     "model_pretrain_name": ("", "folder under models/, else a hub id"),
-    "train_batch_size": (32, common.SHARED_FLAGS["train_batch_size"][1]),
-    "weight_decay": (0.01, common.SHARED_FLAGS["weight_decay"][1]),
+    "train_batch_size": (32, "examples in one forward step of all processes together"),
+    "weight_decay": (0.01, "AdamW's, on matrices only"),
 }
 LAYOUT = {
     "template": "",  # else TEMPLATES
@@ -117,8 +117,7 @@ def find_replies(record, split, problems):
     pair = [record.get("chosen"), record.get("rejected")]
     replies = record.get("replies", pair)
     if isinstance(replies, list) and None not in replies:
-        n_different = len(set(map(str, replies)))
-        if n_different == len(replies) > 1:
+        if len(set(map(str, replies))) == len(replies) > 1:
             return replies
     expected = "expected chosen and rejected, or replies: a list of different texts"
     problems.append(f"{expected}; there is {', '.join(record)}")
@@ -153,8 +152,7 @@ def to_example(args, data_set, split, record, where, problems):
     target = math.nan
     versions = [record]
     if args.loss == "pairwise":
-        replies = find_replies(record, split, found)
-        versions = [{**record, "reply": reply} for reply in replies]
+        versions = [{**record, "reply": reply} for reply in find_replies(record, split, found)]
     else:
         target = find_target(args, record, split, found)
     texts = []
@@ -347,16 +345,14 @@ class YesNo(torch.nn.Module):
             self.last = (rows, lengths - 1)
         logits = self.model(**inputs, use_cache=False).logits
         assert logits.shape[1] == 1, "this family does not call its head"
-        no, yes = logits[:, 0, self.no_yes].unbind(1)
-        return yes - no
+        return logits[:, 0, self.no_yes].diff().squeeze(1)
 
 
 def pair_losses(logits, example):
     """(R,) logits of replies, the best of an example first -> (P,) losses of all pairs of replies
     to the same prompt, which together weigh 1 (Ouyang et al. 2022)."""
     is_same = example[:, None] == example  # (R, R)
-    is_pair = is_same.triu(1)
-    better, worse = is_pair.nonzero(as_tuple=True)
+    better, worse = is_same.triu(1).nonzero(as_tuple=True)
     n_replies = is_same.sum(dim=1)[better]
     n_pairs = n_replies * (n_replies - 1) / 2
     return F.softplus(logits[worse] - logits[better]) / n_pairs
@@ -368,8 +364,7 @@ def losses(logits, batch, kind):
     logits = logits[: len(example)]  # not of the padding that a rank computes along
     if kind == "pairwise":
         return pair_losses(logits, example)
-    targets = batch["targets"]
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none")
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -404,7 +399,7 @@ def calibration_error(scores, targets):
 
 
 def best_threshold(scores, is_positive):
-    """The score from which on "yes" is right most often: halfway between two that occur, 0 or 1."""
+    """The score from which on "yes" is right most often: halfway to its lower neighbour."""
     values, inverse = np.unique(scores, return_inverse=True)
     gains = np.bincount(inverse, 1 - 2 * is_positive)  # of a no to a value
     gains_below = np.append(0, np.cumsum(gains))
@@ -470,9 +465,8 @@ def pair_metrics(logits, bounds):
 
 
 @torch.no_grad()
-def score(args, engine, rows, device):
-    """Collective. (texts,) logits of Rows, on every rank."""
-    input_ids = rows.input_ids
+def score(args, engine, input_ids, device):
+    """Collective. (texts,) logits of a Ragged, on every rank."""
     found = {}
     engine.eval()
     for ids in common.my_batches(input_ids.lengths, args.eval_batch_size):
@@ -509,7 +503,7 @@ def write_predictions(args, examples, rows, logits, name, run):
 def evaluate(args, engine, data, split, run, device):
     """Collective. Metrics over all examples of `split`, each counted once; the predictions file."""
     rows = data.rows[split]
-    logits = score(args, engine, rows, device)
+    logits = score(args, engine, rows.input_ids, device)
     if args.loss == "pairwise":
         metrics = pair_metrics(logits, rows.bounds)
     else:
@@ -547,15 +541,14 @@ def answer_ids(args, tokenizer, has_encoder, problems):
 
 
 def check_model(args, source, config, tokenizer, problems):
-    has_encoder = config.is_encoder_decoder
     if "MaskedLM" in str(config.architectures):
         problems.append(f"{source} is an encoder: expected a model that writes text")
-    if not has_encoder and args.template.endswith(" "):
+    if not config.is_encoder_decoder and args.template.endswith(" "):
         problems.append("--template: end it without a blank, which belongs to the answer")
     n_positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_length > n_positions:
         problems.append(f"--max_length {args.max_length}: {source} has {n_positions} positions")
-    answer_ids(args, tokenizer, has_encoder, problems)
+    answer_ids(args, tokenizer, config.is_encoder_decoder, problems)
 
 
 def auto_class_of(config):
