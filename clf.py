@@ -191,7 +191,7 @@ def tokenize_texts(texts, args, tokenizer, has_encoder):
     if not has_encoder and rows[-1][-1] == tokenizer.eos_token_id:  # but the answer comes next
         rows = [input_ids[:-1] for input_ids in rows]
     *rows, tail_ids, letter = rows
-    start = int(letter[0] == tokenizer.bos_token_id)  # of what is cut
+    start = int(letter[0] == tokenizer.bos_token_id)  # where the cut begins
     if args.loss != "pairwise":
         start = max(0, args.max_length + start - len(tail_ids))
     n_cut = 0
@@ -227,7 +227,7 @@ class Rows:
     def __init__(self, split, arrays):
         self.input_ids = common.Ragged(f"{split}_input_ids", arrays)
         self.targets = arrays[f"{split}_targets"]  # (examples,)
-        self.bounds = arrays[f"{split}_bounds"]  # (examples + 1,), first rows and the end
+        self.bounds = arrays[f"{split}_bounds"]  # (examples + 1,), where the rows of each begin
         starts = self.bounds[:-1]
         longest = np.maximum.reduceat(self.input_ids.lengths, starts)
         total = np.add.reduceat(self.input_ids.lengths, starts)
@@ -323,7 +323,8 @@ class YesNo(torch.nn.Module):
         if self.last is not None:
             hidden_states = hidden_states[self.last].unsqueeze(1)
         weight = head.weight[self.no_yes].float()
-        columns = (hidden_states.float() * weight).sum(2)  # (R, 2): a matmul would be autocast
+        # (R, 2), not by a matmul, which autocast would run in bf16
+        columns = (hidden_states.float() * weight).sum(2)
         if getattr(head, "bias", None) is not None:
             columns = columns + head.bias[self.no_yes]
         logits = columns.new_zeros(len(columns), len(head.weight))
@@ -345,7 +346,7 @@ class YesNo(torch.nn.Module):
             self.last = (rows, lengths - 1)
         logits = self.model(**inputs, use_cache=False).logits
         assert logits.shape[1] == 1, "this family does not call its head"
-        return logits[:, 0, self.no_yes].diff().squeeze(1)
+        return logits[:, 0, self.no_yes].diff().squeeze(1)  # yes - no
 
 
 def pair_losses(logits, example):
