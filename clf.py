@@ -48,11 +48,11 @@ FLAGS = {  # the first seven, where not given: as the model's rawtune.json says,
     "target_max": ("", "target that means a sure yes; else 1"),
     "loss": ("", "else cross_entropy", "cross_entropy", "pairwise"),
     "model_pretrain_name": ("", "folder under models/, else a hub id"),
-    "train_batch_size": (32, common.SHARED_FLAGS["train_batch_size"][1]),
-    "weight_decay": (0.01, common.SHARED_FLAGS["weight_decay"][1]),
+    "train_batch_size": (32, "examples in one forward step of all processes together"),
+    "weight_decay": (0.01, "AdamW's, on matrices only"),
 }
 LAYOUT = {
-    "template": "",  # {input}; of preferences {prompt}, a blank line and {reply}
+    "template": "",  # else TEMPLATES
     "positive_word": "yes",
     "negative_word": "no",
     "max_length": 512,
@@ -60,6 +60,7 @@ LAYOUT = {
     "target_max": 1.0,
     "loss": "cross_entropy",
 }
+TEMPLATES = {"cross_entropy": "{input}", "pairwise": "{prompt}\n\n{reply}"}
 LOW_IS_BETTER = ("loss", "brier", "rmse", "calibration_error")
 DEMO = (
     "--model_init_name tiny-t5 --data clf_debug --training_run_name clf-demo --max_steps 400 "
@@ -82,59 +83,61 @@ Data = collections.namedtuple("Data", "rows examples sizes amounts sha256")
 def complete_flags(args, source, problems):
     """Flags that are not given become those that the model was trained with, else LAYOUT. Sets
     args.threshold, from which on the model says yes, or None."""
-    layout = {**LAYOUT, "threshold": None}
+    known = LAYOUT
     about = common.read_about(source) if source else {}
     if about.get("script") == "clf.py":
-        words = {f"{kind}_word": about["verbaliser"][kind] for kind in ("positive", "negative")}
-        known = {**about, **about["record_layout"], **words}
-        layout = {name: known[name] for name in layout}
+        words = about["verbaliser"]
+        known = {**about, **about["record_layout"]}
+        known["positive_word"] = words["positive"]
+        known["negative_word"] = words["negative"]
+    args.threshold = known.get("threshold")
     for name, default in LAYOUT.items():
+        given = getattr(args, name)
+        setattr(args, name, known[name])
+        if not given:
+            continue
+        args.threshold = None  # it was for what the model was trained on
         try:
-            layout[name] = type(default)(getattr(args, name) or layout[name])
+            setattr(args, name, type(default)(given))
         except ValueError:
-            problems.append(f"--{name} {getattr(args, name)}: expected a number")
-        if getattr(args, name):
-            layout["threshold"] = None  # it was for what the model was trained on
-    vars(args).update(layout)
-    needed = r"\{reply\}" if args.loss == "pairwise" else PLACE
-    args.template = args.template.replace("\\n", "\n")  # as a shell passes it
-    if not args.template:
-        args.template = "{prompt}\n\n{reply}" if args.loss == "pairwise" else "{input}"
-    if not re.search(needed, args.template):
-        problems.append(
-            f"--template {args.template}: expected keys, such as {{reply}} or {{input}}"
-        )
+            problems.append(f"--{name} {given}: expected a number")
+    template = args.template or TEMPLATES[args.loss]
+    args.template = template.replace("\\n", "\n")  # as a shell passes it
+    keys = re.findall(PLACE, template)
+    if not keys or (args.loss == "pairwise" and "reply" not in keys):
+        problems.append(f"--template {template}: expected keys, such as {{reply}} or {{input}}")
     if not -math.inf < args.target_min < args.target_max < math.inf:
         problems.append("--target_min: expected less than --target_max")
 
 
-def find_replies(record, split, where, problems):
+def find_replies(record, split, problems):
     """The replies of a preference, the best first."""
     if "reply" in record and split != "train":
         return [record["reply"]]  # has a reward, but no rival
-    replies = record.get("replies", [record.get("chosen"), record.get("rejected")])
-    is_list = isinstance(replies, list) and None not in replies
-    if not is_list or len(set(map(str, replies))) < max(2, len(replies)):
-        expected = "expected chosen and rejected, or replies: a list of different texts"
-        problems.append((where, f"{expected}; there is {', '.join(record)}"))
-        return []
-    return replies
+    pair = [record.get("chosen"), record.get("rejected")]
+    replies = record.get("replies", pair)
+    if isinstance(replies, list) and None not in replies:
+        if len(set(map(str, replies))) == len(replies) > 1:
+            return replies
+    expected = "expected chosen and rejected, or replies: a list of different texts"
+    problems.append(f"{expected}; there is {', '.join(record)}")
+    return []
 
 
-def find_target(args, record, split, where, problems):
+def find_target(args, record, split, problems):
     """The target of a record in [0, 1], nan where there is none."""
     target = record.get("target")
-    low, high = args.target_min, args.target_max
-    if target is None and split != "train":
-        return math.nan
-    if "target" not in record:
-        problem = common.text_problem(None, "target", record)
-        problems.append((where, f"{problem}; preferences need --loss pairwise"))
-        return math.nan
+    low = args.target_min
+    high = args.target_max
     if type(target) in (int, float) and low <= target <= high:
         return (target - low) / (high - low)
     expected = f"{low:g} (a sure no, --target_min) to {high:g} (a sure yes, --target_max)"
-    problems.append((where, f"'target' is {target!r:.40}, expected a number from {expected}"))
+    problem = f"'target' is {target!r:.40}, expected a number from {expected}"
+    if "target" not in record:
+        problem = common.text_problem(None, "target", record)
+        problem += "; preferences need --loss pairwise"
+    if target is not None or split == "train":
+        problems.append(problem)
     return math.nan
 
 
@@ -149,17 +152,18 @@ def to_example(args, data_set, split, record, where, problems):
     target = math.nan
     versions = [record]
     if args.loss == "pairwise":
-        replies = find_replies(record, split, where, found)
-        versions = [{**record, "reply": reply} for reply in replies]
+        versions = [{**record, "reply": reply} for reply in find_replies(record, split, found)]
     else:
-        target = find_target(args, record, split, where, found)
+        target = find_target(args, record, split, found)
+    texts = []
     for version in versions:
+        texts.append(fill(args.template, version))
         for name in re.findall(PLACE, args.template):
             problem = common.text_problem(version.get(name), name, version)
             if problem:
-                found.append((where, f"{problem}; --template names the keys"))
-    problems += dict.fromkeys(found)  # what is wrong with each reply is said once
-    texts = [fill(args.template, version) for version in versions]
+                found.append(f"{problem}; --template names the keys")
+    # what is wrong with each reply is said once
+    problems += [(where, problem) for problem in dict.fromkeys(found)]
     key = fill(args.template, {**record, "reply": ""})
     return Example(data_set, key, texts, target, record)
 
@@ -168,9 +172,9 @@ def read_examples(args, problems):
     """({split: [Example]} of all data sets of --data, {name: amount of it in an epoch})"""
     examples = {split: [] for split in SPLITS}
     records, amounts = common.read_data_sets(args, problems)
-    is_unsplit = all(split == "train" for _, _, split, _ in records)
+    splits = {split for _, _, split, _ in records}
     for data_set, where, split, record in records:
-        if args.no_train and is_unsplit:  # a file to score says nothing of splits
+        if args.no_train and splits == {"train"}:  # a file to score says nothing of splits
             split = "eval"
         example = to_example(args, data_set, split, record, where, problems)
         if split == "train" and common.is_held_out(args, example.key):
@@ -183,37 +187,37 @@ def tokenize_texts(texts, args, tokenizer, has_encoder):
     """[input_ids]. A text that is too long loses the end of what was filled in: the template's
     words behind it stay. Of a preference all replies would be equal: it loses its beginning."""
     tail = args.template.rpartition("}")[2]
-    *rows, tail_ids, letter = common.tokenize(tokenizer, [*texts, tail, "a"])
-    if not has_encoder and letter[-1] == tokenizer.eos_token_id:  # but the answer comes next
-        *rows, tail_ids = [input_ids[:-1] for input_ids in [*rows, tail_ids]]
-    n_begin = int(letter[0] == tokenizer.bos_token_id)
-    n_end = min(len(tail_ids) - n_begin, args.max_length)
-    if args.loss == "pairwise":
-        n_end = args.max_length - n_begin
+    rows = common.tokenize(tokenizer, [*texts, tail, "a"])
+    if not has_encoder and rows[-1][-1] == tokenizer.eos_token_id:  # but the answer comes next
+        rows = [input_ids[:-1] for input_ids in rows]
+    *rows, tail_ids, letter = rows
+    start = int(letter[0] == tokenizer.bos_token_id)  # where the cut begins
+    if args.loss != "pairwise":
+        start = max(0, args.max_length + start - len(tail_ids))
     n_cut = 0
     for i, input_ids in enumerate(rows):
-        if len(input_ids) > args.max_length:
+        n_over = len(input_ids) - args.max_length
+        if n_over > 0:
+            rows[i] = np.delete(input_ids, slice(start, start + n_over))
             n_cut += 1
-            end = input_ids[len(input_ids) - n_end :]
-            rows[i] = np.concatenate([input_ids[: args.max_length - n_end], end])
     if n_cut:
         log(f"WARNING {n_cut} of {len(rows)} texts are cut to --max_length {args.max_length}")
     return rows
 
 
-def tokenize(examples, args, tokenizer, has_encoder):
+def tokenize(examples, args, tokenizer, config):
     """{name: array}, as Data reads them, of {split: [Example]}."""
     arrays = {}
     for split in SPLITS:
-        texts, targets, counts = [], [], []
+        texts, targets, bounds = [], [], [0]
         for example in examples[split]:
             texts += example.texts
             targets.append(example.target)
-            counts.append(len(example.texts))
-        input_ids = tokenize_texts(texts, args, tokenizer, has_encoder)
+            bounds.append(len(texts))
+        input_ids = tokenize_texts(texts, args, tokenizer, config.is_encoder_decoder)
         arrays.update(common.Ragged.arrays(f"{split}_input_ids", input_ids))
-        arrays[f"{split}_targets"] = np.array(targets, np.float64)
-        arrays[f"{split}_counts"] = np.array(counts, np.int64)
+        arrays[f"{split}_targets"] = np.array(targets, float)
+        arrays[f"{split}_bounds"] = np.array(bounds)
     return arrays
 
 
@@ -223,27 +227,24 @@ class Rows:
     def __init__(self, split, arrays):
         self.input_ids = common.Ragged(f"{split}_input_ids", arrays)
         self.targets = arrays[f"{split}_targets"]  # (examples,)
-        self.counts = arrays[f"{split}_counts"]
-        self.offsets = np.cumsum(self.counts) - self.counts
-        # (examples, 2): tokens of the longest text, and of all
-        self.lengths = np.zeros((len(self.counts), 2), np.int64)
-        if len(self.counts):
-            lengths = self.input_ids.lengths
-            self.lengths[:, 0] = np.maximum.reduceat(lengths, self.offsets)
-            self.lengths[:, 1] = np.add.reduceat(lengths, self.offsets)
+        self.bounds = arrays[f"{split}_bounds"]  # (examples + 1,), where the rows of each begin
+        starts = self.bounds[:-1]
+        longest = np.maximum.reduceat(self.input_ids.lengths, starts)
+        total = np.add.reduceat(self.input_ids.lengths, starts)
+        self.lengths = np.stack([longest, total], axis=1)  # (examples, 2), in tokens
 
     def texts(self, i):
         """The rows of input_ids that example i has."""
-        return range(self.offsets[i], self.offsets[i] + self.counts[i])
+        return range(*self.bounds[i : i + 2])
 
 
-def load_records(args, tokenizer, has_encoder, problems):
+def load_records(args, tokenizer, config, problems):
     """Collective. Data of --data: every process reads the texts, one of each node tokenises."""
     examples, amounts = read_examples(args, problems)
     sizes = [] if problems else common.check_examples(args, examples, amounts, problems)
     if problems:  # the model's included: without one there is no tokenizer
         return None
-    build = functools.partial(tokenize, examples, args, tokenizer, has_encoder)
+    build = functools.partial(tokenize, examples, args, tokenizer, config)
     arrays = common.on_one_process(build)
     rows = {split: Rows(split, arrays) for split in SPLITS}
     del examples["train"]  # from here on its token ids are enough
@@ -253,11 +254,11 @@ def load_records(args, tokenizer, has_encoder, problems):
 # ------------------------------------------------------------------------------- rows and batches
 
 
-def collate(texts, pad_id):
-    """[input_ids] -> input_ids (R, S), padded at the right, and lengths (R,). A rank without texts
-    computes one padding token along."""
+def collate(texts):
+    """[input_ids] -> input_ids (R, S), padded at the right with 0, which no answer sees, and
+    lengths (R,). A rank without texts computes one padding token along."""
     lengths = [len(text) for text in texts] or [1]
-    input_ids = np.full((len(lengths), max(lengths)), pad_id)
+    input_ids = np.zeros((len(lengths), max(lengths)), int)
     for r, text in enumerate(texts):
         input_ids[r, : len(text)] = text
     return common.to_tensors({"input_ids": input_ids, "lengths": lengths})
@@ -266,10 +267,9 @@ def collate(texts, pad_id):
 class TrainingData:
     """The forward steps of optimizer step k on this rank, a function of (seed, k) and layout."""
 
-    def __init__(self, args, data, config):
+    def __init__(self, args, data):
         self.args = args
         self.rows = data.rows["train"]
-        self.pad_id = config.pad_token_id or 0
         self.order = common.Order(args, data.sizes, data.amounts)
 
     def forward_steps(self, step):
@@ -290,11 +290,12 @@ class TrainingData:
         texts = []
         example = []
         for k, i in enumerate(ids):
-            texts += [self.rows.input_ids[row] for row in self.rows.texts(i)]
-            example += [k] * self.rows.counts[i]
-        batch = collate(texts, self.pad_id)
-        batch.update(common.to_tensors({"example": example}))
-        batch["targets"] = torch.tensor(self.rows.targets[ids])
+            row_ids = self.rows.texts(i)
+            texts += [self.rows.input_ids[row] for row in row_ids]
+            example += [k] * len(row_ids)
+        batch = collate(texts)
+        batch["example"] = torch.tensor(example)
+        batch["targets"] = torch.tensor(self.rows.targets[ids]).float()
         return batch
 
 
@@ -317,39 +318,35 @@ class YesNo(torch.nn.Module):
         self.head[0].forward = self.two_columns  # still called as a module: ZeRO-3 gathers it
 
     def two_columns(self, hidden_states):
-        """(R, S, D) -> (R, 1, 2)"""
+        """(R, S, D) -> (R, 1, V), 0 but for no and yes."""
         head = self.head[0]
         if self.last is not None:
             hidden_states = hidden_states[self.last].unsqueeze(1)
-        bias = getattr(head, "bias", None)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            if bias is not None:
-                bias = bias[self.no_yes].float()
-            return F.linear(hidden_states.float(), head.weight[self.no_yes].float(), bias)
+        weight = head.weight[self.no_yes].float()
+        # (R, 2), not by a matmul, which autocast would run in bf16
+        columns = (hidden_states.float() * weight).sum(2)
+        if getattr(head, "bias", None) is not None:
+            columns = columns + head.bias[self.no_yes]
+        logits = columns.new_zeros(len(columns), len(head.weight))
+        return logits.index_copy(1, self.no_yes, columns).unsqueeze(1)
 
     def forward(self, batch):
-        model = self.model
-        input_ids, lengths = batch["input_ids"], batch["lengths"]
-        if model.config.is_encoder_decoder:
+        input_ids = batch["input_ids"]
+        lengths = batch["lengths"]
+        inputs = {"input_ids": input_ids}
+        config = self.model.config
+        if config.is_encoder_decoder:
+            start = config.decoder_start_token_id
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            start = torch.full_like(input_ids[:, :1], model.config.decoder_start_token_id)
-            inputs = {"decoder_input_ids": start, "attention_mask": positions < lengths[:, None]}
+            inputs["attention_mask"] = positions < lengths[:, None]
+            inputs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
         else:
             # what follows the last token cannot change it, so padding needs no mask
-            self.last = (torch.arange(len(lengths), device=lengths.device), lengths - 1)
-            inputs = {}
-        if hasattr(model, "final_logits_bias"):  # BART: a bias of all V columns
-            states = model.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-            logits = self.head[0](states) + model.final_logits_bias[0, self.no_yes]
-        else:
-            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits  # (R, 1, 2)
-        assert logits.shape == (len(lengths), 1, 2), "this family does not call its head"
-        return logits[:, 0, 1] - logits[:, 0, 0]
-
-
-def point_losses(logits, targets):
-    """(R,) logits and targets in [0, 1] -> (R,) cross entropies."""
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+            rows = torch.arange(len(lengths), device=lengths.device)
+            self.last = (rows, lengths - 1)
+        logits = self.model(**inputs, use_cache=False).logits
+        assert logits.shape[1] == 1, "this family does not call its head"
+        return logits[:, 0, self.no_yes].diff().squeeze(1)  # yes - no
 
 
 def pair_losses(logits, example):
@@ -363,10 +360,12 @@ def pair_losses(logits, example):
 
 
 def losses(logits, batch, kind):
-    logits = logits[: len(batch["example"])]  # not of the padding that a rank computes along
+    """(R,) logits -> (P,)"""
+    example = batch["example"]
+    logits = logits[: len(example)]  # not of the padding that a rank computes along
     if kind == "pairwise":
-        return pair_losses(logits, batch["example"])
-    return point_losses(logits, batch["targets"])
+        return pair_losses(logits, example)
+    return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="none")
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -387,15 +386,9 @@ def ranks(values):
 
 def roc_auc(scores, is_positive):
     """Probability that a yes scores above a no, ties half (Mann & Whitney 1947)."""
-    n_positive = is_positive.sum()
-    n_negative = len(is_positive) - n_positive
-    n_below = ranks(scores)[is_positive].sum() - n_positive * (n_positive + 1) / 2
-    return float(n_below / (n_positive * n_negative))
-
-
-def f1_score(is_predicted, is_positive):
-    n_hits = (is_predicted & is_positive).sum()
-    return float(2 * n_hits / max(1, is_predicted.sum() + is_positive.sum()))
+    rank = ranks(scores)
+    gap = rank[is_positive].mean() - rank[~is_positive].mean()
+    return 0.5 + gap / len(rank)
 
 
 def calibration_error(scores, targets):
@@ -403,92 +396,105 @@ def calibration_error(scores, targets):
     2017."""
     bins = np.minimum(scores * 10, 9).astype(int)
     gaps = np.bincount(bins, scores - targets)
-    return float(np.abs(gaps).sum() / len(scores))
+    return np.abs(gaps).sum() / len(scores)
 
 
 def best_threshold(scores, is_positive):
-    """The score from which on "yes" is right most often: halfway to the next lower one, or 1."""
-    values, inverse = np.unique([0.0, *scores, 1.0], return_inverse=True)
-    gains = np.bincount(inverse[1:-1], 2 * is_positive - 1.0, len(values))  # of a yes to a score
-    gains_from = np.cumsum(gains[::-1])[::-1]  # to it and to all higher ones
-    i = int(np.argmax(gains_from))
-    return float((values[max(0, i - 1)] + values[i]) / 2)
+    """The score from which on "yes" is right most often: halfway to its lower neighbour."""
+    values, inverse = np.unique(scores, return_inverse=True)
+    gains = np.bincount(inverse, 1 - 2 * is_positive)  # of a no to a value
+    gains_below = np.append(0, np.cumsum(gains))
+    i = np.argmax(gains_below)
+    bounds = [0.0, *values, 1.0]
+    return (bounds[i] + bounds[i + 1]) / 2
 
 
 def point_metrics(args, logits, targets):
     """Metrics of (n,) logits against (n,) targets in [0, 1]; texts without one (nan) do not count.
     rmse and thresholds are in the unit of the records."""
     has_target = ~np.isnan(targets)
-    logits, targets = logits[has_target], targets[has_target]
+    logits = logits[has_target]
+    targets = targets[has_target]
     if not len(targets):
         return {}
     scores = sigmoid(logits)
     is_positive = targets > 0.5
     is_predicted = scores >= 0.5
-    span = args.target_max - args.target_min
-    brier = float(np.mean((scores - targets) ** 2))
+    low = args.target_min
+    span = args.target_max - low
+    losses = np.logaddexp(0, logits) - targets * logits
+    n_hits = np.sum(is_predicted & is_positive)
+    n_yes = is_predicted.sum() + is_positive.sum()
+    brier = np.mean((scores - targets) ** 2)
     threshold = best_threshold(scores, is_positive)
+    is_optimal = (scores >= threshold) == is_positive
     metrics = {
-        "loss": float(point_losses(torch.tensor(logits), torch.tensor(targets)).mean()),
-        "accuracy": float(np.mean(is_predicted == is_positive)),
-        "f1": f1_score(is_predicted, is_positive),
+        "loss": losses.mean(),
+        "accuracy": np.mean(is_predicted == is_positive),
+        "f1": 2 * n_hits / max(1, n_yes),
         "brier": brier,
         "rmse": span * math.sqrt(brier),
         "calibration_error": calibration_error(scores, targets),
-        "optimal_threshold": args.target_min + span * threshold,
-        "optimal_accuracy": float(np.mean((scores >= threshold) == is_positive)),
+        "optimal_threshold": low + span * threshold,
+        "optimal_accuracy": is_optimal.mean(),
     }
-    if 0 < is_positive.sum() < len(targets):
+    if 0 < is_positive.mean() < 1:
         metrics["auc"] = roc_auc(logits, is_positive)
-    if np.ptp(targets) > 0 and np.ptp(scores) > 0:
-        metrics["pearson"] = float(np.corrcoef(scores, targets)[0, 1])
-        metrics["spearman"] = float(np.corrcoef(ranks(logits), ranks(targets))[0, 1])
+    if np.ptp(targets) and np.ptp(scores):
+        metrics["pearson"] = np.corrcoef(scores, targets)[0, 1]
+        metrics["spearman"] = np.corrcoef(ranks(logits), ranks(targets))[0, 1]
     if args.threshold is not None:  # chosen on other texts: an honest figure
-        is_predicted = args.target_min + span * scores >= args.threshold
-        metrics["accuracy_at_threshold"] = float(np.mean(is_predicted == is_positive))
+        is_predicted = low + span * scores >= args.threshold
+        metrics["accuracy_at_threshold"] = np.mean(is_predicted == is_positive)
     return metrics
 
 
-def pair_metrics(logits, counts):
-    """Means over examples with counts of replies, the best first; single replies do not count."""
-    found = []
-    for example_logits in np.split(logits, np.cumsum(counts)[:-1]):
-        better, worse = np.triu_indices(len(example_logits), 1)
+def pair_metrics(logits, bounds):
+    """Means over examples, each with the rows from one bound to the next, the best reply first;
+    single replies do not count."""
+    losses = []
+    accuracies = []
+    for rewards in np.split(logits, bounds[1:-1]):
+        better, worse = np.triu_indices(len(rewards), 1)
         if len(better):
-            margins = example_logits[better] - example_logits[worse]
-            is_right = (np.sign(margins) + 1) / 2  # ties half
-            found.append((np.logaddexp(0, -margins).mean(), is_right.mean()))
-    means = np.mean(found, axis=0).tolist() if found else []
-    return dict(zip(("loss", "accuracy"), means))
+            margins = rewards[better] - rewards[worse]
+            losses.append(np.logaddexp(0, -margins).mean())
+            accuracies.append(np.heaviside(margins, 0.5).mean())  # ties half
+    if not losses:
+        return {}
+    return {"loss": np.mean(losses), "accuracy": np.mean(accuracies)}
 
 
 @torch.no_grad()
-def score(args, engine, rows, device):
-    """Collective. (texts,) logits of Rows, on every rank."""
-    pad_id = engine.module.model.config.pad_token_id or 0
+def score(args, engine, input_ids, device):
+    """Collective. (texts,) logits of a Ragged, on every rank."""
     found = {}
     engine.eval()
-    for ids in common.my_batches(rows.input_ids.lengths, args.eval_batch_size):
-        batch = collate([rows.input_ids[i] for i in ids], pad_id)
+    for ids in common.my_batches(input_ids.lengths, args.eval_batch_size):
+        batch = collate([input_ids[i] for i in ids])
         logits = engine(common.to_device(batch, device))
-        found.update(zip(ids, logits.double().tolist()))
+        found.update(zip(ids, logits.tolist()))
     engine.train()
     found = common.gather(found)
-    logits = np.array([found[i] for i in range(len(found))])
+    logits = np.array([found[i] for i in sorted(found)])
     if not np.isfinite(logits).all():
         common.fail("scores are not finite: the weights or --precision are at fault; try fp32")
     return logits
 
 
 def write_predictions(args, examples, rows, logits, name, run):
-    scores = args.target_min + (args.target_max - args.target_min) * sigmoid(logits)
+    span = args.target_max - args.target_min
+    scores = args.target_min + span * sigmoid(logits)
     predictions = []
     for i, example in enumerate(examples):
         texts = rows.texts(i)
         if len(texts) == 1:
             texts = texts[0]
-        row = {"orig_d": example.record, "dataset": example.data_set}
-        row["pred_score"] = scores[texts].tolist()
+        row = {
+            "orig_d": example.record,
+            "pred_score": scores[texts].tolist(),
+            "dataset": example.data_set,
+        }
         if args.loss == "pairwise":
             row["reward"] = logits[texts].tolist()
         predictions.append(row)
@@ -498,17 +504,18 @@ def write_predictions(args, examples, rows, logits, name, run):
 def evaluate(args, engine, data, split, run, device):
     """Collective. Metrics over all examples of `split`, each counted once; the predictions file."""
     rows = data.rows[split]
-    examples = data.examples[split]
-    logits = score(args, engine, rows, device)
+    logits = score(args, engine, rows.input_ids, device)
     if args.loss == "pairwise":
-        metrics = pair_metrics(logits, rows.counts)
+        metrics = pair_metrics(logits, rows.bounds)
     else:
         metrics = point_metrics(args, logits, rows.targets)
     if common.rank() == 0:
         name = f"checkpoint-{run.step}-preds.json"
-        if args.no_train or split == "test":
-            name = "preds.json" if split == "eval" else "test_preds.json"
-        write_predictions(args, examples, rows, logits, name, run)
+        if split == "test":
+            name = "test_preds.json"
+        elif args.no_train:
+            name = "preds.json"
+        write_predictions(args, data.examples[split], rows, logits, name, run)
     return metrics
 
 
@@ -521,29 +528,28 @@ def answer_ids(args, tokenizer, has_encoder, problems):
     context = ""
     if not has_encoder:
         context = "a:\n" if args.template.endswith("\n") else "a: "
-    before = tokenizer(context.rstrip(" "), add_special_tokens=False).input_ids
+    n_before = len(tokenizer.tokenize(context.rstrip(" ")))
     found = []
     for word in (args.negative_word, args.positive_word):
-        ids = tokenizer(context + word, add_special_tokens=False).input_ids[len(before) :]
-        found += ids[:1] or [None]
+        pieces = tokenizer.tokenize(context + word)[n_before:]
+        ids = tokenizer.convert_tokens_to_ids(pieces)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            pieces = tokenizer.convert_ids_to_tokens(ids)
             problems.append(f"the answer {word!r} is not one piece of the tokenizer: {pieces}")
-    if found[0] == found[1]:
+        found += ids[:1]
+    if found[:1] == found[1:]:
         problems.append("--positive_word and --negative_word are the same piece")
     return found
 
 
 def check_model(args, source, config, tokenizer, problems):
-    has_encoder = config.is_encoder_decoder
     if "MaskedLM" in str(config.architectures):
         problems.append(f"{source} is an encoder: expected a model that writes text")
-    if not has_encoder and args.template.endswith(" "):
+    if not config.is_encoder_decoder and args.template.endswith(" "):
         problems.append("--template: end it without a blank, which belongs to the answer")
-    n_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    n_positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_length > n_positions:
         problems.append(f"--max_length {args.max_length}: {source} has {n_positions} positions")
-    answer_ids(args, tokenizer, has_encoder, problems)
+    answer_ids(args, tokenizer, config.is_encoder_decoder, problems)
 
 
 def auto_class_of(config):
@@ -560,41 +566,11 @@ def prepare(args):
     if config:
         check_model(args, source, config, tokenizer, problems)
         ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
-    has_encoder = bool(config and config.is_encoder_decoder)
-    data = load_records(args, tokenizer, has_encoder, problems)
+    data = load_records(args, tokenizer, config, problems)
     run = common.Run(args, set(), ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
     return source, config, tokenizer, ds_config, data, run
-
-
-def describe(args, source, config, no_yes):
-    """What rawtune.json says of the model, for all that read it."""
-    is_pairwise = args.loss == "pairwise"
-    return {
-        "format": 1,
-        "script": "clf.py",
-        "task": "preference" if is_pairwise else "score",
-        "family": "seq2seq" if config.is_encoder_decoder else "causal",
-        "record_layout": {
-            "template": args.template,
-            "max_length": args.max_length,
-            "truncation": "start" if is_pairwise else "end",
-        },
-        "loss": args.loss,
-        "verbaliser": {
-            "positive": args.positive_word,
-            "negative": args.negative_word,
-            "positive_id": no_yes[1],
-            "negative_id": no_yes[0],
-        },
-        "target_min": args.target_min,
-        "target_max": args.target_max,
-        "threshold": None,
-        "base": {"path": source, "sha256": None},
-        "adapter": "none",
-        "quantize": None,
-    }
 
 
 def main(args):
@@ -603,7 +579,7 @@ def main(args):
     rank = common.rank()
     world = common.world_size()
     source, config, tokenizer, ds_config, data, run = prepare(args)
-    train_data = TrainingData(args, data, config)
+    train_data = TrainingData(args, data)
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
@@ -628,7 +604,31 @@ def main(args):
                 run.log(split, evaluation(split))
         return 0
     args.threshold = None  # it was of the weights that training starts from
-    about = describe(args, source, config, no_yes)
+    is_pairwise = args.loss == "pairwise"
+    about = {  # for all that read the model
+        "format": 1,
+        "script": "clf.py",
+        "task": "preference" if is_pairwise else "score",
+        "family": "seq2seq" if config.is_encoder_decoder else "causal",
+        "record_layout": {
+            "template": args.template,
+            "max_length": args.max_length,
+            "truncation": "start" if is_pairwise else "end",
+        },
+        "loss": args.loss,
+        "verbaliser": {
+            "positive": args.positive_word,
+            "negative": args.negative_word,
+            "positive_id": no_yes[1],
+            "negative_id": no_yes[0],
+        },
+        "target_min": args.target_min,
+        "target_max": args.target_max,
+        "threshold": None,
+        "base": {"path": source, "sha256": None},
+        "adapter": "none",
+        "quantize": None,
+    }
     if rank == 0 and hasattr(model, "adapter"):
         about.update(model.adapter.about())
 

@@ -152,10 +152,10 @@ def test_pairs_are_those_of_one_prompt_and_weigh_1_together():
 
     expected = one(0, 1) + (one(2, 3) + one(2, 4) + one(3, 4)) / 3
     assert float(losses.sum()) == pytest.approx(float(expected))
-    found = clf.pair_metrics(logits.detach().numpy(), [2, 3])
+    found = clf.pair_metrics(logits.detach().numpy(), [0, 2, 5])
     assert found["loss"] == pytest.approx(float(expected) / 2)
-    assert found["accuracy"] == 0.5 and clf.pair_metrics(np.ones(2), [1, 1]) == {}
-    assert clf.pair_metrics(np.ones(2), [2])["accuracy"] == 0.5  # a tie
+    assert found["accuracy"] == 0.5 and clf.pair_metrics(np.ones(2), [0, 1, 2]) == {}
+    assert clf.pair_metrics(np.ones(2), [0, 2])["accuracy"] == 0.5  # a tie
 
 
 def test_a_reward_model_learns_which_reply_is_better():
