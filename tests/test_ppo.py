@@ -285,7 +285,8 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
     make_policy("llama")
     words = f"--policy llama --num_rollouts 8 --n_samples 2 --train_batch_size 4 {SMALL}"
     args = rl_ppo.parse_args(f"{words} --eval_steps 5 --save_steps -1 --num_epochs 3".split())
-    plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]))
+    config = transformers.AutoConfig.from_pretrained("models/llama")
+    plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]), config)
     assert (plan.steps_per_rollout, plan.steps_per_epoch, plan.max_steps) == (4, 8, 24)
     assert (args.eval_steps, args.save_steps) == (8, -1)
     ids = sum((plan.prompts(index) for index in range(5)), [])
@@ -313,7 +314,7 @@ def test_what_is_no_reply_never_counts():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "t5", "t5v1.1", "bart"])
-def test_log_probabilities_are_those_of_the_model_in_chunks_or_not(kind):
+def test_log_probabilities_are_those_of_the_model(kind):
     make_policy(kind)
     auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
     model = auto_class.from_pretrained(f"models/{kind}")
@@ -323,13 +324,12 @@ def test_log_probabilities_are_those_of_the_model_in_chunks_or_not(kind):
     expected = torch.cat([plain_scores(model, None, *pair, 0.7)[0] for pair in pairs])
     expected.exp().sum().backward()
     grads = conftest.gradients(model)
-    for n_chunks in (1, 3):
-        log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch, n_chunks)
-        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
-        assert (entropies > 0).all()
-        log_probs.exp().sum().backward()
-        for name, grad in conftest.gradients(model).items():
-            assert (grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-7, name
+    log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+    assert (entropies > 0).all()
+    log_probs.exp().sum().backward()
+    for name, grad in conftest.gradients(model).items():
+        assert (grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-7, name
 
 
 # ----------------------------------------------------------------------------------------- rewards
@@ -362,23 +362,6 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     assert len(found) > 2 and max(found) > min(found)
     pairs = zip(expected, texts)
     assert found == pytest.approx([e for e, text in pairs if text["reply"] != "-"], abs=1e-4)
-
-
-def test_a_sequence_classifier_with_one_logit_is_a_reward():
-    make_policy("llama")
-    config = transformers.AutoConfig.from_pretrained("models/llama", num_labels=1)
-    torch.manual_seed(0)
-    judge = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    judge.save_pretrained("models/judge")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("models/llama")
-    tokenizer.save_pretrained("models/judge")
-    flags = "--no_train --reward_text {reply}|{prompt}"
-    assert train("run", flags, reward="--reward_model judge") == 0
-    for row in predictions("run/temperature=0.00_n=1_step=0.json"):
-        reply = row["generations"][0]
-        input_ids = tokenizer(f"{reply['lm_postprocess']}|{row['prompt']}").input_ids
-        expected = judge(torch.tensor([input_ids])).logits.item()
-        assert reply["reward"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_the_readme_says_happens():
@@ -486,16 +469,21 @@ def test_the_reference_of_a_new_adapter_is_the_model_without_it():
     assert rl_ppo.parse_args("--policy llama --data d".split()).learning_rate == 1e-6
 
 
+def sharper(model, batch, run_model=rl_ppo.run_model):
+    states, logits = run_model(model, batch)
+    return states, 10 * logits
+
+
 @pytest.mark.parametrize(
-    "target, name, replacement, message",
+    "name, replacement, message",
     [
-        ("Policy", "logits", lambda self, x: x.repeat(1, 19)[:, :600], "log-probabilities while"),
-        ("", "switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
+        ("run_model", sharper, "log-probabilities while"),
+        ("switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
     ],
 )
-def test_invariants_stop_a_run(target, name, replacement, message, monkeypatch, capsys):
+def test_invariants_stop_a_run(name, replacement, message, monkeypatch, capsys):
     make_policy("gpt2", resid_pdrop=0.1)
-    monkeypatch.setattr(getattr(rl_ppo, target) if target else rl_ppo, name, replacement)
+    monkeypatch.setattr(rl_ppo, name, replacement)
     monkeypatch.setitem(rl_ppo.SAMPLER_BOUND, "fp32", 0.5)
     with pytest.raises(SystemExit) as error:
         train("run", kind="gpt2")
@@ -507,8 +495,8 @@ WORDS = [
     ("--reward_fn reward.py:nope", "reward.py:nope: KeyError('nope')"),
     ("--reward_fn reward.py:wrong", "no finite number for each of 6"),
     ("--reward_fn reward.py:broken", "fails with KeyError('nope') (reward.py, line 12)"),
-    ("--reward_fn reward.py:length --reward_model x", "either --reward_fn FILE:NAME or"),
-    ("--reward_model llama", "expected a run of clf.py, or a classifier with one logit"),
+    ("--reward_fn reward.py:length --reward_model x", "exclude each other"),
+    ("--reward_model llama", "expected a run of clf.py"),
     ("--reward_fn reward.py:length --temperature 0.001", "have no alternatives to learn from"),
     ("--reward_fn reward.py:length --advantage rloo", "compares replies: --n_samples 4"),
     ("--reward_fn reward.py:length --num_rollouts 9 --n_samples 2", "expected a multiple of 2"),
