@@ -225,17 +225,19 @@ def pad(rows, fill):
     return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
-def collate(prompts, replies, start_id):
-    """Token ids of prompts and replies -> tensors; start_id: what a decoder begins with, None
-    where there is no encoder.
+def collate(texts, ids, start_id, device):
+    """Some of the texts [(prompt, reply)], token ids both, as tensors on the device; start_id: what
+    a decoder begins with, None where there is no encoder.
 
     input_ids (R, S): prompt and reply, or for an encoder the prompt, with its attention_mask and
     decoder_input_ids. labels (N,): the reply tokens; label_index (N,): where in the flattened
     states each is predicted.
     """
+    rows = [texts[i] for i in ids]
+    if not rows:
+        rows = [([0], [])]  # a rank without replies computes one padding token along
     columns = collections.defaultdict(list)
-    # a rank without replies computes one padding token along
-    for prompt, reply in zip(prompts or [[0]], replies or [[]]):
+    for prompt, reply in rows:
         if start_id is None:
             unlabelled = [IGNORED] * (len(prompt) - 1)
             columns["input_ids"].append(prompt + reply)
@@ -247,10 +249,10 @@ def collate(prompts, replies, start_id):
             columns["labels"].append(reply)
     labels = pad(columns.pop("labels"), IGNORED).flatten()
     label_index = torch.nonzero(labels != IGNORED).flatten()
-    batch = {name: pad(rows, 0) for name, rows in columns.items()}
+    batch = {name: pad(values, 0) for name, values in columns.items()}
     batch["label_index"] = label_index
     batch["labels"] = labels[label_index]
-    return common.to_tensors(batch)
+    return common.to_device(common.to_tensors(batch), device)
 
 
 def round_up(steps, multiple):
@@ -545,12 +547,14 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, examples, replies):
         """Collective. (n,) scores of replies."""
-        texts = list(map(self.read, examples, replies))
+        # the state before the answer is asked for: any token serves as the answer
+        answer = [0]
+        texts = [(self.read(*pair), answer) for pair in zip(examples, replies)]
+        lengths = [len(input_ids) for input_ids, _ in texts]
         scores = {}
-        for ids in common.my_batches(list(map(len, texts)), self.args.eval_batch_size):
-            # the state before the answer is asked for: any token serves as the answer
-            batch = collate([texts[i] for i in ids], [[0]] * len(ids), self.start_id)
-            logits = self.engine(common.to_device(batch, self.engine.device))
+        for ids in common.my_batches(lengths, self.args.eval_batch_size):
+            batch = collate(texts, ids, self.start_id, self.engine.device)
+            logits = self.engine(batch)
             scores.update(zip(ids, logits.tolist()))
         scores = common.gather(scores)
         scores = np.array([scores[i] for i in range(len(texts))])
@@ -579,17 +583,20 @@ def open_rewards(args, problems):
 # ---------------------------------------------------------------------------------------- rollouts
 
 
-def sample(args, engine, prompts, examples, keys, temperature):
-    """Collective. [(token ids, their log-probabilities)], a reply to each example, which depends on
-    its key and the weights alone. A row that has ended leaves and the next prompts join, so that
-    finished replies cost nothing."""
+def sample(args, engine, prompts, examples, key, temperature):
+    """Collective. (token ids of each reply, their log-probabilities). A reply depends on its
+    example, key and the weights alone. A row that has ended leaves and the next prompts join, so
+    that finished replies cost nothing."""
     device = engine.device
-    generators = [None] * len(keys)
-    if temperature > GREEDY:
-        generators = [torch.Generator(device).manual_seed(key) for key in keys]
-    lengths = [-len(example.input_ids) for example in examples]
-    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__)
+    n_examples = len(examples)
+    lengths = np.array([len(example.input_ids) for example in examples])
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
     waiting = longest_first[common.rank() :: common.world_size()]
+    generators = [None] * n_examples
+    if temperature > GREEDY:
+        for i in waiting:
+            seed = common.derive_seed(args.seed, *key, i)
+            generators[i] = torch.Generator(device).manual_seed(seed)
     replies = {i: ([], []) for i in waiting}
     rows = []  # the numbers of the replies that are being written
     tokens = None  # (rows,), the last of each
@@ -622,36 +629,16 @@ def sample(args, engine, prompts, examples, keys, temperature):
                 decoding.keep(kept)
                 tokens = tokens[kept]
     replies = common.gather(replies)
-    return [replies[i] for i in range(len(examples))]
-
-
-class Rollout:
-    """B replies to examples, as `sample` gives them."""
-
-    def __init__(self, examples, sampled, start_id, device):
-        self.prompts = [example.input_ids for example in examples]
-        self.replies = [ids for ids, _ in sampled]
-        self.start_id = start_id
-        self.device = device
-        self.lengths = np.array([len(ids) for ids in self.replies])
-        self.n_tokens = self.lengths + [len(ids) for ids in self.prompts]
-        is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]
-        self.is_reply = torch.tensor(is_reply, device=device)  # (B, T)
-
-    def batch(self, ids):
-        prompts = [self.prompts[i] for i in ids]
-        replies = [self.replies[i] for i in ids]
-        return common.to_device(collate(prompts, replies, self.start_id), self.device)
+    return zip(*[replies[i] for i in range(n_examples)])
 
 
 @torch.no_grad()
-def score_tokens(engine, reference, rollout, updates):
-    """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; by
-    the forward steps of `updates`, a pass over the rollout."""
-    is_reply = rollout.is_reply
+def score_tokens(engine, reference, texts, is_reply, updates, start_id):
+    """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; by the
+    forward steps of `updates`, a pass over the rollout."""
     scored = torch.zeros(3, *is_reply.shape, dtype=torch.float64, device=engine.device)
     for ids in itertools.chain(*[pieces for _, pieces in updates]):
-        batch = rollout.batch(ids)
+        batch = collate(texts, ids, start_id, engine.device)
         log_probs, _, values = engine(batch)
         if reference:
             ref_log_probs, *_ = reference(batch)
@@ -671,8 +658,8 @@ def score_tokens(engine, reference, rollout, updates):
 def scale_scores(args, scores, sums):
     """(B,) scores as --reward_scaling and --cliprange_reward count them. sums: number of scores so
     far, their sum, that of their squares; updated in place."""
-    found = (len(scores), float(scores.sum()), float(np.square(scores).sum()))
-    sums[:] = [old + new for old, new in zip(sums, found)]
+    added = [len(scores), scores.sum(), np.square(scores).sum()]
+    sums[:] = np.add(sums, added).tolist()
     n, total, squares = sums
     variance = (squares - total**2 / n) / max(1, n - 1)
     if args.reward_scaling == "norm":
@@ -723,12 +710,11 @@ def group_advantages(scores, n_samples, kind):
     return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
-def estimate_advantages(args, rollout, scored, scores, beta):
+def estimate_advantages(args, is_reply, scored, scores, beta):
     """(5, B, T): the columns of `scored`, advantages and returns; KL to the reference, the mean of
     the replies [nats]. scores: (B,)."""
     log_probs, ref_log_probs, values = scored
-    is_reply = rollout.is_reply
-    scores = torch.tensor(scores, device=rollout.device)
+    scores = torch.tensor(scores, device=scored.device)
     kl = log_probs - ref_log_probs
     reply_kl = kl.sum(dim=1)
     returns = torch.zeros_like(values)
@@ -740,7 +726,7 @@ def estimate_advantages(args, rollout, scored, scores, beta):
         if args.advantage == "rloo":  # grpo has the price of KL in its loss
             scores = scores - beta * reply_kl
         advantages = group_advantages(scores, args.n_samples, args.advantage)[:, None] * is_reply
-    table = torch.stack([log_probs, ref_log_probs, values, advantages, returns])
+    table = torch.stack([*scored, advantages, returns])
     return table.float(), float(reply_kl.mean())
 
 
@@ -758,12 +744,12 @@ def next_beta(beta, kl, args):
 
 def check_sampler(args, sampled, log_probs):
     """The mean difference of the sampler's log-probabilities to (n,) those of the whole text."""
-    expected = torch.tensor([x for _, reply_log_probs in sampled for x in reply_log_probs])
+    expected = torch.tensor(np.concatenate(sampled))
     gap = float((expected - log_probs.cpu()).abs().mean())
     if not gap <= SAMPLER_BOUND[args.precision]:
         common.fail(
             f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one of "
-            "the two sees other positions, another mask or other weights in this model family"
+            "the two sees other positions, another mask or other weights"
         )
     return gap
 
@@ -802,9 +788,7 @@ def predictions_name(args, split, step):
 
 def evaluate(args, engine, prompts, examples, rewards, split, run):
     """Collective. Means over the replies to the examples of `split`; the predictions file."""
-    keys = [common.derive_seed(args.seed, split, i) for i in range(len(examples))]
-    sampled = sample(args, engine, prompts, examples, keys, args.eval_temperature)
-    replies = [ids for ids, _ in sampled]
+    replies, _ = sample(args, engine, prompts, examples, (split,), args.eval_temperature)
     texts = [decode(prompts, ids) for ids in replies]
     scores = {name: reward(examples, texts) for name, reward in rewards.items()}
     predictions = []
@@ -974,39 +958,43 @@ def main(args):
         run.evaluated(evaluation("eval"))
     state = run.state
     state.setdefault("beta", args.init_kl_coef)
-    state.setdefault("score_sums", [0.0, 0.0, 0.0])
+    state.setdefault("score_sums", [0, 0, 0])
 
     # 3 loop: a rollout, a function of (seed, rollout) and the weights, and the updates from it
     first = run.step // plan.steps_per_rollout
     last = first if run.finished() else max_steps // plan.steps_per_rollout  # killed before export
     for index in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
-        keys = [common.derive_seed(args.seed, "rollout", index, i) for i in range(len(examples))]
-        sampled = sample(args, engine, prompts, examples, keys, args.temperature)
-        rollout = Rollout(examples, sampled, start_id, device)
-        updates = plan.updates(index, rollout.n_tokens)
+        key = ("rollout", index)
+        replies, sampled = sample(args, engine, prompts, examples, key, args.temperature)
+        prompt_ids = [example.input_ids for example in examples]
+        texts = list(zip(prompt_ids, replies))
+        lengths = np.array([len(reply) for reply in replies])
+        updates = plan.updates(index, lengths + [len(prompt) for prompt in prompt_ids])
+        is_reply = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        is_reply = is_reply.to(device)  # (B, T)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
-        scored = score_tokens(engine, reference, rollout, first_pass)
-        metrics = reply_metrics(prompts, rollout.replies)
-        metrics["sampler_gap"] = check_sampler(args, sampled, scored[0][rollout.is_reply])
+        scored = score_tokens(engine, reference, texts, is_reply, first_pass, start_id)
+        metrics = reply_metrics(prompts, replies)
+        metrics["sampler_gap"] = check_sampler(args, sampled, scored[0, is_reply])
 
-        texts = [decode(prompts, ids) for ids in rollout.replies]
-        raw_scores = rewards["reward"](examples, texts)
+        raw_scores = rewards["reward"](examples, [decode(prompts, ids) for ids in replies])
         scores = scale_scores(args, raw_scores, state["score_sums"])
-        table, kl = estimate_advantages(args, rollout, scored, scores, state["beta"])
+        table, kl = estimate_advantages(args, is_reply, scored, scores, state["beta"])
         metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl)
         metrics["beta"] = beta = state["beta"]
 
         for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.set_lr(engine, run.step, args, max_steps)
-            n_tokens = int(rollout.lengths[ids].sum())  # of the step, on all ranks
+            n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
             for i, piece in enumerate(pieces):
                 engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
-                log_probs, entropies, values = engine(rollout.batch(piece))  # (N,) each
-                columns = table[:, piece][:, rollout.is_reply[piece]]  # (5, N)
+                batch = collate(texts, piece, start_id, device)
+                log_probs, entropies, values = engine(batch)  # (N,) each
+                columns = table[:, piece][:, is_reply[piece]]  # (5, N)
                 old_log_probs, ref_log_probs, old_values, advantages, returns = columns
                 log_ratio = log_probs - old_log_probs
                 ratio = log_ratio.exp()

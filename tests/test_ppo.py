@@ -238,12 +238,11 @@ def test_two_rollouts_are_trained_as_a_slow_plain_reference_trains(kind, advanta
         return plans[-1]
 
     def record(args, engine, prompts, examples, *others):
-        replies = sample(args, engine, prompts, examples, *others)
+        replies, log_probs = sample(args, engine, prompts, examples, *others)
         if len(examples) == args.num_rollouts:
-            ids = [ids for ids, _ in replies]
-            scores = [len(rl_ppo.decode(prompts, reply)) / 10 for reply in ids]
-            rollouts.append((examples, ids, scores))
-        return replies
+            scores = [len(rl_ppo.decode(prompts, reply)) / 10 for reply in replies]
+            rollouts.append((examples, replies, scores))
+        return replies, log_probs
 
     monkeypatch.setattr(rl_ppo, "sample", record)
     monkeypatch.setattr(rl_ppo, "Plan", record_plan)
@@ -281,7 +280,7 @@ def test_a_reply_depends_on_its_key_and_not_on_the_rows_beside_it(kind):
     assert row["eval/eos_rate"] > 0 and 1 < row["eval/reply_tokens"] < 12
 
 
-def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
+def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps(monkeypatch):
     make_policy("llama")
     words = f"--policy llama --num_rollouts 8 --n_samples 2 --train_batch_size 4 {SMALL}"
     args = rl_ppo.parse_args(f"{words} --eval_steps 5 --save_steps -1 --num_epochs 3".split())
@@ -293,6 +292,8 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
     assert ids[::2] == ids[1::2]
     epochs = [ids[::2][:10], ids[::2][10:]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+    monkeypatch.setattr(rl_ppo, "MAX_LOGITS", 4 * 6 * config.vocab_size // 2)
+    assert rl_ppo.count_forward_steps(args, config) == 2  # of half the logits
     updates = plan.updates(0, np.arange(8) + 1)
     for first, second in (updates[:2], updates[2:]):
         assert sorted([*first[0], *second[0]]) == list(range(8))
@@ -301,16 +302,17 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
 
 
 def test_what_is_no_reply_never_counts():
-    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], None)
+    texts = [([5, 6, 7], [20, 21]), ([9], [9]), ([8], [22, 23, 24])]
+    batch = rl_ppo.collate(texts, [0, 2], None, "cpu")
     assert batch["input_ids"].tolist() == [[5, 6, 7, 20, 21], [8, 22, 23, 24, 0]]
     assert batch["labels"].tolist() == [20, 21, 22, 23, 24]
     assert batch["label_index"].tolist() == [2, 3, 5, 6, 7]
-    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], 0)
+    batch = rl_ppo.collate(texts, [0, 2], 0, "cpu")
     assert batch["decoder_input_ids"].tolist() == [[0, 20, 0], [0, 22, 23]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["label_index"].tolist() == [0, 1, 3, 4, 5]
     for start_id in (None, 0):
-        assert len(rl_ppo.collate([], [], start_id)["labels"]) == 0
+        assert len(rl_ppo.collate(texts, [], start_id, "cpu")["labels"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "t5", "t5v1.1", "bart"])
@@ -318,10 +320,9 @@ def test_log_probabilities_are_those_of_the_model(kind):
     make_policy(kind)
     auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
     model = auto_class.from_pretrained(f"models/{kind}")
-    prompts, replies = [[5, 6, 7, 9], [8, 4]], [[20, 21], [22, 23, 24]]
-    batch = rl_ppo.collate(prompts, replies, rl_ppo.start_id_of(model.config))
-    pairs = zip(prompts, replies)
-    expected = torch.cat([plain_scores(model, None, *pair, 0.7)[0] for pair in pairs])
+    texts = [([5, 6, 7, 9], [20, 21]), ([8, 4], [22, 23, 24])]
+    batch = rl_ppo.collate(texts, [0, 1], rl_ppo.start_id_of(model.config), "cpu")
+    expected = torch.cat([plain_scores(model, None, *text, 0.7)[0] for text in texts])
     expected.exp().sum().backward()
     grads = conftest.gradients(model)
     log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch)
