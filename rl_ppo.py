@@ -83,7 +83,9 @@ FLAGS = {
     "reward_scaling": (
         "none",
         "scores / their running deviation; norm: minus their running mean too",
-        *("none", "std", "norm"),
+        "none",
+        "std",
+        "norm",
     ),
     "num_layers_unfrozen": (2, "train only so many top layers; 0, or beside adapters: all"),
     "n_eval": (64, "evaluation prompts"),
@@ -438,46 +440,36 @@ def freeze(module, ds_config):
 class RewardFunction:
     """A Python function of the user's, which rank 0 asks."""
 
-    def __init__(self, spec, problems):
-        self.spec = spec
+    def __init__(self, name, problems):
+        self.name = name
         self.keys = set()
         self.identity = None
-        file, _, name = spec.rpartition(":")
+        file, _, function = name.rpartition(":")
         path = pathlib.Path(file)
         if not path.is_file():
             path = common.HERE / file
-        if not path.is_file():
-            problems.append(f"{spec}: expected FILE:NAME, and there is no file {file!r}")
-            return
-        self.identity = common.derive_seed(path.read_text())
         try:
-            self.function = runpy.run_path(str(path))[name]
+            self.identity = common.derive_seed(path.read_text())
+            self.function = runpy.run_path(str(path))[function]
         except Exception as error:  # whatever the code of a user raises
-            problems.append(f"{spec}: {error!r}")
+            problems.append(f"{name}: expected FILE:NAME of a function, found {error!r}")
 
     def load(self, ds_config):
         """It is there already."""
 
     def ask(self, examples, replies):
+        """{number of a reply: score} on rank 0, {} on others."""
+        if common.rank() > 0:
+            return {}
         prompts = [example.text for example in examples]
         records = [example.record for example in examples]
         try:
-            scores = [float(score) for score in self.function(prompts, replies, records)]
+            scores = self.function(prompts, replies, records)
+            return dict(enumerate(map(float, scores)))
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
-            common.fail(f"{self.spec} fails with {error!r} ({where})")
-        if len(scores) != len(replies) or not np.isfinite(scores).all():
-            common.fail(f"{self.spec}: no finite number for each of {len(replies)}: {scores}")
-        return scores
-
-    def __call__(self, examples, replies):
-        """Collective. (n,) scores of replies."""
-        scores = [None]
-        if common.rank() == 0:
-            scores = [self.ask(examples, replies)]
-        dist.broadcast_object_list(scores)
-        return np.array(scores[0])
+            common.fail(f"{self.name} fails with {error!r} ({where})")
 
 
 class Score(torch.nn.Module):
@@ -507,7 +499,7 @@ class RewardModel:
     """A run of clf.py. Small files first, then load()."""
 
     def __init__(self, args, name, problems):
-        self.identity = name
+        self.name = self.identity = name
         self.args = frozen_args(args)
         self.args.quantize = ""
         name_model(self.args, name)
@@ -545,8 +537,8 @@ class RewardModel:
         return input_ids
 
     @torch.no_grad()
-    def __call__(self, examples, replies):
-        """Collective. (n,) scores of replies."""
+    def ask(self, examples, replies):
+        """Collective. {number of a reply: score} of this rank's share."""
         # the state before the answer is asked for: any token serves as the answer
         answer = [0]
         texts = [(self.read(*pair), answer) for pair in zip(examples, replies)]
@@ -556,11 +548,17 @@ class RewardModel:
             batch = collate(texts, ids, self.start_id, self.engine.device)
             logits = self.engine(batch)
             scores.update(zip(ids, logits.tolist()))
-        scores = common.gather(scores)
-        scores = np.array([scores[i] for i in range(len(texts))])
-        if not np.isfinite(scores).all():
-            common.fail(f"{self.source}: a score is not finite; try --precision fp32")
         return scores
+
+
+def score(reward, examples, replies):
+    """Collective. (n,) scores of replies."""
+    n_replies = len(replies)
+    by_number = common.gather(reward.ask(examples, replies))
+    scores = np.array([by_number[i] for i in sorted(by_number)])
+    if len(scores) != n_replies or not np.isfinite(scores).all():
+        common.fail(f"{reward.name}: no finite number for each of {n_replies}: {scores}")
+    return scores
 
 
 def open_rewards(args, problems):
@@ -790,12 +788,15 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
     """Collective. Means over the replies to the examples of `split`; the predictions file."""
     replies, _ = sample(args, engine, prompts, examples, (split,), args.eval_temperature)
     texts = [decode(prompts, ids) for ids in replies]
-    scores = {name: reward(examples, texts) for name, reward in rewards.items()}
+    generations = [{"lm_postprocess": text} for text in texts]
+    metrics = reply_metrics(prompts, replies)
+    for name, reward in rewards.items():
+        scores = score(reward, examples, texts)
+        metrics[name] = scores.mean()
+        for generation, value in zip(generations, scores.tolist()):
+            generation[name] = value
     predictions = []
-    for i, example in enumerate(examples):
-        generation = {"lm_postprocess": texts[i]}
-        for name, column in scores.items():
-            generation[name] = float(column[i])
+    for example, generation in zip(examples, generations):
         predictions.append(
             {
                 "prompt": example.text,
@@ -810,8 +811,7 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
         step = chosen_step(run)
     if common.rank() == 0:
         run.write_predictions(predictions_name(args, split, step), predictions)
-    metrics = {name: float(column.mean()) for name, column in scores.items()}
-    return {**metrics, **reply_metrics(prompts, replies)}
+    return metrics
 
 
 def show_before_and_after(args, run):
@@ -840,10 +840,10 @@ def name_model(args, name):
     """Point the model flags at a run under models/, a folder, or a hub id, which has a slash. Any
     other name is refused by common.open_model, which says what there is."""
     folder = common.find_input(args, "models", name, [], [])
+    args.model_init_name = name
+    args.model_init_path = ""
     if folder or "/" in name:
         args.model_init_path = str(folder or name)
-    else:
-        args.model_init_name, args.model_init_path = name, ""
 
 
 def check_args(args, problems):
@@ -967,10 +967,9 @@ def main(args):
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
         key = ("rollout", index)
         replies, sampled = sample(args, engine, prompts, examples, key, args.temperature)
-        prompt_ids = [example.input_ids for example in examples]
-        texts = list(zip(prompt_ids, replies))
+        texts = list(zip([example.input_ids for example in examples], replies))
         lengths = np.array([len(reply) for reply in replies])
-        updates = plan.updates(index, lengths + [len(prompt) for prompt in prompt_ids])
+        updates = plan.updates(index, lengths + [len(prompt) for prompt, _ in texts])
         is_reply = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         is_reply = is_reply.to(device)  # (B, T)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
@@ -979,11 +978,12 @@ def main(args):
         metrics = reply_metrics(prompts, replies)
         metrics["sampler_gap"] = check_sampler(args, sampled, scored[0, is_reply])
 
-        raw_scores = rewards["reward"](examples, [decode(prompts, ids) for ids in replies])
+        reply_texts = [decode(prompts, ids) for ids in replies]
+        raw_scores = score(rewards["reward"], examples, reply_texts)
         scores = scale_scores(args, raw_scores, state["score_sums"])
-        table, kl = estimate_advantages(args, is_reply, scored, scores, state["beta"])
-        metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl)
-        metrics["beta"] = beta = state["beta"]
+        beta = state["beta"]
+        table, kl = estimate_advantages(args, is_reply, scored, scores, beta)
+        metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl, beta=beta)
 
         for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.set_lr(engine, run.step, args, max_steps)

@@ -492,8 +492,14 @@ def test_invariants_stop_a_run(name, replacement, message, monkeypatch, capsys):
 
 
 WORDS = [
-    ("--reward_fn nope.py:length", "expected FILE:NAME, and there is no file 'nope.py'"),
-    ("--reward_fn reward.py:nope", "reward.py:nope: KeyError('nope')"),
+    (
+        "--reward_fn nope.py:length",
+        "nope.py:length: expected FILE:NAME of a function, found FileNotFound",
+    ),
+    (
+        "--reward_fn reward.py:nope",
+        "reward.py:nope: expected FILE:NAME of a function, found KeyError",
+    ),
     ("--reward_fn reward.py:wrong", "no finite number for each of 6"),
     ("--reward_fn reward.py:broken", "fails with KeyError('nope') (reward.py, line 12)"),
     ("--reward_fn reward.py:length --reward_model x", "exclude each other"),
