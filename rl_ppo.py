@@ -52,18 +52,18 @@ from transformers import (
     GenerationConfig,
 )
 
-from common import SPLITS, log
+from common import log
 from decoding import Decoding, choose
 
 FLAGS = {
-    "policy": ("", "the model to train: a run under models/, a folder, or a hub id with a slash"),
-    "reward_fn": ("", "FILE:NAME of a function (prompts, replies, records) -> list of floats"),
+    "policy": ("", "the model to train: a run, a folder, or a hub id with a slash"),
+    "reward_fn": ("", "FILE:NAME of a function (prompts, replies, records) -> floats"),
     "reward_model": ("", "a run of clf.py"),
     "reward_text": ("{prompt}\\n\\n{reply}", "{input} in the template of a reward model"),
-    "heldout_reward_fn": ("", "another reward, for evaluation only: it chooses the checkpoint"),
+    "heldout_reward_fn": ("", "for evaluation only: it chooses the checkpoint"),
     "heldout_reward_model": ("", "the same as a model"),
     "raw_prompt": (False, "prompts as they are, without a template"),
-    "seq_length": (1024, "tokens; prompts that leave no room for a reply in it are left out"),
+    "seq_length": (1024, "tokens; prompts that leave no room for a reply are left out"),
     "num_rollouts": (128, "replies that are sampled before --ppo_epochs of updates"),
     "n_samples": (1, "replies per prompt; rloo and grpo compare them"),
     "rollout_batch_size": (32, "replies that one process writes at once"),
@@ -103,7 +103,6 @@ POSITIVE_FLAGS = (
     "rollout_batch_size",
     "max_new_tokens",
     "ppo_epochs",
-    "n_eval",
     "temperature",
     "cliprange",
     "cliprange_value",
@@ -114,7 +113,7 @@ POSITIVE_FLAGS = (
 FREE_FLAGS = {"rollout_batch_size", "n_eval", "eval_temperature"}
 DEMO = (
     "--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish "
-    "--training_run_name ppo-demo --max_steps 600 --num_rollouts 128 --train_batch_size 64 "
+    "--training_run_name ppo-demo --max_steps 600 --train_batch_size 64 "
     "--ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
     "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
     "--save_steps 200 --logging_steps 20 --weight_decay 0.1"
@@ -170,15 +169,16 @@ def to_example(prompts, has_encoder, keys, data_set, record):
     if missing:
         raise ValueError(f"no {', '.join(missing)}, which the reward model reads")
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError("the last message has to be the user's, whom the policy answers")
+        raise ValueError("the last message has to be the user's")
     if prompts.is_raw and len(messages) > 1:
         raise ValueError("several messages need a chat template; this policy reads raw prompts")
     text = key = messages[-1]["content"]
+    begin = []
     if not prompts.is_raw:
         key = prompts.render(messages, reply_follows=True)
-    input_ids = prompts.tokenizer(key, add_special_tokens=has_encoder).input_ids
-    if prompts.is_raw and not has_encoder:
-        input_ids = prompts.begin + input_ids
+    elif not has_encoder:
+        begin = prompts.begin
+    input_ids = begin + prompts.tokenizer(key, add_special_tokens=has_encoder).input_ids
     return Example(data_set, key, text, input_ids, record)
 
 
@@ -190,7 +190,7 @@ def read_data(args, prompts, config, rewards, problems):
     if not has_encoder:
         room -= args.max_new_tokens
     keys = set().union(*[reward.keys for reward in rewards.values()])
-    examples = {split: [] for split in SPLITS}
+    examples = collections.defaultdict(list)
     n_long = 0
     records, amounts = common.read_data_sets(args, problems)
     for data_set, where, split, record in records:
@@ -254,20 +254,12 @@ def collate(texts, ids, start_id, device):
     batch = {name: pad(values, 0) for name, values in columns.items()}
     batch["label_index"] = label_index
     batch["labels"] = labels[label_index]
-    return common.to_device(common.to_tensors(batch), device)
+    return common.to_device(batch, device)
 
 
 def round_up(steps, multiple):
     """(10, 4) -> 12; 0 and -1, which have meanings of their own, stay."""
     return math.ceil(steps / multiple) * multiple if steps > 0 else steps
-
-
-def count_forward_steps(args, config):
-    """Of a process in an optimizer step: more than --gradient_accumulation_steps where a forward
-    step could have more than MAX_LOGITS logits. The mathematics is the same."""
-    n_tokens = args.train_batch_size // common.world_size() * args.max_new_tokens
-    n_logits = n_tokens * config.get_text_config().vocab_size
-    return args.gradient_accumulation_steps * math.ceil(n_logits / MAX_LOGITS)
 
 
 class Plan:
@@ -278,7 +270,12 @@ class Plan:
     def __init__(self, args, data, config):
         self.args = args
         self.batch = args.train_batch_size * args.gradient_accumulation_steps
-        self.n_pieces = common.world_size() * count_forward_steps(args, config)
+        world = common.world_size()
+        n_tokens = args.train_batch_size // world * args.max_new_tokens
+        n_logits = n_tokens * config.get_text_config().vocab_size
+        # a forward step that could have too many logits is split: the mathematics is the same
+        n_forward_steps = args.gradient_accumulation_steps * math.ceil(n_logits / MAX_LOGITS)
+        self.n_pieces = world * n_forward_steps
         self.n_prompts = args.num_rollouts // args.n_samples
         # one by one: epochs follow each other without a gap, also in the middle of a rollout
         one_by_one = copy.copy(args)
@@ -324,21 +321,18 @@ def run_model(model, batch):
     """Last hidden states (N, D) and logits (N, V) that predict the reply tokens, by the model's own
     forward, whose head reads these states alone. Padding is at the right and needs no mask in a
     decoder: nothing sees what follows it."""
-    label_index = batch["label_index"]
     states = []
 
-    def keep_states(module, inputs, output):
-        states.append(output.last_hidden_state.flatten(0, 1)[label_index])
+    def select_states(module, inputs, output):
+        selected = output.last_hidden_state.flatten(0, 1)[batch["label_index"]]
+        states.append(selected)
+        output.last_hidden_state = selected[None]  # (1, N, D)
+        return output
 
-    def select_states(module, inputs):
-        return inputs[0].flatten(0, 1)[label_index]
-
-    hook = model.get_decoder().register_forward_hook(keep_states)
-    head_hook = model.get_output_embeddings().register_forward_pre_hook(select_states)
+    hook = model.get_decoder().register_forward_hook(select_states)
     inputs = {name: batch[name] for name in batch if "label" not in name}
-    logits = model(**inputs, use_cache=False).logits
+    logits = model(**inputs, use_cache=False).logits[0]
     hook.remove()
-    head_hook.remove()
     return states[0], logits
 
 
@@ -369,7 +363,7 @@ class Policy(torch.nn.Module):
             entropies = -(log_p.exp() * log_p).sum(dim=1)
         log_probs = -common.CrossEntropy.apply(logits, batch["labels"])
         values = torch.zeros_like(log_probs)
-        if self.value_head is not None:
+        if self.value_head:
             values = self.value_head(states).squeeze(1).float()
         return torch.stack([log_probs, entropies, values])
 
@@ -377,10 +371,9 @@ class Policy(torch.nn.Module):
 def switch_off_dropout(model):
     """PPO compares the probabilities of a text before and after an update."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            is_rate = name == "p" or "drop" in name  # p: of torch.nn.Dropout
+            if is_rate and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -389,10 +382,9 @@ def train_top_layers(model, n_layers):
     The encoder of T5 is frozen too, as by trlx."""
     decoder = model.get_decoder()
     blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
-    n_frozen = max(0, len(blocks) - n_layers)
     model.requires_grad_(False)
     decoder.requires_grad_(True)
-    blocks[:n_frozen].requires_grad_(False)
+    blocks[:-n_layers].requires_grad_(False)
     for name, weight in decoder.named_parameters():
         if re.search("embed|wte|wpe|project_in", name):
             weight.requires_grad_(False)
@@ -417,7 +409,6 @@ def frozen_args(args):
     frozen = copy.copy(args)
     frozen.lora_rank = 0
     frozen.train_adapter = False
-    frozen.gradient_checkpointing = False
     frozen.no_train = True
     return frozen
 
@@ -468,8 +459,7 @@ class RewardFunction:
             return dict(enumerate(map(float, scores)))
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename}, line {frame.lineno}"
-            common.fail(f"{self.name} fails with {error!r} ({where})")
+            common.fail(f"{self.name} fails with {error!r} ({frame.filename}, line {frame.lineno})")
 
 
 class Score(torch.nn.Module):
@@ -484,7 +474,7 @@ class Score(torch.nn.Module):
             model.final_logits_bias = model.final_logits_bias[:, no_yes]
 
     def two_columns(self, states):
-        """(R, D) -> (R, 2), in fp32, for bf16 is too coarse to rank by."""
+        """(1, R, D) -> (1, R, 2), in fp32, for bf16 is too coarse to rank by."""
         head = self.model.get_output_embeddings()
         assert getattr(head, "bias", None) is None, "a head with a bias: not written yet"
         with torch.autocast(states.device.type, enabled=False):
@@ -540,8 +530,7 @@ class RewardModel:
     def ask(self, examples, replies):
         """Collective. {number of a reply: score} of this rank's share."""
         # the state before the answer is asked for: any token serves as the answer
-        answer = [0]
-        texts = [(self.read(*pair), answer) for pair in zip(examples, replies)]
+        texts = [(self.read(*pair), [0]) for pair in zip(examples, replies)]
         lengths = [len(input_ids) for input_ids, _ in texts]
         scores = {}
         for ids in common.my_batches(lengths, self.args.eval_batch_size):
@@ -587,8 +576,7 @@ def sample(args, engine, prompts, examples, key, temperature):
     that finished replies cost nothing."""
     device = engine.device
     n_examples = len(examples)
-    lengths = np.array([len(example.input_ids) for example in examples])
-    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    longest_first = sorted(range(n_examples), key=lambda i: -len(examples[i].input_ids))
     waiting = longest_first[common.rank() :: common.world_size()]
     generators = [None] * n_examples
     if temperature > GREEDY:
@@ -746,8 +734,8 @@ def check_sampler(args, sampled, log_probs):
     gap = float((expected - log_probs.cpu()).abs().mean())
     if not gap <= SAMPLER_BOUND[args.precision]:
         common.fail(
-            f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one of "
-            "the two sees other positions, another mask or other weights"
+            f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one "
+            "sees other positions, another mask or other weights"
         )
     return gap
 
@@ -757,8 +745,8 @@ def check_first_ratio(args, log_ratio):
     largest = max(log_ratio.abs().tolist(), default=0.0)
     if not largest <= RATIO_BOUND[args.precision]:
         common.fail(
-            f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: two "
-            "passes over the same text differ, by dropout or another kernel",
+            f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: "
+            "dropout, or another kernel",
             only_here=True,
         )
 
@@ -769,14 +757,9 @@ def check_first_ratio(args, log_ratio):
 def reply_metrics(prompts, replies):
     """Of the token ids of replies."""
     return {
-        "reply_tokens": float(np.mean([len(ids) for ids in replies])),
-        "eos_rate": float(np.mean([ids[-1] in prompts.stop_ids for ids in replies])),
+        "reply_tokens": np.mean([len(ids) for ids in replies]),
+        "eos_rate": np.mean([ids[-1] in prompts.stop_ids for ids in replies]),
     }
-
-
-def chosen_step(run):
-    """Of the weights that are exported."""
-    return run.state["best_step"] or run.step
 
 
 def predictions_name(args, split, step):
@@ -808,7 +791,7 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
         )
     step = run.step
     if split == "test":  # by the weights that are exported
-        step = chosen_step(run)
+        step = run.state["best_step"] or run.step
     if common.rank() == 0:
         run.write_predictions(predictions_name(args, split, step), predictions)
     return metrics
@@ -816,13 +799,14 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
 
 def show_before_and_after(args, run):
     """Rank 0. Ten evaluation prompts with the first reply and that of the exported policy."""
-    names = [predictions_name(args, "eval", step) for step in (0, chosen_step(run))]
-    before, after = [json.loads((run.dir / name).read_text()) for name in names]
+    chosen = run.state["best_step"] or run.step
+    paths = [run.dir / predictions_name(args, "eval", step) for step in (0, chosen)]
+    before, after = [json.loads(path.read_text()) for path in paths]
     for old, new in zip(before[:10], after):
         log(repr(old["prompt"][-200:]))
         for row in (old, new):
             generation = row["generations"][0]
-            log(f"{generation['reward']:10.3g}  {generation['lm_postprocess'][:200]!r}")
+            log(f"{generation['reward']:10.3g}  {generation['lm_postprocess']!r}")
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -941,7 +925,6 @@ def main(args):
     optimizer = None if args.no_train else common.make_adamw(policy, args)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=ds_config)
     run.resume(engine)
-    log(f"replies end with {tokenizer.convert_ids_to_tokens(prompts.stop_ids)}")
 
     def evaluation(split):
         return evaluate(args, engine, prompts, data.examples[split], rewards, split, run)
@@ -970,8 +953,8 @@ def main(args):
         texts = list(zip([example.input_ids for example in examples], replies))
         lengths = np.array([len(reply) for reply in replies])
         updates = plan.updates(index, lengths + [len(prompt) for prompt, _ in texts])
-        is_reply = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        is_reply = is_reply.to(device)  # (B, T)
+        is_reply = np.arange(max(lengths)) < lengths[:, None]  # (B, T)
+        is_reply = torch.tensor(is_reply, device=device)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
         scored = score_tokens(engine, reference, texts, is_reply, first_pass, start_id)
@@ -988,8 +971,8 @@ def main(args):
         for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.set_lr(engine, run.step, args, max_steps)
             n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+            loss_sum = 0.0
+            metric_sums = 0.0  # (METRICS,)
             for i, piece in enumerate(pieces):
                 engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
                 batch = collate(texts, piece, start_id, device)
@@ -1012,10 +995,10 @@ def main(args):
                     loss = loss + beta * (ref_log_ratio.expm1() - ref_log_ratio).sum()
                 # DeepSpeed averages over the processes, hence x world
                 engine.backward(loss * (world / n_tokens))
-                loss_sum += loss.detach()
+                loss_sum += loss.detach().double()
                 is_clipped = clipped_losses > unclipped_losses
                 found = (policy_losses, value_losses, entropies, is_clipped, log_ratio.abs())
-                sums += torch.stack([column.detach().sum().double() for column in found])
+                metric_sums += torch.stack([column.detach().sum().double() for column in found])
                 if n_updates == 0:
                     check_first_ratio(args, log_ratio)
             # one exchange: every rank learns the loss of the step, and whether any rank has to stop
@@ -1023,8 +1006,8 @@ def main(args):
             engine.step()
             loss = loss_sum / n_tokens
             grad_norm = common.check_step(engine, args, run.step, loss, grad_norm)
-            dist.all_reduce(sums)
-            metrics.update(zip(METRICS, (sums / n_tokens).tolist()))
+            dist.all_reduce(metric_sums)
+            metrics.update(zip(METRICS, (metric_sums / n_tokens).tolist()))
             named = {f"ppo/{name}": value for name, value in metrics.items()}
             run.stepped(loss, n_tokens, lr=lr, grad_norm=grad_norm, **named)
 

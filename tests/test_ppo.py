@@ -285,6 +285,8 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps(monkeypatch):
     words = f"--policy llama --num_rollouts 8 --n_samples 2 --train_batch_size 4 {SMALL}"
     args = rl_ppo.parse_args(f"{words} --eval_steps 5 --save_steps -1 --num_epochs 3".split())
     config = transformers.AutoConfig.from_pretrained("models/llama")
+    # half the logits that the 4 replies of a step, of 6 tokens, may have
+    monkeypatch.setattr(rl_ppo, "MAX_LOGITS", 4 * 6 * config.vocab_size // 2)
     plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]), config)
     assert (plan.steps_per_rollout, plan.steps_per_epoch, plan.max_steps) == (4, 8, 24)
     assert (args.eval_steps, args.save_steps) == (8, -1)
@@ -292,12 +294,11 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps(monkeypatch):
     assert ids[::2] == ids[1::2]
     epochs = [ids[::2][:10], ids[::2][10:]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
-    monkeypatch.setattr(rl_ppo, "MAX_LOGITS", 4 * 6 * config.vocab_size // 2)
-    assert rl_ppo.count_forward_steps(args, config) == 2  # of half the logits
     updates = plan.updates(0, np.arange(8) + 1)
     for first, second in (updates[:2], updates[2:]):
         assert sorted([*first[0], *second[0]]) == list(range(8))
     for ids, pieces in updates:
+        assert len(pieces) == 2
         assert sorted(ids) == sorted(np.concatenate(pieces))
 
 
