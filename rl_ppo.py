@@ -24,11 +24,9 @@ Shapes: B replies of a rollout, T tokens of its longest reply; R rows of a forwa
 a row, N reply tokens of a forward step; D hidden, V vocabulary.
 """
 
-import argparse
 import collections
 import contextlib
 import copy
-import functools
 import itertools
 import json
 import math
@@ -46,27 +44,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     GenerationConfig,
 )
 
-from common import SPLITS, log
+from common import log
 from decoding import Decoding, choose
 
 FLAGS = {
-    "policy": ("", "the model to train: a run under models/, a folder, or a hub id with a slash"),
-    "reward_fn": ("", "FILE:NAME of a function (prompts, replies, records) -> list of floats"),
-    "reward_model": ("", "a clf.py run, or a sequence classifier with one logit"),
-    "reward_text": ("", "what a reward model reads, or {input} of a clf.py run; else both texts"),
-    "heldout_reward_fn": ("", "another reward, for evaluation only: it chooses the checkpoint"),
+    "policy": ("", "the model to train: a run, a folder, or a hub id with a slash"),
+    "reward_fn": ("", "FILE:NAME of a function (prompts, replies, records) -> floats"),
+    "reward_model": ("", "a run of clf.py"),
+    "reward_text": ("{prompt}\\n\\n{reply}", "{input} in the template of a reward model"),
+    "heldout_reward_fn": ("", "for evaluation only: it chooses the checkpoint"),
     "heldout_reward_model": ("", "the same as a model"),
     "raw_prompt": (False, "prompts as they are, without a template"),
-    "seq_length": (1024, "tokens; prompts that leave no room for a reply in it are left out"),
+    "seq_length": (1024, "tokens; prompts that leave no room for a reply are left out"),
     "num_rollouts": (128, "replies that are sampled before --ppo_epochs of updates"),
     "n_samples": (1, "replies per prompt; rloo and grpo compare them"),
     "rollout_batch_size": (32, "replies that one process writes at once"),
@@ -86,7 +83,9 @@ FLAGS = {
     "reward_scaling": (
         "none",
         "scores / their running deviation; norm: minus their running mean too",
-        *("none", "std", "norm"),
+        "none",
+        "std",
+        "norm",
     ),
     "num_layers_unfrozen": (2, "train only so many top layers; 0, or beside adapters: all"),
     "n_eval": (64, "evaluation prompts"),
@@ -99,14 +98,22 @@ DEFAULTS = {  # of shared flags, other than the siblings'
     "logging_steps": 1,
 }
 POSITIVE_FLAGS = (
-    *("num_rollouts", "n_samples", "rollout_batch_size", "max_new_tokens", "ppo_epochs", "n_eval"),
-    *("temperature", "cliprange", "cliprange_value", "kl_horizon", "cliprange_reward"),
+    "num_rollouts",
+    "n_samples",
+    "rollout_batch_size",
+    "max_new_tokens",
+    "ppo_epochs",
+    "temperature",
+    "cliprange",
+    "cliprange_value",
+    "kl_horizon",
+    "cliprange_reward",
 )
 # may differ when a run goes on: they only concern evaluation and speed
 FREE_FLAGS = {"rollout_batch_size", "n_eval", "eval_temperature"}
 DEMO = (
     "--model_init_name tiny-llama --data wishes --reward_fn data/rewards.py:wish "
-    "--training_run_name ppo-demo --max_steps 600 --num_rollouts 128 --train_batch_size 64 "
+    "--training_run_name ppo-demo --max_steps 600 --train_batch_size 64 "
     "--ppo_epochs 2 --learning_rate 0.003 --lr_scheduler_type linear --max_new_tokens 8 "
     "--num_layers_unfrozen 0 --init_kl_coef 0.015 --target_kl 0 --eval_steps 200 "
     "--save_steps 200 --logging_steps 20 --weight_decay 0.1"
@@ -117,7 +124,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "log_ratio")
 # log-probabilities while sampling and those of the whole text
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
 SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
-MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
+MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # of a forward step
 IGNORED = -100  # the label of a token that is no reply
 PLACE = r"\{(\w+)\}"  # in a template
 GREEDY = 0.001  # the highest temperature that means: take the likeliest token
@@ -136,8 +143,6 @@ Data = collections.namedtuple("Data", "examples sizes amounts")
 def open_prompts(args, source, tokenizer, problems):
     """common.Prompts, with all ids that end a reply; or None."""
     about = common.read_about(source)
-    if about.get("script") == "clf.py":
-        problems.append(f"{source} is a run of clf.py, which scores texts: expected a writer")
     was_raw = about.get("raw_prompt") or "record_layout" in about
     try:
         is_raw = args.raw_prompt or was_raw or not tokenizer.chat_template
@@ -164,15 +169,16 @@ def to_example(prompts, has_encoder, keys, data_set, record):
     if missing:
         raise ValueError(f"no {', '.join(missing)}, which the reward model reads")
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError("the last message has to be the user's, whom the policy answers")
+        raise ValueError("the last message has to be the user's")
     if prompts.is_raw and len(messages) > 1:
         raise ValueError("several messages need a chat template; this policy reads raw prompts")
     text = key = messages[-1]["content"]
+    begin = []
     if not prompts.is_raw:
         key = prompts.render(messages, reply_follows=True)
-    input_ids = prompts.tokenizer(key, add_special_tokens=has_encoder).input_ids
-    if prompts.is_raw and not has_encoder:
-        input_ids = prompts.begin + input_ids
+    elif not has_encoder:
+        begin = prompts.begin
+    input_ids = begin + prompts.tokenizer(key, add_special_tokens=has_encoder).input_ids
     return Example(data_set, key, text, input_ids, record)
 
 
@@ -184,7 +190,7 @@ def read_data(args, prompts, config, rewards, problems):
     if not has_encoder:
         room -= args.max_new_tokens
     keys = set().union(*[reward.keys for reward in rewards.values()])
-    examples = {split: [] for split in SPLITS}
+    examples = collections.defaultdict(list)
     n_long = 0
     records, amounts = common.read_data_sets(args, problems)
     for data_set, where, split, record in records:
@@ -216,38 +222,39 @@ def decode(prompts, input_ids):
 
 
 def pad(rows, fill):
-    """Lists or arrays of several lengths -> (rows, the longest of them, at least 1)."""
-    longest = max(1, max(len(row) for row in rows))
-    padded = np.full((len(rows), longest), fill)
-    for r, row in enumerate(rows):
-        padded[r, : len(row)] = row
-    return padded
+    """Lists of several lengths -> (rows, the longest of them)."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
-def collate(prompts, replies, start_id):
-    """Token ids of prompts and replies -> tensors; start_id: what a decoder begins with, None
-    where there is no encoder.
+def collate(texts, ids, start_id, device):
+    """Some of the texts [(prompt, reply)], token ids both, as tensors on the device; start_id: what
+    a decoder begins with, None where there is no encoder.
 
     input_ids (R, S): prompt and reply, or for an encoder the prompt, with its attention_mask and
     decoder_input_ids. labels (N,): the reply tokens; label_index (N,): where in the flattened
     states each is predicted.
     """
+    rows = [texts[i] for i in ids]
+    if not rows:
+        rows = [([0], [])]  # a rank without replies computes one padding token along
     columns = collections.defaultdict(list)
-    # a rank without replies computes one padding token along
-    for prompt, reply in zip(prompts or [[0]], replies or [[]]):
+    for prompt, reply in rows:
         if start_id is None:
-            columns["input_ids"].append([*prompt, *reply])
-            columns["labels"].append([IGNORED] * (len(prompt) - 1) + [*reply, IGNORED])
+            unlabelled = [IGNORED] * (len(prompt) - 1)
+            columns["input_ids"].append(prompt + reply)
+            columns["labels"].append(unlabelled + reply + [IGNORED])
         else:
             columns["input_ids"].append(prompt)
             columns["attention_mask"].append([1] * len(prompt))
-            columns["decoder_input_ids"].append([start_id, *reply[:-1]])
+            columns["decoder_input_ids"].append([start_id] + reply[:-1])
             columns["labels"].append(reply)
     labels = pad(columns.pop("labels"), IGNORED).flatten()
-    arrays = {name: pad(rows, 0) for name, rows in columns.items()}
-    arrays["label_index"] = np.flatnonzero(labels != IGNORED)
-    arrays["labels"] = labels[arrays["label_index"]]
-    return common.to_tensors(arrays)
+    label_index = torch.nonzero(labels != IGNORED).flatten()
+    batch = {name: pad(values, 0) for name, values in columns.items()}
+    batch["label_index"] = label_index
+    batch["labels"] = labels[label_index]
+    return common.to_device(batch, device)
 
 
 def round_up(steps, multiple):
@@ -260,13 +267,21 @@ class Plan:
     rollout), the same for any number of ranks. Evaluation, checkpoints and the end wait for the end
     of a rollout, so the flags' intervals are rounded up."""
 
-    def __init__(self, args, data):
+    def __init__(self, args, data, config):
         self.args = args
         self.batch = args.train_batch_size * args.gradient_accumulation_steps
+        world = common.world_size()
+        n_tokens = args.train_batch_size // world * args.max_new_tokens
+        n_logits = n_tokens * config.get_text_config().vocab_size
+        # a forward step that could have too many logits is split: the mathematics is the same
+        n_forward_steps = args.gradient_accumulation_steps * math.ceil(n_logits / MAX_LOGITS)
+        self.n_pieces = world * n_forward_steps
         self.n_prompts = args.num_rollouts // args.n_samples
         # one by one: epochs follow each other without a gap, also in the middle of a rollout
-        options = {"seed": args.seed, "train_batch_size": 1, "gradient_accumulation_steps": 1}
-        self.order = common.Order(argparse.Namespace(**options), data.sizes, data.amounts)
+        one_by_one = copy.copy(args)
+        one_by_one.train_batch_size = 1
+        one_by_one.gradient_accumulation_steps = 1
+        self.order = common.Order(one_by_one, data.sizes, data.amounts)
         self.no_lengths = np.zeros((sum(data.sizes), 2))
         n_rollouts = max(1, round(self.order.steps_per_epoch / self.n_prompts))  # of an epoch
         self.steps_per_rollout = args.ppo_epochs * math.ceil(args.num_rollouts / self.batch)
@@ -279,25 +294,22 @@ class Plan:
     def prompts(self, rollout):
         """The numbers of the examples, each --n_samples times in a row."""
         first = rollout * self.n_prompts
-        ids = []
-        for place in range(first, first + self.n_prompts):
-            example = int(self.order.step_ids(place, self.no_lengths)[0])
-            ids += [example] * self.args.n_samples
-        return ids
+        places = range(first, first + self.n_prompts)
+        ids = [self.order.step_ids(place, self.no_lengths)[0] for place in places]
+        return np.repeat(ids, self.args.n_samples).tolist()
 
     def updates(self, rollout, n_tokens):
         """[(replies of an optimizer step, [replies of each forward step of this rank])] of a
         rollout; n_tokens: of each prompt and its reply."""
-        world = common.world_size()
-        n_pieces = world * self.args.gradient_accumulation_steps
         updates = []
         for epoch in range(self.args.ppo_epochs):
             rng = np.random.default_rng([5, self.args.seed, rollout, epoch])
             order = rng.permutation(len(n_tokens))
             for start in range(0, len(order), self.batch):
                 ids = order[start : start + self.batch]
-                pieces = common.deal(ids, n_tokens, n_pieces)
-                mine = [np.sort(piece) for piece in pieces[common.rank() :: world]]
+                pieces = common.deal(ids, n_tokens, self.n_pieces)
+                mine = pieces[common.rank() :: common.world_size()]
+                mine = [np.sort(piece) for piece in mine]
                 updates.append((ids, mine))
         return updates
 
@@ -305,40 +317,23 @@ class Plan:
 # ---------------------------------------------------------------------------------- model and loss
 
 
-def target_states(model, batch):
-    """(N, D) last hidden states, from which the reply tokens are predicted. Padding is at the right
-    and needs no mask in a decoder: nothing sees what follows it."""
-    if "decoder_input_ids" not in batch:
-        output = model.base_model(input_ids=batch["input_ids"], use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)[batch["label_index"]]
-    mask = batch["attention_mask"]
-    encoder = model.get_encoder()
-    source = encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    output = model.get_decoder()(
-        input_ids=batch["decoder_input_ids"],
-        encoder_hidden_states=source,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    )
-    return output.last_hidden_state.flatten(0, 1)[batch["label_index"]]
+def run_model(model, batch):
+    """Last hidden states (N, D) and logits (N, V) that predict the reply tokens, by the model's own
+    forward, whose head reads these states alone. Padding is at the right and needs no mask in a
+    decoder: nothing sees what follows it."""
+    states = []
 
+    def select_states(module, inputs, output):
+        selected = output.last_hidden_state.flatten(0, 1)[batch["label_index"]]
+        states.append(selected)
+        output.last_hidden_state = selected[None]  # (1, N, D)
+        return output
 
-def scale_states(states, config):
-    """What T5 does before its head."""
-    if getattr(config, "scale_decoder_outputs", False):
-        return states * config.d_model**-0.5
-    return states
-
-
-def finish_logits(logits, config):
-    """What a few families do behind their head."""
-    logits = logits / getattr(config, "logits_scaling", 1)  # Granite
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = torch.tanh(logits / config.final_logit_softcapping)
-        logits = logits * config.final_logit_softcapping
-    return logits
+    hook = model.get_decoder().register_forward_hook(select_states)
+    inputs = {name: batch[name] for name in batch if "label" not in name}
+    logits = model(**inputs, use_cache=False).logits[0]
+    hook.remove()
+    return states[0], logits
 
 
 def new_value_head(model, args):
@@ -351,8 +346,8 @@ def new_value_head(model, args):
 
 class Policy(torch.nn.Module):
     """What the engine wraps: forward(batch) -> (3, N) fp32 log-probabilities, entropies and values
-    of the reply tokens. Logits only where there is one. The distribution is the one that is sampled
-    from, softmax(logits / temperature)."""
+    of the reply tokens. The distribution is the one that is sampled from,
+    softmax(logits / temperature)."""
 
     def __init__(self, model, temperature, value_head=None):
         super().__init__()
@@ -360,46 +355,25 @@ class Policy(torch.nn.Module):
         self.temperature = temperature
         self.value_head = value_head
 
-    def forward(self, batch, n_chunks=1):
-        states = target_states(self.model, batch)
-        log_probs_of = self.log_probs
-        if n_chunks > 1 and torch.is_grad_enabled():  # logits are recomputed in the backward pass
-            log_probs_of = functools.partial(checkpoint, self.log_probs, use_reentrant=False)
-        state_chunks = states.tensor_split(n_chunks)
-        label_chunks = batch["labels"].tensor_split(n_chunks)
-        chunks = map(log_probs_of, state_chunks, label_chunks)
-        log_probs, entropies = torch.cat(list(chunks), dim=1)
-        values = torch.zeros_like(log_probs)
-        if self.value_head is not None:
-            values = self.value_head(states).squeeze(1).float()
-        return torch.stack([log_probs, entropies, values])
-
-    def log_probs(self, states, labels):
-        """(n, D) states and (n,) labels -> (2, n) log-probabilities and entropies."""
-        logits = self.logits(states) / self.temperature
+    def forward(self, batch):
+        states, logits = run_model(self.model, batch)
+        logits = logits.float() / self.temperature
         with torch.no_grad():  # the entropy is only looked at
             log_p = logits.log_softmax(dim=1)
             entropies = -(log_p.exp() * log_p).sum(dim=1)
-        log_probs = -common.CrossEntropy.apply(logits, labels)
-        return torch.stack([log_probs, entropies])
-
-    def logits(self, states):
-        """(n, D) -> (n, V) fp32"""
-        model = self.model
-        states = scale_states(states, model.config)
-        logits = model.get_output_embeddings()(states).float()
-        if hasattr(model, "final_logits_bias"):  # BART
-            logits = logits + model.final_logits_bias
-        return finish_logits(logits, model.config)
+        log_probs = -common.CrossEntropy.apply(logits, batch["labels"])
+        values = torch.zeros_like(log_probs)
+        if self.value_head:
+            values = self.value_head(states).squeeze(1).float()
+        return torch.stack([log_probs, entropies, values])
 
 
 def switch_off_dropout(model):
     """PPO compares the probabilities of a text before and after an update."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            is_rate = name == "p" or "drop" in name  # p: of torch.nn.Dropout
+            if is_rate and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -409,12 +383,11 @@ def train_top_layers(model, n_layers):
     decoder = model.get_decoder()
     blocks = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
     model.requires_grad_(False)
+    decoder.requires_grad_(True)
+    blocks[:-n_layers].requires_grad_(False)
     for name, weight in decoder.named_parameters():
-        number = re.search(r"\d+", name)  # of the block
-        if number:
-            weight.requires_grad_(int(number[0]) >= len(blocks) - n_layers)
-        else:
-            weight.requires_grad_(not re.search("embed|wte|wpe|project_in", name))
+        if re.search("embed|wte|wpe|project_in", name):
+            weight.requires_grad_(False)
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(True)
@@ -431,10 +404,13 @@ def adapter_off(model):
         del layer.forward
 
 
-def frozen_args(args, **changes):
+def frozen_args(args):
     """The flags to load a model that is not trained."""
-    off = {"lora_rank": 0, "train_adapter": False, "gradient_checkpointing": False}
-    return argparse.Namespace(**{**vars(args), **off, "no_train": True, **changes})
+    frozen = copy.copy(args)
+    frozen.lora_rank = 0
+    frozen.train_adapter = False
+    frozen.no_train = True
+    return frozen
 
 
 def freeze(module, ds_config):
@@ -455,168 +431,158 @@ def freeze(module, ds_config):
 class RewardFunction:
     """A Python function of the user's, which rank 0 asks."""
 
-    def __init__(self, spec, problems):
-        self.spec = spec
+    def __init__(self, name, problems):
+        self.name = name
         self.keys = set()
         self.identity = None
-        file, _, name = spec.rpartition(":")
+        file, _, function = name.rpartition(":")
         path = pathlib.Path(file)
         if not path.is_file():
             path = common.HERE / file
-        if not path.is_file():
-            problems.append(f"{spec}: expected FILE:NAME, and there is no file {file!r}")
-            return
-        self.identity = common.derive_seed(path.read_text())
         try:
-            self.function = runpy.run_path(str(path))[name]
+            self.identity = common.derive_seed(path.read_text())
+            self.function = runpy.run_path(str(path))[function]
         except Exception as error:  # whatever the code of a user raises
-            problems.append(f"{spec}: {error!r}")
+            problems.append(f"{name}: expected FILE:NAME of a function, found {error!r}")
 
     def load(self, ds_config):
         """It is there already."""
 
     def ask(self, examples, replies):
+        """{number of a reply: score} on rank 0, {} on others."""
+        if common.rank() > 0:
+            return {}
         prompts = [example.text for example in examples]
         records = [example.record for example in examples]
         try:
-            scores = [float(score) for score in self.function(prompts, replies, records)]
+            scores = self.function(prompts, replies, records)
+            return dict(enumerate(map(float, scores)))
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename}, line {frame.lineno}"
-            common.fail(f"{self.spec} fails with {error!r} ({where})")
-        if len(scores) != len(replies) or not np.isfinite(scores).all():
-            common.fail(f"{self.spec}: no finite number for each of {len(replies)}: {scores}")
-        return scores
-
-    def __call__(self, examples, replies):
-        """Collective. (n,) scores of replies."""
-        scores = [None]
-        if common.rank() == 0:
-            scores = [self.ask(examples, replies)]
-        dist.broadcast_object_list(scores)
-        return np.array(scores[0])
+            common.fail(f"{self.name} fails with {error!r} ({frame.filename}, line {frame.lineno})")
 
 
 class Score(torch.nn.Module):
-    """forward(batch) -> (R,) fp32: logit(yes) - logit(no) of a clf.py run as it computes them, or
-    the one logit of a sequence classifier."""
+    """forward(batch) -> (R,) fp32: logit(yes) - logit(no), as clf.py computes them."""
 
     def __init__(self, model, no_yes):
         super().__init__()
         self.model = model
         self.no_yes = no_yes
+        model.get_output_embeddings().forward = self.two_columns
+        if hasattr(model, "final_logits_bias"):  # BART
+            model.final_logits_bias = model.final_logits_bias[:, no_yes]
+
+    def two_columns(self, states):
+        """(1, R, D) -> (1, R, 2), in fp32, for bf16 is too coarse to rank by."""
+        head = self.model.get_output_embeddings()
+        assert getattr(head, "bias", None) is None, "a head with a bias: not written yet"
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), head.weight[self.no_yes].float())
 
     def forward(self, batch):
-        model = self.model
-        if self.no_yes is None:
-            output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-            return output.logits[:, 0].float()
-        states = scale_states(target_states(model, batch), model.config)
-        head = model.get_output_embeddings()
-        assert getattr(head, "bias", None) is None, "a head with a bias: not written yet"
-        with common.whole(head.weight), torch.autocast(states.device.type, enabled=False):
-            # in fp32, for bf16 is too coarse to rank by
-            logits = F.linear(states.float(), head.weight[self.no_yes].float())
-        no, yes = finish_logits(logits, model.config).unbind(dim=1)
-        return yes - no
+        _, logits = run_model(self.model, batch)
+        return logits[:, 1] - logits[:, 0]
 
 
 class RewardModel:
-    """A clf.py run, or a sequence classifier with one logit. Small files first, then load()."""
+    """A run of clf.py. Small files first, then load()."""
 
     def __init__(self, args, name, problems):
-        self.spec = self.identity = name
-        self.args = frozen_args(args, quantize="")
+        self.name = self.identity = name
+        self.args = frozen_args(args)
+        self.args.quantize = ""
         name_model(self.args, name)
         self.source, self.config, self.tokenizer = common.open_model(self.args, problems)
-        self.text = args.reward_text.replace("\\n", "\n") or "{prompt}\n\n{reply}"
-        self.template = "{input}"
-        self.no_yes = None
-        self.max_length = getattr(self.tokenizer, "model_max_length", 0)
-        self.auto_class = AutoModelForSequenceClassification
-        self.start_id = 0  # a classifier reads its text as an encoder does
-        about = common.read_about(self.source) if self.source else {}
-        if about.get("script") == "clf.py":
-            self.template = about["record_layout"]["template"]
-            self.max_length = about["record_layout"]["max_length"]
-            words = about["verbaliser"]
-            self.no_yes = [words["negative_id"], words["positive_id"]]
-            self.auto_class = auto_class_of(self.config)
-            self.start_id = start_id_of(self.config)
-        elif self.config and self.config.num_labels != 1:
-            problems.append(f"{name}: expected a run of clf.py, or a classifier with one logit")
-        names = set(re.findall(PLACE, self.template + self.text))
-        self.keys = names - {"prompt", "reply", "input"}
+        self.about = common.read_about(self.source or name)
+        self.keys = set()  # of a record, besides its prompt
+        if self.about.get("script") != "clf.py":
+            problems.append(f"--reward_model {name}: expected a run of clf.py")
+            return
+        text = args.reward_text.replace("\\n", "\n")  # as a shell passes it
+        self.template = self.about["record_layout"]["template"].replace("{input}", text)
+        self.keys = set(re.findall(PLACE, self.template)) - {"prompt", "reply"}
 
     def load(self, ds_config):
         """Collective."""
-        model = common.load_model(
-            self.auto_class, self.source, self.config, self.args, ds_config, self.tokenizer
-        )
-        if model.config.pad_token_id is None:  # a classifier looks for it
-            model.config.pad_token_id = 0
-        self.engine = freeze(Score(model, self.no_yes), ds_config)
+        self.start_id = start_id_of(self.config)
+        options = (self.source, self.config, self.args, ds_config, self.tokenizer)
+        model = common.load_model(auto_class_of(self.config), *options)
+        words = self.about["verbaliser"]
+        no_yes = [words["negative_id"], words["positive_id"]]
+        self.engine = freeze(Score(model, no_yes), ds_config)
 
     def read(self, example, reply):
         """The token ids of what the model reads of a reply; too many lose their beginning."""
         values = {**example.record, "prompt": example.text, "reply": reply}
-        values["input"] = fill(self.text, values)
+        text = re.sub(PLACE, lambda place: str(values[place[1]]), self.template)
         tokenizer = self.tokenizer
-        input_ids = tokenizer(fill(self.template, values)).input_ids
+        input_ids = tokenizer(text).input_ids
         if self.start_id is None and input_ids[-1] == tokenizer.eos_token_id:
-            input_ids = input_ids[:-1]  # as clf.py: the answer comes next
-        n_cut = max(0, len(input_ids) - self.max_length)
-        n_begin = int(input_ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
-        return input_ids[:n_begin] + input_ids[n_begin + n_cut :]
+            input_ids.pop()  # as clf.py: the answer comes next
+        n_begin = int(input_ids[0] == tokenizer.bos_token_id)
+        n_cut = len(input_ids) - self.about["record_layout"]["max_length"]
+        if n_cut > 0:
+            del input_ids[n_begin : n_begin + n_cut]
+        return input_ids
 
     @torch.no_grad()
-    def __call__(self, examples, replies):
-        """Collective. (n,) scores of replies."""
-        texts = list(map(self.read, examples, replies))
+    def ask(self, examples, replies):
+        """Collective. {number of a reply: score} of this rank's share."""
+        # the state before the answer is asked for: any token serves as the answer
+        texts = [(self.read(*pair), [0]) for pair in zip(examples, replies)]
+        lengths = [len(input_ids) for input_ids, _ in texts]
         scores = {}
-        for ids in common.my_batches([len(text) for text in texts], self.args.eval_batch_size):
-            # the state before the answer is asked for: any token serves as the answer
-            batch = collate([texts[i] for i in ids], [[0]] * len(ids), self.start_id)
-            logits = self.engine(common.to_device(batch, self.engine.device))
-            scores.update(zip(ids, logits.double().tolist()))
-        scores = common.gather(scores)
-        scores = np.array([scores[i] for i in range(len(texts))])
-        if not np.isfinite(scores).all():
-            common.fail(f"{self.source}: a score is not finite; try --precision fp32")
+        for ids in common.my_batches(lengths, self.args.eval_batch_size):
+            batch = collate(texts, ids, self.start_id, self.engine.device)
+            logits = self.engine(batch)
+            scores.update(zip(ids, logits.tolist()))
         return scores
 
 
-def fill(template, values):
-    """("Q: {prompt}", {"prompt": "2 + 2?"}) -> "Q: 2 + 2?"."""
-    return re.sub(PLACE, lambda place: str(values[place[1]]), template)
+def score(reward, examples, replies):
+    """Collective. (n,) scores of replies."""
+    n_replies = len(replies)
+    by_number = common.gather(reward.ask(examples, replies))
+    scores = np.array([by_number[i] for i in sorted(by_number)])
+    if len(scores) != n_replies or not np.isfinite(scores).all():
+        common.fail(f"{reward.name}: no finite number for each of {n_replies}: {scores}")
+    return scores
 
 
 def open_rewards(args, problems):
     """{"reward": ..., and perhaps "heldout_reward": ...}"""
     rewards = {}
     for name in ("reward", "heldout_reward"):
-        function, model = getattr(args, f"{name}_fn"), getattr(args, f"{name}_model")
+        function = getattr(args, f"{name}_fn")
+        model = getattr(args, f"{name}_model")
+        if function and model:
+            problems.append(f"--{name}_fn and --{name}_model exclude each other")
         if function:
             rewards[name] = RewardFunction(function, problems)
         elif model:
             rewards[name] = RewardModel(args, model, problems)
+    if "reward" not in rewards:
+        problems.append("no reward: --reward_fn FILE:NAME or --reward_model")
     return rewards
 
 
 # ---------------------------------------------------------------------------------------- rollouts
 
 
-def sample(args, engine, prompts, examples, keys, temperature):
-    """Collective. [(token ids, their log-probabilities)], a reply to each example, which depends on
-    its key and the weights alone. A row that has ended leaves and the next prompts join, so that
-    finished replies cost nothing."""
+def sample(args, engine, prompts, examples, key, temperature):
+    """Collective. (token ids of each reply, their log-probabilities). A reply depends on its
+    example, key and the weights alone. A row that has ended leaves and the next prompts join, so
+    that finished replies cost nothing."""
     device = engine.device
-    generators = [None] * len(keys)
-    if temperature > GREEDY:
-        generators = [torch.Generator(device).manual_seed(key) for key in keys]
-    lengths = np.array([len(example.input_ids) for example in examples])
-    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    n_examples = len(examples)
+    longest_first = sorted(range(n_examples), key=lambda i: -len(examples[i].input_ids))
     waiting = longest_first[common.rank() :: common.world_size()]
+    generators = [None] * n_examples
+    if temperature > GREEDY:
+        for i in waiting:
+            seed = common.derive_seed(args.seed, *key, i)
+            generators[i] = torch.Generator(device).manual_seed(seed)
     replies = {i: ([], []) for i in waiting}
     rows = []  # the numbers of the replies that are being written
     tokens = None  # (rows,), the last of each
@@ -636,56 +602,35 @@ def sample(args, engine, prompts, examples, keys, temperature):
             scores = torch.cat(logits) / max(temperature, GREEDY)  # (rows, V)
             tokens = choose(scores, [generators[i] for i in rows])
             log_probs = scores.log_softmax(dim=1).gather(1, tokens[:, None])
-            new_ids, new_log_probs = tokens.tolist(), log_probs.flatten().tolist()
             goes_on = []
-            for r, i in enumerate(rows):
+            for i, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
                 input_ids, reply_log_probs = replies[i]
-                input_ids.append(new_ids[r])
-                reply_log_probs.append(new_log_probs[r])
-                if input_ids[-1] not in prompts.stop_ids and len(input_ids) < args.max_new_tokens:
-                    goes_on.append(r)
-            if len(goes_on) < len(rows):
-                rows = [rows[r] for r in goes_on]
-                kept = torch.tensor(goes_on, dtype=torch.int64, device=device)
+                input_ids.append(token)
+                reply_log_probs += log_prob
+                has_room = len(input_ids) < args.max_new_tokens
+                goes_on.append(has_room and token not in prompts.stop_ids)
+            if not all(goes_on):
+                rows = list(itertools.compress(rows, goes_on))
+                kept = torch.tensor(goes_on, device=device).nonzero().flatten()
                 decoding.keep(kept)
                 tokens = tokens[kept]
     replies = common.gather(replies)
-    return [replies[i] for i in range(len(examples))]
-
-
-class Rollout:
-    """B replies to examples, as `sample` gives them."""
-
-    def __init__(self, examples, sampled, start_id, device):
-        self.prompts = [example.input_ids for example in examples]
-        self.replies = [ids for ids, _ in sampled]
-        self.start_id = start_id
-        self.device = device
-        self.lengths = np.array([len(ids) for ids in self.replies])
-        self.n_tokens = self.lengths + [len(ids) for ids in self.prompts]
-        is_reply = np.arange(max(self.lengths)) < self.lengths[:, None]
-        self.is_reply = torch.tensor(is_reply, device=device)  # (B, T)
-
-    def batch(self, ids):
-        prompts = [self.prompts[i] for i in ids]
-        replies = [self.replies[i] for i in ids]
-        return common.to_device(collate(prompts, replies, self.start_id), self.device)
+    return zip(*[replies[i] for i in range(n_examples)])
 
 
 @torch.no_grad()
-def score_tokens(engine, reference, rollout, pieces, n_chunks):
-    """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; pieces:
-    the replies of each forward step of this rank."""
-    is_reply = rollout.is_reply
+def score_tokens(engine, reference, texts, is_reply, updates, start_id):
+    """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; by the
+    forward steps of `updates`, a pass over the rollout."""
     scored = torch.zeros(3, *is_reply.shape, dtype=torch.float64, device=engine.device)
-    for ids in pieces:
-        batch = rollout.batch(ids)
-        log_probs, _, values = engine(batch, n_chunks)
+    for ids in itertools.chain(*[pieces for _, pieces in updates]):
+        batch = collate(texts, ids, start_id, engine.device)
+        log_probs, _, values = engine(batch)
         if reference:
-            ref_log_probs, *_ = reference(batch, n_chunks)
+            ref_log_probs, *_ = reference(batch)
         else:
             with adapter_off(engine.module.model):
-                ref_log_probs, *_ = engine(batch, n_chunks)
+                ref_log_probs, *_ = engine(batch)
         is_scored = torch.zeros_like(is_reply)
         is_scored[ids] = is_reply[ids]
         scored[:, is_scored] = torch.stack([log_probs, ref_log_probs, values]).double()
@@ -699,8 +644,8 @@ def score_tokens(engine, reference, rollout, pieces, n_chunks):
 def scale_scores(args, scores, sums):
     """(B,) scores as --reward_scaling and --cliprange_reward count them. sums: number of scores so
     far, their sum, that of their squares; updated in place."""
-    found = (len(scores), float(scores.sum()), float(np.square(scores).sum()))
-    sums[:] = [old + new for old, new in zip(sums, found)]
+    added = [len(scores), scores.sum(), np.square(scores).sum()]
+    sums[:] = np.add(sums, added).tolist()
     n, total, squares = sums
     variance = (squares - total**2 / n) / max(1, n - 1)
     if args.reward_scaling == "norm":
@@ -751,12 +696,11 @@ def group_advantages(scores, n_samples, kind):
     return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
-def estimate_advantages(args, rollout, scored, scores, beta):
+def estimate_advantages(args, is_reply, scored, scores, beta):
     """(5, B, T): the columns of `scored`, advantages and returns; KL to the reference, the mean of
     the replies [nats]. scores: (B,)."""
     log_probs, ref_log_probs, values = scored
-    is_reply = rollout.is_reply
-    scores = torch.tensor(scores, device=rollout.device)
+    scores = torch.tensor(scores, device=scored.device)
     kl = log_probs - ref_log_probs
     reply_kl = kl.sum(dim=1)
     returns = torch.zeros_like(values)
@@ -768,7 +712,7 @@ def estimate_advantages(args, rollout, scored, scores, beta):
         if args.advantage == "rloo":  # grpo has the price of KL in its loss
             scores = scores - beta * reply_kl
         advantages = group_advantages(scores, args.n_samples, args.advantage)[:, None] * is_reply
-    table = torch.stack([log_probs, ref_log_probs, values, advantages, returns])
+    table = torch.stack([*scored, advantages, returns])
     return table.float(), float(reply_kl.mean())
 
 
@@ -786,12 +730,12 @@ def next_beta(beta, kl, args):
 
 def check_sampler(args, sampled, log_probs):
     """The mean difference of the sampler's log-probabilities to (n,) those of the whole text."""
-    expected = torch.tensor([x for _, reply_log_probs in sampled for x in reply_log_probs])
+    expected = torch.tensor(np.concatenate(sampled))
     gap = float((expected - log_probs.cpu()).abs().mean())
     if not gap <= SAMPLER_BOUND[args.precision]:
         common.fail(
-            f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one of "
-            "the two sees other positions, another mask or other weights in this model family"
+            f"log-probabilities while sampling are {gap:.3g} off those of the whole text: one "
+            "sees other positions, another mask or other weights"
         )
     return gap
 
@@ -801,8 +745,8 @@ def check_first_ratio(args, log_ratio):
     largest = max(log_ratio.abs().tolist(), default=0.0)
     if not largest <= RATIO_BOUND[args.precision]:
         common.fail(
-            f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: two "
-            "passes over the same text differ, by dropout or another kernel",
+            f"the log-ratio before the first update of a rollout is {largest:.3g}, and not 0: "
+            "dropout, or another kernel",
             only_here=True,
         )
 
@@ -813,8 +757,8 @@ def check_first_ratio(args, log_ratio):
 def reply_metrics(prompts, replies):
     """Of the token ids of replies."""
     return {
-        "reply_tokens": float(np.mean([len(ids) for ids in replies])),
-        "eos_rate": float(np.mean([ids[-1] in prompts.stop_ids for ids in replies])),
+        "reply_tokens": np.mean([len(ids) for ids in replies]),
+        "eos_rate": np.mean([ids[-1] in prompts.stop_ids for ids in replies]),
     }
 
 
@@ -825,18 +769,21 @@ def predictions_name(args, split, step):
 
 def evaluate(args, engine, prompts, examples, rewards, split, run):
     """Collective. Means over the replies to the examples of `split`; the predictions file."""
-    keys = [common.derive_seed(args.seed, split, i) for i in range(len(examples))]
-    sampled = sample(args, engine, prompts, examples, keys, args.eval_temperature)
-    replies = [ids for ids, _ in sampled]
+    replies, _ = sample(args, engine, prompts, examples, (split,), args.eval_temperature)
     texts = [decode(prompts, ids) for ids in replies]
-    scores = {name: reward(examples, texts) for name, reward in rewards.items()}
+    generations = [{"lm_postprocess": text} for text in texts]
+    metrics = reply_metrics(prompts, replies)
+    for name, reward in rewards.items():
+        scores = score(reward, examples, texts)
+        metrics[name] = scores.mean()
+        for generation, value in zip(generations, scores.tolist()):
+            generation[name] = value
     predictions = []
-    for i, example in enumerate(examples):
-        row_scores = {name: float(column[i]) for name, column in scores.items()}
+    for example, generation in zip(examples, generations):
         predictions.append(
             {
                 "prompt": example.text,
-                "generations": [{"lm_postprocess": texts[i], **row_scores}],
+                "generations": [generation],
                 "demonstration": example.record.get("completion"),
                 "orig_d": example.record,
                 "dataset": example.data_set,
@@ -844,32 +791,29 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
         )
     step = run.step
     if split == "test":  # by the weights that are exported
-        step = run.chosen().name.removeprefix("checkpoint-")
+        step = run.state["best_step"] or run.step
     if common.rank() == 0:
         run.write_predictions(predictions_name(args, split, step), predictions)
-    metrics = {name: float(column.mean()) for name, column in scores.items()}
-    return {**metrics, **reply_metrics(prompts, replies)}
+    return metrics
 
 
 def show_before_and_after(args, run):
     """Rank 0. Ten evaluation prompts with the first reply and that of the exported policy."""
-    predictions = []
-    for step in ("0", run.chosen().name.removeprefix("checkpoint-")):
-        path = run.dir / predictions_name(args, "eval", step)
-        predictions.append(json.loads(path.read_text())[:10])
-    for rows in zip(*predictions):
-        log(repr(rows[0]["prompt"][-200:]))
-        for row in rows:
-            (generation,) = row["generations"]
-            log(f"{generation['reward']:10.3g}  {generation['lm_postprocess'][:200]!r}")
+    chosen = run.state["best_step"] or run.step
+    paths = [run.dir / predictions_name(args, "eval", step) for step in (0, chosen)]
+    before, after = [json.loads(path.read_text()) for path in paths]
+    for old, new in zip(before[:10], after):
+        log(repr(old["prompt"][-200:]))
+        for row in (old, new):
+            generation = row["generations"][0]
+            log(f"{generation['reward']:10.3g}  {generation['lm_postprocess']!r}")
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
 def auto_class_of(config):
-    has_encoder = config is not None and config.is_encoder_decoder
-    return AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def start_id_of(config):
@@ -880,10 +824,10 @@ def name_model(args, name):
     """Point the model flags at a run under models/, a folder, or a hub id, which has a slash. Any
     other name is refused by common.open_model, which says what there is."""
     folder = common.find_input(args, "models", name, [], [])
+    args.model_init_name = name
+    args.model_init_path = ""
     if folder or "/" in name:
         args.model_init_path = str(folder or name)
-    else:
-        args.model_init_name, args.model_init_path = name, ""
 
 
 def check_args(args, problems):
@@ -894,21 +838,10 @@ def check_args(args, problems):
         problems.append(f"--num_rollouts counts replies: expected a multiple of {args.n_samples}")
     if args.advantage != "gae" and args.n_samples < 2:
         problems.append(f"--advantage {args.advantage} compares replies: --n_samples 4, or more")
-    if bool(args.reward_fn) == bool(args.reward_model):
-        problems.append("expected either --reward_fn FILE:NAME or --reward_model")
-    if args.heldout_reward_fn and args.heldout_reward_model:
-        problems.append("--heldout_reward_fn and --heldout_reward_model exclude each other")
     if args.precision == "fp16":
         problems.append("--precision fp16: a step that it skips would spoil a rollout; use bf16")
     if args.compile:
         problems.append("--compile is not offered here: every batch has another shape")
-
-
-def count_chunks(args, config):
-    """Chunks into which reply tokens are cut, so that at most MAX_LOGITS logits exist at once; the
-    same all through a run, as ZeRO-3 gathers the head for each of them."""
-    n_tokens = args.train_batch_size // common.world_size() * args.max_new_tokens
-    return max(1, math.ceil(n_tokens * config.get_text_config().vocab_size / MAX_LOGITS))
 
 
 def prepare(args):
@@ -937,13 +870,15 @@ def load_models(args, source, config, ds_config, tokenizer):
     options = (auto_class_of(config), source, config)
     model = common.load_model(*options, args, ds_config, tokenizer)
     switch_off_dropout(model)
+    if args.no_train:
+        return Policy(model, args.temperature), None
     value_head = reference = None
     adapter = getattr(model, "adapter", None)
     if args.num_layers_unfrozen and not adapter:
         train_top_layers(model, args.num_layers_unfrozen)
-    if args.advantage == "gae" and not args.no_train:
+    if args.advantage == "gae":
         value_head = new_value_head(model, args)
-    if not args.no_train and (not adapter or adapter.folder):
+    if not adapter or adapter.folder:
         start = common.load_model(*options, frozen_args(args), ds_config, tokenizer)
         reference = freeze(Policy(start, args.temperature), ds_config)
     return Policy(model, args.temperature, value_head), reference
@@ -974,7 +909,7 @@ def main(args):
     source, config, ds_config, prompts, data, rewards, run = prepare(args)
     tokenizer = prompts.tokenizer
     start_id = start_id_of(config)
-    plan = Plan(args, data)
+    plan = Plan(args, data, config)
     max_steps = plan.max_steps
     run.start(__file__, device, max_steps, plan.steps_per_epoch)
     if device.type == "cpu" and config.is_encoder_decoder:
@@ -990,7 +925,6 @@ def main(args):
     optimizer = None if args.no_train else common.make_adamw(policy, args)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=ds_config)
     run.resume(engine)
-    log(f"replies end with {tokenizer.convert_ids_to_tokens(prompts.stop_ids)}")
 
     def evaluation(split):
         return evaluate(args, engine, prompts, data.examples[split], rewards, split, run)
@@ -1007,41 +941,43 @@ def main(args):
         run.evaluated(evaluation("eval"))
     state = run.state
     state.setdefault("beta", args.init_kl_coef)
-    state.setdefault("score_sums", [0.0, 0.0, 0.0])
-    n_chunks = count_chunks(args, config)
+    state.setdefault("score_sums", [0, 0, 0])
 
     # 3 loop: a rollout, a function of (seed, rollout) and the weights, and the updates from it
     first = run.step // plan.steps_per_rollout
     last = first if run.finished() else max_steps // plan.steps_per_rollout  # killed before export
     for index in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
-        keys = [common.derive_seed(args.seed, "rollout", index, i) for i in range(len(examples))]
-        sampled = sample(args, engine, prompts, examples, keys, args.temperature)
-        rollout = Rollout(examples, sampled, start_id, device)
-        updates = plan.updates(index, rollout.n_tokens)
+        key = ("rollout", index)
+        replies, sampled = sample(args, engine, prompts, examples, key, args.temperature)
+        texts = list(zip([example.input_ids for example in examples], replies))
+        lengths = np.array([len(reply) for reply in replies])
+        updates = plan.updates(index, lengths + [len(prompt) for prompt, _ in texts])
+        is_reply = np.arange(max(lengths)) < lengths[:, None]  # (B, T)
+        is_reply = torch.tensor(is_reply, device=device)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
-        pieces = itertools.chain(*[pieces for _, pieces in first_pass])
-        scored = score_tokens(engine, reference, rollout, pieces, n_chunks)
-        metrics = reply_metrics(prompts, rollout.replies)
-        metrics["sampler_gap"] = check_sampler(args, sampled, scored[0][rollout.is_reply])
+        scored = score_tokens(engine, reference, texts, is_reply, first_pass, start_id)
+        metrics = reply_metrics(prompts, replies)
+        metrics["sampler_gap"] = check_sampler(args, sampled, scored[0, is_reply])
 
-        texts = [decode(prompts, ids) for ids in rollout.replies]
-        raw_scores = rewards["reward"](examples, texts)
+        reply_texts = [decode(prompts, ids) for ids in replies]
+        raw_scores = score(rewards["reward"], examples, reply_texts)
         scores = scale_scores(args, raw_scores, state["score_sums"])
-        table, kl = estimate_advantages(args, rollout, scored, scores, state["beta"])
-        metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl)
-        metrics["beta"] = beta = state["beta"]
+        beta = state["beta"]
+        table, kl = estimate_advantages(args, is_reply, scored, scores, beta)
+        metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl, beta=beta)
 
         for n_updates, (ids, pieces) in enumerate(updates):
             lr = common.set_lr(engine, run.step, args, max_steps)
-            n_tokens = int(rollout.lengths[ids].sum())  # of the step, on all ranks
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+            n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
+            loss_sum = 0.0
+            metric_sums = 0.0  # (METRICS,)
             for i, piece in enumerate(pieces):
                 engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
-                log_probs, entropies, values = engine(rollout.batch(piece), n_chunks)  # (N,) each
-                columns = table[:, piece][:, rollout.is_reply[piece]]  # (5, N)
+                batch = collate(texts, piece, start_id, device)
+                log_probs, entropies, values = engine(batch)  # (N,) each
+                columns = table[:, piece][:, is_reply[piece]]  # (5, N)
                 old_log_probs, ref_log_probs, old_values, advantages, returns = columns
                 log_ratio = log_probs - old_log_probs
                 ratio = log_ratio.exp()
@@ -1059,10 +995,10 @@ def main(args):
                     loss = loss + beta * (ref_log_ratio.expm1() - ref_log_ratio).sum()
                 # DeepSpeed averages over the processes, hence x world
                 engine.backward(loss * (world / n_tokens))
-                loss_sum += loss.detach()
+                loss_sum += loss.detach().double()
                 is_clipped = clipped_losses > unclipped_losses
                 found = (policy_losses, value_losses, entropies, is_clipped, log_ratio.abs())
-                sums += torch.stack([column.detach().sum().double() for column in found])
+                metric_sums += torch.stack([column.detach().sum().double() for column in found])
                 if n_updates == 0:
                     check_first_ratio(args, log_ratio)
             # one exchange: every rank learns the loss of the step, and whether any rank has to stop
@@ -1070,8 +1006,8 @@ def main(args):
             engine.step()
             loss = loss_sum / n_tokens
             grad_norm = common.check_step(engine, args, run.step, loss, grad_norm)
-            dist.all_reduce(sums)
-            metrics.update(zip(METRICS, (sums / n_tokens).tolist()))
+            dist.all_reduce(metric_sums)
+            metrics.update(zip(METRICS, (metric_sums / n_tokens).tolist()))
             named = {f"ppo/{name}": value for name, value in metrics.items()}
             run.stepped(loss, n_tokens, lr=lr, grad_norm=grad_norm, **named)
 

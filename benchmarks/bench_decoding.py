@@ -149,7 +149,8 @@ class Ppo:
         for length in rng.choices(range(8, 65), k=N_REPLIES):
             input_ids = [rng.randrange(3, VOCABULARY) for _ in range(length)]
             self.examples.append(rl_ppo.Example("", "", "", input_ids, {}))
-        self.keys = list(range(N_REPLIES))
+        # the keys of sample: seed, name, number
+        self.keys = [common.derive_seed(0, "benchmark", i) for i in range(N_REPLIES)]
         self.replies = None
         # what rl_ppo.sample asks of DeepSpeed's engine
         engine = {"module": types.SimpleNamespace(model=model), "device": model.device}
@@ -166,16 +167,16 @@ class Ppo:
         return sum(map(len, replies))
 
     def ours(self):
-        args = {"rollout_batch_size": self.n_rows, "max_new_tokens": LONGEST_REPLY}
-        sampled = rl_ppo.sample(
+        args = {"rollout_batch_size": self.n_rows, "max_new_tokens": LONGEST_REPLY, "seed": 0}
+        replies, _ = rl_ppo.sample(
             types.SimpleNamespace(**args),
             self.engine,
             types.SimpleNamespace(stop_ids=[END]),
             self.examples,
-            self.keys,
+            ("benchmark",),
             1.0,
         )
-        return self.count([ids for ids, _ in sampled])
+        return self.count(list(replies))
 
     @torch.inference_mode()
     def generate(self):

@@ -238,12 +238,11 @@ def test_two_rollouts_are_trained_as_a_slow_plain_reference_trains(kind, advanta
         return plans[-1]
 
     def record(args, engine, prompts, examples, *others):
-        replies = sample(args, engine, prompts, examples, *others)
+        replies, log_probs = sample(args, engine, prompts, examples, *others)
         if len(examples) == args.num_rollouts:
-            ids = [ids for ids, _ in replies]
-            scores = [len(rl_ppo.decode(prompts, reply)) / 10 for reply in ids]
-            rollouts.append((examples, ids, scores))
-        return replies
+            scores = [len(rl_ppo.decode(prompts, reply)) / 10 for reply in replies]
+            rollouts.append((examples, replies, scores))
+        return replies, log_probs
 
     monkeypatch.setattr(rl_ppo, "sample", record)
     monkeypatch.setattr(rl_ppo, "Plan", record_plan)
@@ -281,11 +280,14 @@ def test_a_reply_depends_on_its_key_and_not_on_the_rows_beside_it(kind):
     assert row["eval/eos_rate"] > 0 and 1 < row["eval/reply_tokens"] < 12
 
 
-def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
+def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps(monkeypatch):
     make_policy("llama")
     words = f"--policy llama --num_rollouts 8 --n_samples 2 --train_batch_size 4 {SMALL}"
     args = rl_ppo.parse_args(f"{words} --eval_steps 5 --save_steps -1 --num_epochs 3".split())
-    plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]))
+    config = transformers.AutoConfig.from_pretrained("models/llama")
+    # half the logits that the 4 replies of a step, of 6 tokens, may have
+    monkeypatch.setattr(rl_ppo, "MAX_LOGITS", 4 * 6 * config.vocab_size // 2)
+    plan = rl_ppo.Plan(args, rl_ppo.Data({}, [10], [None]), config)
     assert (plan.steps_per_rollout, plan.steps_per_epoch, plan.max_steps) == (4, 8, 24)
     assert (args.eval_steps, args.save_steps) == (8, -1)
     ids = sum((plan.prompts(index) for index in range(5)), [])
@@ -296,40 +298,40 @@ def test_prompts_come_in_epochs_without_gaps_and_replies_in_steps():
     for first, second in (updates[:2], updates[2:]):
         assert sorted([*first[0], *second[0]]) == list(range(8))
     for ids, pieces in updates:
+        assert len(pieces) == 2
         assert sorted(ids) == sorted(np.concatenate(pieces))
 
 
 def test_what_is_no_reply_never_counts():
-    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], None)
+    texts = [([5, 6, 7], [20, 21]), ([9], [9]), ([8], [22, 23, 24])]
+    batch = rl_ppo.collate(texts, [0, 2], None, "cpu")
     assert batch["input_ids"].tolist() == [[5, 6, 7, 20, 21], [8, 22, 23, 24, 0]]
     assert batch["labels"].tolist() == [20, 21, 22, 23, 24]
     assert batch["label_index"].tolist() == [2, 3, 5, 6, 7]
-    batch = rl_ppo.collate([[5, 6, 7], [8]], [[20, 21], [22, 23, 24]], 0)
+    batch = rl_ppo.collate(texts, [0, 2], 0, "cpu")
     assert batch["decoder_input_ids"].tolist() == [[0, 20, 0], [0, 22, 23]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["label_index"].tolist() == [0, 1, 3, 4, 5]
     for start_id in (None, 0):
-        assert len(rl_ppo.collate([], [], start_id)["labels"]) == 0
+        assert len(rl_ppo.collate(texts, [], start_id, "cpu")["labels"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "t5", "t5v1.1", "bart"])
-def test_log_probabilities_are_those_of_the_model_in_chunks_or_not(kind):
+def test_log_probabilities_are_those_of_the_model(kind):
     make_policy(kind)
     auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
     model = auto_class.from_pretrained(f"models/{kind}")
-    prompts, replies = [[5, 6, 7, 9], [8, 4]], [[20, 21], [22, 23, 24]]
-    batch = rl_ppo.collate(prompts, replies, rl_ppo.start_id_of(model.config))
-    pairs = zip(prompts, replies)
-    expected = torch.cat([plain_scores(model, None, *pair, 0.7)[0] for pair in pairs])
+    texts = [([5, 6, 7, 9], [20, 21]), ([8, 4], [22, 23, 24])]
+    batch = rl_ppo.collate(texts, [0, 1], rl_ppo.start_id_of(model.config), "cpu")
+    expected = torch.cat([plain_scores(model, None, *text, 0.7)[0] for text in texts])
     expected.exp().sum().backward()
     grads = conftest.gradients(model)
-    for n_chunks in (1, 3):
-        log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch, n_chunks)
-        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
-        assert (entropies > 0).all()
-        log_probs.exp().sum().backward()
-        for name, grad in conftest.gradients(model).items():
-            assert (grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-7, name
+    log_probs, entropies, _ = rl_ppo.Policy(model, 0.7)(batch)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+    assert (entropies > 0).all()
+    log_probs.exp().sum().backward()
+    for name, grad in conftest.gradients(model).items():
+        assert (grad - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-7, name
 
 
 # ----------------------------------------------------------------------------------------- rewards
@@ -362,23 +364,6 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     assert len(found) > 2 and max(found) > min(found)
     pairs = zip(expected, texts)
     assert found == pytest.approx([e for e, text in pairs if text["reply"] != "-"], abs=1e-4)
-
-
-def test_a_sequence_classifier_with_one_logit_is_a_reward():
-    make_policy("llama")
-    config = transformers.AutoConfig.from_pretrained("models/llama", num_labels=1)
-    torch.manual_seed(0)
-    judge = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    judge.save_pretrained("models/judge")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("models/llama")
-    tokenizer.save_pretrained("models/judge")
-    flags = "--no_train --reward_text {reply}|{prompt}"
-    assert train("run", flags, reward="--reward_model judge") == 0
-    for row in predictions("run/temperature=0.00_n=1_step=0.json"):
-        reply = row["generations"][0]
-        input_ids = tokenizer(f"{reply['lm_postprocess']}|{row['prompt']}").input_ids
-        expected = judge(torch.tensor([input_ids])).logits.item()
-        assert reply["reward"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_the_readme_says_happens():
@@ -486,16 +471,21 @@ def test_the_reference_of_a_new_adapter_is_the_model_without_it():
     assert rl_ppo.parse_args("--policy llama --data d".split()).learning_rate == 1e-6
 
 
+def sharper(model, batch, run_model=rl_ppo.run_model):
+    states, logits = run_model(model, batch)
+    return states, 10 * logits
+
+
 @pytest.mark.parametrize(
-    "target, name, replacement, message",
+    "name, replacement, message",
     [
-        ("Policy", "logits", lambda self, x: x.repeat(1, 19)[:, :600], "log-probabilities while"),
-        ("", "switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
+        ("run_model", sharper, "log-probabilities while"),
+        ("switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
     ],
 )
-def test_invariants_stop_a_run(target, name, replacement, message, monkeypatch, capsys):
+def test_invariants_stop_a_run(name, replacement, message, monkeypatch, capsys):
     make_policy("gpt2", resid_pdrop=0.1)
-    monkeypatch.setattr(getattr(rl_ppo, target) if target else rl_ppo, name, replacement)
+    monkeypatch.setattr(rl_ppo, name, replacement)
     monkeypatch.setitem(rl_ppo.SAMPLER_BOUND, "fp32", 0.5)
     with pytest.raises(SystemExit) as error:
         train("run", kind="gpt2")
@@ -503,12 +493,18 @@ def test_invariants_stop_a_run(target, name, replacement, message, monkeypatch, 
 
 
 WORDS = [
-    ("--reward_fn nope.py:length", "expected FILE:NAME, and there is no file 'nope.py'"),
-    ("--reward_fn reward.py:nope", "reward.py:nope: KeyError('nope')"),
+    (
+        "--reward_fn nope.py:length",
+        "nope.py:length: expected FILE:NAME of a function, found FileNotFound",
+    ),
+    (
+        "--reward_fn reward.py:nope",
+        "reward.py:nope: expected FILE:NAME of a function, found KeyError",
+    ),
     ("--reward_fn reward.py:wrong", "no finite number for each of 6"),
     ("--reward_fn reward.py:broken", "fails with KeyError('nope') (reward.py, line 12)"),
-    ("--reward_fn reward.py:length --reward_model x", "either --reward_fn FILE:NAME or"),
-    ("--reward_model llama", "expected a run of clf.py, or a classifier with one logit"),
+    ("--reward_fn reward.py:length --reward_model x", "exclude each other"),
+    ("--reward_model llama", "expected a run of clf.py"),
     ("--reward_fn reward.py:length --temperature 0.001", "have no alternatives to learn from"),
     ("--reward_fn reward.py:length --advantage rloo", "compares replies: --n_samples 4"),
     ("--reward_fn reward.py:length --num_rollouts 9 --n_samples 2", "expected a multiple of 2"),
