@@ -239,6 +239,12 @@ def log(text):
         tqdm.write(text)
 
 
+def progress(items, text, **options):
+    """The items; on a terminal with a bar where it takes long."""
+    is_hidden = rank() > 0 or None  # None: unless this is a terminal
+    return tqdm(items, text, delay=5, disable=is_hidden, leave=False, **options)
+
+
 def print_error(text):
     print(f"ERROR {text}", file=sys.stderr, flush=True)
 
@@ -435,8 +441,6 @@ def check_shared_args(args, positive_flags, problems):
         is_zero = value == 0 and name in POSITIVE_FLAGS + positive_flags
         if isinstance(value, (int, float)) and (is_zero or not lowest <= value < math.inf):
             problems.append(f"--{name} {value}: expected a positive number")
-    if args.eval_fraction >= 1:
-        problems.append(f"--eval_fraction {args.eval_fraction}: expected a share below 1")
     if args.train_batch_size % world_size():
         problems.append(
             f"--train_batch_size {args.train_batch_size} counts the examples of all "
@@ -816,8 +820,7 @@ def read_records(path, problems):
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        record = parse_json(line)
-                        found.append((where, "train", record))
+                        found.append((where, "train", parse_json(line)))
             else:
                 lists = parse_json(file.read())
                 if not isinstance(lists, dict):
@@ -909,7 +912,7 @@ def tokenize(tokenizer, texts):
     """[(n,) token ids] of a list of texts, in blocks, with a progress bar where it takes long."""
     rows = []
     blocks = range(0, len(texts), 1000)
-    for start in tqdm(blocks, "tokenising", delay=5, disable=rank() > 0 or None, leave=False):
+    for start in progress(blocks, "tokenising"):
         rows += map(np.int32, tokenizer(texts[start : start + 1000]).input_ids)
     return rows
 
@@ -962,8 +965,9 @@ class Order:
         self.sizes = sizes
         self.takes = []
         for size, amount in zip(sizes, amounts):
-            take = max(1, round(amount * size)) if isinstance(amount, float) else amount
-            self.takes.append(size if take is None else take)
+            if isinstance(amount, float):
+                amount = max(1, round(amount * size))
+            self.takes.append(size if amount is None else amount)
         self.steps_per_epoch = max(1, math.ceil(sum(self.takes) / self.batch))
 
     def start_epoch(self, epoch, lengths):
@@ -1012,16 +1016,14 @@ def my_batches(lengths, batch_size):
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     # a rank without a batch still joins every collective call of the others
     batches += [[]] * (-len(batches) % world_size())
-    mine = batches[rank() :: world_size()]
-    return tqdm(mine, "evaluating", delay=5, disable=rank() > 0 or None, leave=False)
+    return progress(batches[rank() :: world_size()], "evaluating")
 
 
 def ahead(function, first, last):
     """Yield (step, function(step)); a thread computes the next one meanwhile."""
-    options = {"initial": first, "total": last, "delay": 5, "disable": rank() > 0 or None}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pending = pool.submit(function, first)
-        for step in tqdm(range(first, last), "training", **options):
+        for step in progress(range(first, last), "training", initial=first, total=last):
             result = pending.result()
             pending = pool.submit(function, step + 1)
             yield step, result
@@ -1574,9 +1576,8 @@ def export(run):
     """Rank 0. The run folder becomes a Hugging Face folder with the chosen weights."""
     for stale in run.dir.glob("*.safetensors*"):  # of this run before it was extended
         stale.unlink()
-    for path in run.chosen().iterdir():
-        if path.is_file() and path.name not in ("state.json", COMPLETE):
-            shutil.copy(path, run.dir)
+    to_resume = shutil.ignore_patterns("engine", "state.json", COMPLETE)
+    shutil.copytree(run.chosen(), run.dir, ignore=to_resume, dirs_exist_ok=True)
     run.plot_curves()
     (run.dir / COMPLETE).touch()
     log(f"done: {run.dir} holds the model of {run.chosen().name}, metrics.jsonl and predictions")
