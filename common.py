@@ -151,7 +151,6 @@ def launch(main, args):
             )
     atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # the interpreter's own end may abort in a thread of gloo (pytorch#190489)
 
 
@@ -217,9 +216,9 @@ def on_one_process(build):
     is_first = gather({host: rank()})[host] == rank()
     paths = {}
     if is_first:
-        arrays = build()
+        tensors = {name: torch.as_tensor(array) for name, array in build().items()}
         _, paths[host] = tempfile.mkstemp(prefix="rawtune-")
-        torch.save({name: torch.as_tensor(array) for name, array in arrays.items()}, paths[host])
+        torch.save(tensors, paths[host])
     path = gather(paths)[host]
     tensors = torch.load(path, mmap=True)
     dist.barrier()
@@ -294,7 +293,11 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "lr_scheduler_type": (
         "linear",
         "shape after warm-up; constant has no warm-up",
-        *("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
     ),
     "warmup_steps": (-1, "-1: min(2000, max_steps / 10)"),
     "weight_decay": (0.0, "AdamW's, on matrices only"),
@@ -315,7 +318,8 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "adapter_parts": (
         ["mh_adapter", "output_adapter"],
         "behind attention, behind the feed-forward network",
-        *("mh_adapter", "output_adapter"),
+        "mh_adapter",
+        "output_adapter",
     ),
     "quantize": ("", "the frozen base in 4 or 8 bits (package bitsandbytes)", "nf4", "int8"),
     # evaluation and output
@@ -616,9 +620,11 @@ class Run:
         if self.resume_from:
             load_checkpoint(engine, self.resume_from)
         stage = engine.zero_optimization_stage()
-        n_steps = f"{self.max_steps} steps, {self.steps_per_epoch} per epoch, from step {self.step}"
-        layout = f"ZeRO stage {stage}, {world_size()} process(es) on {self.device.type}"
-        log(f"{self.dir}: {n_steps}; {self.args.precision}, {layout}")
+        log(
+            f"{self.dir}: {self.max_steps} steps, {self.steps_per_epoch} per epoch, from step "
+            f"{self.step}; {self.args.precision}, ZeRO stage {stage}, {world_size()} process(es) "
+            f"on {self.device.type}"
+        )
 
     def load_chosen(self, engine):
         """Collective. The weights that are exported: of the best checkpoint, or the last."""
@@ -881,14 +887,13 @@ def check_examples(args, examples, amounts, problems):
     for name, amount in amounts.items():
         if isinstance(amount, int) and amount > sizes[name] and not args.no_train:
             problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
-    keys = {}
-    for split in SPLITS:
-        keys[split] = {example.key for example in examples[split]}
-    if not keys["train"] and not args.no_train:
+    if not examples["train"] and not args.no_train:
         problems.append("no training records: a list train, or JSON lines")
-    if not keys["eval"] and not (args.no_train and keys["test"]):
+    if not examples["eval"] and not (args.no_train and examples["test"]):
         problems.append("no evaluation records: a list eval, or --eval_fraction 0.05")
-    n_seen = len(keys["train"] & (keys["eval"] | keys["test"]))
+    train_keys = {example.key for example in examples["train"]}
+    eval_keys = {example.key for example in [*examples["eval"], *examples["test"]]}
+    n_seen = len(train_keys & eval_keys)
     if n_seen:
         log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
     return [sizes[name] for name in amounts]
@@ -1064,7 +1069,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.is_raw = is_raw
         bos = tokenizer.bos_token_id
-        self.begin = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+        self.begin = [bos] if bos in tokenizer("a").input_ids[:1] else []
         self.end_token = tokenizer.eos_token
         added = tokenizer.added_tokens_decoder.values()
         names = [re.escape(token.content) for token in added if token.special]
@@ -1490,13 +1495,11 @@ def full_state_dict(model):
     """Collective. {name: whole CPU tensor} on rank 0, a tied weight once, of adapters theirs only;
     {} on the other ranks."""
     state = {}
-    only_trained = hasattr(model, "adapter")
     for name, weight in model.named_parameters():
-        if only_trained and not weight.requires_grad:
-            continue
-        with whole(weight):
-            if rank() == 0:
-                state[name] = weight.detach().to("cpu", copy=True)
+        if weight.requires_grad or not hasattr(model, "adapter"):
+            with whole(weight):
+                if rank() == 0:
+                    state[name] = weight.detach().to("cpu", copy=True)
     return state
 
 
