@@ -108,20 +108,16 @@ def use_slurm_ranks():
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
-def use_one_process():
-    """Port 0 means a free one, so that two runs on one machine do not meet."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
-
-
 def adopt_launcher():
     """Find out which process of how many this is. What an earlier launcher left in the environment
     counts for nothing unless RANK is there."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         use_slurm_ranks()
     if "RANK" not in os.environ or world_size() == 1:
-        use_one_process()
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        # port 0 means a free one, so that two runs on one machine do not meet
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
     missing = {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
     if missing:
         fail(f"RANK is set but not {', '.join(sorted(missing))}: set them, or unset RANK")
@@ -155,7 +151,6 @@ def launch(main, args):
             )
     atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # the interpreter's own end may abort in a thread of gloo (pytorch#190489)
 
 
@@ -169,16 +164,18 @@ def setup_distributed(args):
         torch.set_num_threads(max(1, os.cpu_count() // local_world_size()))
     patience = datetime.timedelta(hours=2)  # rank 0 alone writes checkpoints
     if torch.cuda.is_available():
+        backend = "nccl"
         device = choose_gpu()
         # cuDNN's attention may give NaN in backward, and plans anew for every shape
         torch.backends.cuda.enable_cudnn_sdp(False)
-        deepspeed.init_distributed("nccl", verbose=False, timeout=patience)
-        return device
-    # a build of this op that is killed leaves a lock on which all later runs wait
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    keep_freed_memory()
-    deepspeed.init_distributed("gloo", verbose=False, timeout=patience)
-    return torch.device("cpu")
+    else:
+        backend = "gloo"
+        device = torch.device("cpu")
+        # a build of this op that is killed leaves a lock on which all later runs wait
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        keep_freed_memory()
+    deepspeed.init_distributed(backend, verbose=False, timeout=patience)
+    return device
 
 
 def choose_gpu():
@@ -201,36 +198,33 @@ def keep_freed_memory():
 
 
 def gather(rows):
-    """Collective. The union of all ranks' dictionaries."""
+    """Collective. The union of all ranks' dictionaries; of equal keys the lowest rank's."""
     of_ranks = [None] * world_size()
     dist.all_gather_object(of_ranks, rows)
     union = {}
-    for of_rank in of_ranks:
+    for of_rank in reversed(of_ranks):
         union.update(of_rank)
     return union
 
 
 def on_one_process(build):
-    """Collective. {name: array} of build(), which runs on one process per node; the others map its
-    arrays from a temporary file."""
+    """Collective. {name: array} of build(), which runs on one process per node; all processes map
+    its arrays from a temporary file."""
     if world_size() == 1:
         return build()
     host = socket.gethostname()
-    hosts = gather({rank(): host})
-    is_first = rank() == min(other for other in hosts if hosts[other] == host)
+    is_first = gather({host: rank()})[host] == rank()
     paths = {}
     if is_first:
-        arrays = build()
+        tensors = {name: torch.as_tensor(array) for name, array in build().items()}
         _, paths[host] = tempfile.mkstemp(prefix="rawtune-")
-        torch.save({name: torch.as_tensor(array) for name, array in arrays.items()}, paths[host])
+        torch.save(tensors, paths[host])
     path = gather(paths)[host]
-    if not is_first:
-        tensors = torch.load(path, mmap=True)
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    tensors = torch.load(path, mmap=True)
     dist.barrier()
     if is_first:
         os.unlink(path)  # what is mapped stays readable
-    return arrays
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def derive_seed(*keys):
@@ -242,6 +236,12 @@ def derive_seed(*keys):
 def log(text):
     if rank() == 0:
         tqdm.write(text)
+
+
+def progress(items, text, **options):
+    """The items; on a terminal with a bar where it takes long."""
+    is_hidden = rank() > 0 or None  # None: unless this is a terminal
+    return tqdm(items, text, delay=5, disable=is_hidden, leave=False, **options)
 
 
 def print_error(text):
@@ -293,7 +293,11 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "lr_scheduler_type": (
         "linear",
         "shape after warm-up; constant has no warm-up",
-        *("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"),
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
     ),
     "warmup_steps": (-1, "-1: min(2000, max_steps / 10)"),
     "weight_decay": (0.0, "AdamW's, on matrices only"),
@@ -314,7 +318,8 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "adapter_parts": (
         ["mh_adapter", "output_adapter"],
         "behind attention, behind the feed-forward network",
-        *("mh_adapter", "output_adapter"),
+        "mh_adapter",
+        "output_adapter",
     ),
     "quantize": ("", "the frozen base in 4 or 8 bits (package bitsandbytes)", "nf4", "int8"),
     # evaluation and output
@@ -331,9 +336,21 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
 }
 # may differ when a run goes on: the mathematics stays the same
 FREE_FLAGS = {
-    *("local_rank", "mount_dir", "training_run_name", "overwrite", "wandb_project", "ds_config"),
-    *("max_hours", "save_steps", "save_total_limit", "eval_steps", "eval_batch_size"),
-    *("compile", "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"),
+    "local_rank",
+    "mount_dir",
+    "training_run_name",
+    "overwrite",
+    "wandb_project",
+    "ds_config",
+    "max_hours",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_batch_size",
+    "compile",
+    "gradient_checkpointing",
+    "train_batch_size",
+    "gradient_accumulation_steps",
     "logging_steps",
 }
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # may differ when a finished run is extended
@@ -343,15 +360,21 @@ HINTS = {  # what others call our flags, or what earlier versions had
     "data_format": "records? data/prepare_ni.py makes them of task folders",
 }
 POSITIVE_FLAGS = (
-    *("train_batch_size", "gradient_accumulation_steps", "eval_batch_size", "learning_rate"),
-    *("num_epochs", "logging_steps", "save_total_limit", "reduction_factor"),
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "eval_batch_size",
+    "learning_rate",
+    "num_epochs",
+    "logging_steps",
+    "save_total_limit",
+    "reduction_factor",
 )
 
 
 def add_flag(parser, name, default, text, *choices):
     names = [f"--{name}"]
     if name == "data_name":
-        names = ["--data_name", "--data"]
+        names.append("--data")
     if default is False:
         parser.add_argument(*names, action="store_true", help=text)
         return
@@ -422,8 +445,6 @@ def check_shared_args(args, positive_flags, problems):
         is_zero = value == 0 and name in POSITIVE_FLAGS + positive_flags
         if isinstance(value, (int, float)) and (is_zero or not lowest <= value < math.inf):
             problems.append(f"--{name} {value}: expected a positive number")
-    if args.eval_fraction >= 1:
-        problems.append(f"--eval_fraction {args.eval_fraction}: expected a share below 1")
     if args.train_batch_size % world_size():
         problems.append(
             f"--train_batch_size {args.train_batch_size} counts the examples of all "
@@ -453,13 +474,12 @@ def mount(args):
 def find_input(args, kind, name, endings, problems):
     """models/<name> or data/<name><ending>, under the mount, here or beside the script; or a path.
     Without endings a folder is meant."""
-    places = []
-    for root in (mount(args), pathlib.Path("."), HERE):
-        places += [root / kind / f"{name}{ending}" for ending in endings or [""]]
-    for path in [*places, pathlib.Path(name)]:
-        if path.exists() and path.is_dir() == (not endings):
-            return path
     folder = mount(args) / kind
+    for root in (folder, pathlib.Path(kind), HERE / kind, pathlib.Path()):
+        for ending in ("", *endings):
+            path = root / f"{name}{ending}"
+            if path.exists() and path.is_dir() == (not endings):
+                return path
     names = [path.name for path in folder.glob("*")]
     near = difflib.get_close_matches(name, names, 12, 0.0)
     problems.append(f"{folder / name} not found; there is: {', '.join(near)}")
@@ -495,18 +515,28 @@ class Run:
         self.dir = mount(args) / "models" / run_name(args)
         self.tracker = None
         self.resume_from = None
-        self.saved_step = None
         self.signal = None
-        self.deadline = math.inf
-        if args.max_hours:
-            self.deadline = time.monotonic() + 3600 * args.max_hours
-        self.state = {"step": 0, "last_eval": -1, "loss_sum": 0.0, "n_targets": 0, "bad_evals": 0}
-        self.state.update(log_bytes=0, best_score=None, best_step=None)
-        # their product counts, not how it is made; the layout counts for the bits of a resumed run
-        batch = args.train_batch_size * args.gradient_accumulation_steps
-        self.record = {**vars(args), "batch": batch, "world_size": world_size(), "format": 2}
-        self.record["zero_stage"] = ds_config and ds_config["zero_optimization"]["stage"]
-        self.record["data_sha256"] = data_sha256
+        self.deadline = time.monotonic() + 3600 * (args.max_hours or math.inf)
+        self.state = {
+            "step": 0,
+            "last_eval": -1,
+            "loss_sum": 0.0,  # since the last train row
+            "n_targets": 0,
+            "bad_evals": 0,
+            "log_bytes": 0,
+            "best_score": None,
+            "best_step": None,
+        }
+        self.record = {
+            **vars(args),
+            # the product counts, not how it is made
+            "batch": args.train_batch_size * args.gradient_accumulation_steps,
+            # the layout counts for the bits of a resumed run
+            "world_size": world_size(),
+            "zero_stage": ds_config and ds_config["zero_optimization"]["stage"],
+            "data_sha256": data_sha256,
+            "format": 2,
+        }
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
 
@@ -516,15 +546,17 @@ class Run:
 
     def look_at_earlier_run(self, free_flags, problems):
         """Refuse to mix two runs in one folder, or take up the one that is there."""
-        path = self.dir / "args.json"
-        if not path.exists():
-            others = {path.name for path in self.dir.iterdir()} - {"args.json.tmp"}
-            if others:  # more than a killed start leaves
-                problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
+        names = {path.name for path in self.dir.iterdir()}
+        if names <= {"args.json.tmp"}:  # of a start that was killed
             return
-        earlier = json.loads(path.read_text())
+        earlier = {}
+        if "args.json" in names:
+            earlier = json.loads((self.dir / "args.json").read_text())
         if earlier.get("format") != 2:
-            problems.append(f"{self.dir} is a run of version 1: choose another --training_run_name")
+            problems.append(
+                f"{self.dir} is no run folder, or one of version 1: choose another "
+                "--training_run_name"
+            )
             return
         if self.args.no_train and earlier["no_train"]:
             return  # evaluated again, perhaps with other flags
@@ -550,13 +582,12 @@ class Run:
         self.device = device
         self.max_steps = max_steps
         self.steps_per_epoch = steps_per_epoch
-        if self.resume_from:
-            self.saved_step = self.step
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             if not self.args.no_train:  # there is nothing to save
                 signal.signal(number, self.on_signal)
+        is_exported = self.resume_from and (self.dir / COMPLETE).exists()
         dist.barrier()  # nobody is still looking at what an earlier run has left
-        if self.is_exported():
+        if is_exported and self.finished():
             log(f"{self.dir} is finished: a larger --max_steps or --num_epochs goes on")
             raise SystemExit(0)
         if rank() == 0:
@@ -579,8 +610,8 @@ class Run:
         for source in (script, __file__):
             shutil.copy(source, self.dir / "code")
         # what is computed again is logged again: rows stay unique by (step, split)
-        (self.dir / "metrics.jsonl").touch()
-        os.truncate(self.dir / "metrics.jsonl", self.state["log_bytes"])
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.truncate(self.state["log_bytes"])
         if self.args.wandb_project:
             self.start_wandb()
 
@@ -589,9 +620,11 @@ class Run:
         if self.resume_from:
             load_checkpoint(engine, self.resume_from)
         stage = engine.zero_optimization_stage()
-        n_steps = f"{self.max_steps} steps, {self.steps_per_epoch} per epoch, from step {self.step}"
-        layout = f"ZeRO stage {stage}, {world_size()} process(es) on {self.device.type}"
-        log(f"{self.dir}: {n_steps}; {self.args.precision}, {layout}")
+        log(
+            f"{self.dir}: {self.max_steps} steps, {self.steps_per_epoch} per epoch, from step "
+            f"{self.step}; {self.args.precision}, ZeRO stage {stage}, {world_size()} process(es) "
+            f"on {self.device.type}"
+        )
 
     def load_chosen(self, engine):
         """Collective. The weights that are exported: of the best checkpoint, or the last."""
@@ -696,11 +729,6 @@ class Run:
         patience = self.args.early_stopping_patience
         return self.step >= self.max_steps or 0 < patience <= self.state["bad_evals"]
 
-    def is_exported(self):
-        """Whether the run is finished and its folder holds the trained model."""
-        is_complete = (self.dir / COMPLETE).exists()
-        return self.resume_from is not None and self.finished() and is_complete
-
     def eval_is_due(self):
         interval = self.args.eval_steps or self.steps_per_epoch
         is_due = self.step % interval == 0 or self.step >= self.max_steps
@@ -798,8 +826,7 @@ def read_records(path, problems):
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        record = parse_json(line)
-                        found.append((where, "train", record))
+                        found.append((where, "train", parse_json(line)))
             else:
                 lists = parse_json(file.read())
                 if not isinstance(lists, dict):
@@ -860,14 +887,13 @@ def check_examples(args, examples, amounts, problems):
     for name, amount in amounts.items():
         if isinstance(amount, int) and amount > sizes[name] and not args.no_train:
             problems.append(f"--data {name}:{amount}: it has {sizes[name]} training records")
-    keys = {}
-    for split in SPLITS:
-        keys[split] = {example.key for example in examples[split]}
-    if not keys["train"] and not args.no_train:
+    if not examples["train"] and not args.no_train:
         problems.append("no training records: a list train, or JSON lines")
-    if not keys["eval"] and not (args.no_train and keys["test"]):
+    if not examples["eval"] and not (args.no_train and examples["test"]):
         problems.append("no evaluation records: a list eval, or --eval_fraction 0.05")
-    n_seen = len(keys["train"] & (keys["eval"] | keys["test"]))
+    train_keys = {example.key for example in examples["train"]}
+    eval_keys = {example.key for example in [*examples["eval"], *examples["test"]]}
+    n_seen = len(train_keys & eval_keys)
     if n_seen:
         log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
     return [sizes[name] for name in amounts]
@@ -891,7 +917,7 @@ def tokenize(tokenizer, texts):
     """[(n,) token ids] of a list of texts, in blocks, with a progress bar where it takes long."""
     rows = []
     blocks = range(0, len(texts), 1000)
-    for start in tqdm(blocks, "tokenising", delay=5, disable=rank() > 0 or None, leave=False):
+    for start in progress(blocks, "tokenising"):
         rows += map(np.int32, tokenizer(texts[start : start + 1000]).input_ids)
     return rows
 
@@ -944,8 +970,9 @@ class Order:
         self.sizes = sizes
         self.takes = []
         for size, amount in zip(sizes, amounts):
-            take = max(1, round(amount * size)) if isinstance(amount, float) else amount
-            self.takes.append(size if take is None else take)
+            if isinstance(amount, float):
+                amount = max(1, round(amount * size))
+            self.takes.append(size if amount is None else amount)
         self.steps_per_epoch = max(1, math.ceil(sum(self.takes) / self.batch))
 
     def start_epoch(self, epoch, lengths):
@@ -960,9 +987,10 @@ class Order:
         # sorting within a window only: batches stay random, yet hold examples of like length
         n_full = len(ids) // self.batch * self.batch
         batches = []
-        for start in range(0, n_full, WINDOW * self.batch):
-            end = min(start + WINDOW * self.batch, n_full)
-            batches += length_cells(ids[start:end], lengths, self.batch)
+        for window in np.split(
+            ids[:n_full], range(WINDOW * self.batch, n_full, WINDOW * self.batch)
+        ):
+            batches += length_cells(window, lengths, self.batch)
         # shuffled again, or an epoch would go from short examples to long ones
         self.batches = [batches[k] for k in rng.permutation(len(batches))]
         self.batches.append(ids[n_full:])  # the short last step
@@ -993,16 +1021,14 @@ def my_batches(lengths, batch_size):
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     # a rank without a batch still joins every collective call of the others
     batches += [[]] * (-len(batches) % world_size())
-    mine = batches[rank() :: world_size()]
-    return tqdm(mine, "evaluating", delay=5, disable=rank() > 0 or None, leave=False)
+    return progress(batches[rank() :: world_size()], "evaluating")
 
 
 def ahead(function, first, last):
     """Yield (step, function(step)); a thread computes the next one meanwhile."""
-    options = {"initial": first, "total": last, "delay": 5, "disable": rank() > 0 or None}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pending = pool.submit(function, first)
-        for step in tqdm(range(first, last), "training", **options):
+        for step in progress(range(first, last), "training", initial=first, total=last):
             result = pending.result()
             pending = pool.submit(function, step + 1)
             yield step, result
@@ -1043,7 +1069,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.is_raw = is_raw
         bos = tokenizer.bos_token_id
-        self.begin = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+        self.begin = [bos] if bos in tokenizer("a").input_ids[:1] else []
         self.end_token = tokenizer.eos_token
         added = tokenizer.added_tokens_decoder.values()
         names = [re.escape(token.content) for token in added if token.special]
@@ -1078,11 +1104,12 @@ class Prompts:
             problem = text_problem(content, "content", message)
             if problem:
                 raise ValueError(problem)
-            conversation.append({"role": role, "content": content})
-            if message.get("weight", 1) not in (0, 1):
-                raise ValueError(f"weight {message['weight']!r}, expected 0 (not trained) or 1")
+            turn = {"role": role, "content": content}
             if "weight" in message:
-                conversation[-1]["weight"] = message["weight"]
+                turn["weight"] = message["weight"]
+                if turn["weight"] not in (0, 1):
+                    raise ValueError(f"weight {turn['weight']!r}, expected 0 (not trained) or 1")
+            conversation.append(turn)
         return conversation
 
     def render(self, messages, reply_follows=False):
@@ -1220,8 +1247,8 @@ def load_model(auto_class, source, config, args, ds_config, tokenizer):
     base = adapter_base(source) or source
     n_tokens = len(tokenizer)
     is_grown = n_tokens > config.get_text_config().vocab_size
-    is_partitioned = ds_config["zero_optimization"]["stage"] == 3 and not is_grown
-    ds_config = ds_config if is_partitioned else None
+    if is_grown or ds_config["zero_optimization"]["stage"] < 3:
+        ds_config = None
     model = load_weights(auto_class, base, config, args, ds_config)
     if is_grown:
         log(f"the embedding grows to the {n_tokens} tokens of the tokenizer")
@@ -1335,14 +1362,16 @@ def make_ds_config(args, auto_class, model_config, problems):
         gradient_clipping=args.max_grad_norm,
         bf16={"enabled": args.precision == "bf16" and stage > 0},
         fp16={"enabled": args.precision == "fp16" and stage > 0},
+        torch_autocast={
+            "enabled": args.precision == "bf16-mixed",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         data_types={"grad_accum_dtype": "fp32"},
         zero_force_ds_cpu_optimizer=False,  # torch's AdamW is as fast and needs no compiler
     )
     if args.precision == "bf16":  # or gradients are rounded to bf16 where ranks add theirs
         config.setdefault("communication_data_type", "fp32")
-    is_mixed = args.precision == "bf16-mixed"
-    autocast = {"enabled": is_mixed, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    config["torch_autocast"] = autocast
     return config
 
 
@@ -1353,19 +1382,18 @@ def choose_stage(args, auto_class, config, problems):
     with torch.device("meta"):
         model = auto_class.from_config(config)
     n_params = sum(weight.numel() for weight in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
+    memory = deepspeed.get_accelerator().total_memory()
+    if not torch.cuda.is_available():
+        memory /= local_world_size()
     weight = {"nf4": 0.6, "int8": 1.1}.get(args.quantize, DTYPES[args.precision].itemsize)
     gradient = 4 if weight == 4 else 6  # half precision is added up in fp32
     state = 12  # 4 each: AdamW's two means, ZeRO's fp32 masters
     if args.lora_rank or args.train_adapter or args.no_train:
         gradient = state = 0  # next to nothing
     n = world_size()
-    shards = [(1, 1, 1), (1, 1, n), (1, n, n), (n, n, n)]  # of weights, gradients, state
+    parts = [state, gradient, weight]  # stage k divides the first k
     for stage in range(needs_masters(args), 4):
-        in_weight, in_gradient, in_state = shards[stage]
-        n_bytes = weight / in_weight + gradient / in_gradient + state / in_state
+        n_bytes = sum(parts[:stage]) / n + sum(parts[stage:])
         if n_params * n_bytes < 0.8 * memory:
             return f"zero{stage}"
     problems.append(
@@ -1467,13 +1495,11 @@ def full_state_dict(model):
     """Collective. {name: whole CPU tensor} on rank 0, a tied weight once, of adapters theirs only;
     {} on the other ranks."""
     state = {}
-    only_trained = hasattr(model, "adapter")
     for name, weight in model.named_parameters():
-        if only_trained and not weight.requires_grad:
-            continue
-        with whole(weight):
-            if rank() == 0:
-                state[name] = weight.detach().to("cpu", copy=True)
+        if weight.requires_grad or not hasattr(model, "adapter"):
+            with whole(weight):
+                if rank() == 0:
+                    state[name] = weight.detach().to("cpu", copy=True)
     return state
 
 
@@ -1518,10 +1544,8 @@ def prune_checkpoints(run):
 
 
 def save_checkpoint(engine, model, tokenizer, run, about):
-    """Collective. checkpoint-<step>/, unless it is there. Written aside, synced, marked COMPLETE
+    """Collective. checkpoint-<step>/. Written aside, synced, marked COMPLETE
     and renamed, so that a kill at any moment leaves all of it or a .tmp."""
-    if run.saved_step == run.step:
-        return
     folder = run.dir / f"checkpoint-{run.step}"
     aside = folder.with_suffix(".tmp")
     try:
@@ -1536,7 +1560,6 @@ def save_checkpoint(engine, model, tokenizer, run, about):
             "and give the same command again",
             only_here=True,
         )
-    run.saved_step = run.step
     dist.barrier()  # nobody trains on before it is certain that the checkpoint is there
 
 
@@ -1556,9 +1579,8 @@ def export(run):
     """Rank 0. The run folder becomes a Hugging Face folder with the chosen weights."""
     for stale in run.dir.glob("*.safetensors*"):  # of this run before it was extended
         stale.unlink()
-    for path in run.chosen().iterdir():
-        if path.is_file() and path.name not in ("state.json", COMPLETE):
-            shutil.copy(path, run.dir)
+    to_resume = shutil.ignore_patterns("engine", "state.json", COMPLETE)
+    shutil.copytree(run.chosen(), run.dir, ignore=to_resume, dirs_exist_ok=True)
     run.plot_curves()
     (run.dir / COMPLETE).touch()
     log(f"done: {run.dir} holds the model of {run.chosen().name}, metrics.jsonl and predictions")
