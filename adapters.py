@@ -14,7 +14,6 @@ import common  # first: it prepares the import of DeepSpeed
 # isort: split
 import safetensors.torch
 import torch
-import transformers
 from transformers.pytorch_utils import Conv1D
 
 # ends of layer names in the families that we know: T5; Llama and its kin, OPT, BART; GPT-2; NeoX
@@ -269,9 +268,7 @@ def merge(args):
         problems.append("expected a LoRA folder, and one that does not exist")
     if problems:
         common.fail(problems)
-    auto_class = transformers.AutoModelForCausalLM
-    if config.is_encoder_decoder:
-        auto_class = transformers.AutoModelForSeq2SeqLM
+    auto_class = common.auto_class_of(config)
     stage_0 = {"zero_optimization": {"stage": 0}}
     model = common.load_model(auto_class, source, config, args, stage_0, tokenizer)
     for path, layer in list(model.named_modules()):

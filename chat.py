@@ -38,10 +38,7 @@ import common  # first: it prepares the import of DeepSpeed
 
 # isort: split
 import torch
-from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -480,7 +477,7 @@ def answer_file(engine, found, file, n_done, command):
     rest = found[n_done:]
     for _, request in rest:
         engine.waiting.put(request)
-    for i, (record, request) in enumerate(tqdm(rest, "replies", delay=5, disable=None)):
+    for i, (record, request) in enumerate(common.progress(rest, "replies")):
         texts, finish_reasons = zip(*request.wait())
         row = {
             "row": n_done + i,
@@ -771,7 +768,7 @@ def prepare(args):
 def load_engine(args, load_args, config, prompts):
     device = common.setup_distributed(load_args)
     source = load_args.model_init_path
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class = common.auto_class_of(config)
     ds_config = {"zero_optimization": {"stage": 0}}
     tokenizer = prompts.tokenizer
     model = common.load_model(auto_class, source, config, load_args, ds_config, tokenizer)

@@ -35,7 +35,6 @@ import deepspeed
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common import SPLITS, log
 
@@ -546,14 +545,10 @@ def check_model(args, source, config, tokenizer, problems):
         problems.append(f"{source} is an encoder: expected a model that writes text")
     if not config.is_encoder_decoder and args.template.endswith(" "):
         problems.append("--template: end it without a blank, which belongs to the answer")
-    n_positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    n_positions = common.count_positions(config)
     if args.max_length > n_positions:
         problems.append(f"--max_length {args.max_length}: {source} has {n_positions} positions")
     answer_ids(args, tokenizer, config.is_encoder_decoder, problems)
-
-
-def auto_class_of(config):
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def prepare(args):
@@ -565,7 +560,7 @@ def prepare(args):
     complete_flags(args, source, problems)
     if config:
         check_model(args, source, config, tokenizer, problems)
-        ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
+        ds_config = common.make_ds_config(args, common.auto_class_of(config), config, problems)
     data = load_records(args, tokenizer, config, problems)
     run = common.Run(args, set(), ds_config, data and data.sha256, problems)
     if problems:
@@ -583,7 +578,7 @@ def main(args):
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
     run.start(__file__, device, max_steps, steps_per_epoch)
-    auto_class = auto_class_of(config)
+    auto_class = common.auto_class_of(config)
     model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
     no_yes = answer_ids(args, tokenizer, config.is_encoder_decoder, [])
 

@@ -1125,8 +1125,25 @@ class Prompts:
         except Exception as error:  # of jinja, or of what a template does to a message
             raise ValueError(f"the chat template fails: {error}") from None
 
+    def decode(self, ids):
+        """The text of a reply. Only pad, begin and end are dropped: others may be its content."""
+        tokenizer = self.tokenizer
+        dropped = {tokenizer.pad_token_id, tokenizer.bos_token_id, *self.stop_ids}
+        return tokenizer.decode([i for i in ids if i not in dropped])
+
 
 # ------------------------------------------------------------------------------------------ model
+
+
+def auto_class_of(config):
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def count_positions(config):
+    """Tokens that a model can number; infinitely many where only distances count."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def adapter_base(source):

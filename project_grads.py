@@ -39,8 +39,6 @@ import common  # first: it prepares the import of DeepSpeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from common import log
@@ -322,7 +320,7 @@ class Opened:
 
     def read_examples(self, args, config, problems):
         is_seq2seq = config.is_encoder_decoder
-        self.auto_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+        self.auto_class = common.auto_class_of(config)
         if type(config) not in self.auto_class._model_mapping:
             problems.append(f"a {config.model_type} writes no text: expected another model")
         self.start_id = config.decoder_start_token_id if is_seq2seq else None
@@ -333,7 +331,7 @@ class Opened:
         except ValueError as error:
             problems.append(f"{self.source}: {error}")
             return
-        for where, _, record in tqdm(self.records, "tokenising", delay=5):
+        for where, _, record in common.progress(self.records, "tokenising"):
             try:
                 self.examples.append(encode(record, prompts, args, is_seq2seq))
             except ValueError as error:
@@ -668,7 +666,7 @@ def collect(args, problems):
     gradients.check(opened.batch(batches[0][:3]))
     log(f"{out}: {len(opened.examples)} rows")
     mine = range(common.rank(), len(batches), common.world_size())
-    for i in tqdm(mine, "collecting", delay=5):
+    for i in common.progress(mine, "collecting"):
         path = out / f"parts/{i}.npz"
         if path.exists():
             continue
@@ -910,7 +908,7 @@ def logistic_directions(train, subsets):
     p = np.exp(-np.maximum(train.loss, SURE))
     log_odds = np.log(p) - np.log(1 - p)
     directions = []
-    for subset in tqdm(subsets, "fitting", delay=5):
+    for subset in common.progress(subsets, "fitting"):
         chosen = np.isin(train.group, subset) & (train.n_tokens > 0)
         scale = p[chosen] - 1
         rows = train.rows[chosen] / scale[:, None]
@@ -1025,7 +1023,7 @@ def truth(args, problems):
     for repeat in range(args.repeat):
         runs += [(str(repeat), subset, repeat) for subset in subsets]
     rows = [("base", (), group_means(target.loss, target))]
-    for run, subset, repeat in tqdm(runs, "fine-tuning", delay=5):
+    for run, subset, repeat in common.progress(runs, "fine-tuning"):
         name = run
         if run != "all":
             name = f"subset-{common.derive_seed(subset, repeat)}"

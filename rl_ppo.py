@@ -45,10 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     GenerationConfig,
 )
 
@@ -143,6 +140,8 @@ Data = collections.namedtuple("Data", "examples sizes amounts")
 def open_prompts(args, source, tokenizer, problems):
     """common.Prompts, with all ids that end a reply; or None."""
     about = common.read_about(source)
+    if about.get("script") == "clf.py":
+        problems.append(f"{source} is a run of clf.py, which scores texts: expected a writer")
     was_raw = about.get("raw_prompt") or "record_layout" in about
     try:
         is_raw = args.raw_prompt or was_raw or not tokenizer.chat_template
@@ -185,7 +184,7 @@ def to_example(prompts, has_encoder, keys, data_set, record):
 def read_data(args, prompts, config, rewards, problems):
     """Data of --data."""
     has_encoder = config.is_encoder_decoder
-    n_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    n_positions = common.count_positions(config)
     room = min(args.seq_length, n_positions)
     if not has_encoder:
         room -= args.max_new_tokens
@@ -209,13 +208,6 @@ def read_data(args, prompts, config, rewards, problems):
         log(f"WARNING {n_long} prompts of more than {room} tokens are left out (--seq_length)")
     sizes = [] if problems else common.check_examples(args, examples, amounts, problems)
     return Data(examples, sizes, list(amounts.values()))
-
-
-def decode(prompts, input_ids):
-    """The text of a reply. Only pad, begin and end are dropped: others may be its content."""
-    tokenizer = prompts.tokenizer
-    dropped = {tokenizer.pad_token_id, tokenizer.bos_token_id, *prompts.stop_ids}
-    return tokenizer.decode([i for i in input_ids if i not in dropped])
 
 
 # ------------------------------------------------------------------------------- rows and batches
@@ -507,7 +499,7 @@ class RewardModel:
         """Collective."""
         self.start_id = start_id_of(self.config)
         options = (self.source, self.config, self.args, ds_config, self.tokenizer)
-        model = common.load_model(auto_class_of(self.config), *options)
+        model = common.load_model(common.auto_class_of(self.config), *options)
         words = self.about["verbaliser"]
         no_yes = [words["negative_id"], words["positive_id"]]
         self.engine = freeze(Score(model, no_yes), ds_config)
@@ -770,7 +762,7 @@ def predictions_name(args, split, step):
 def evaluate(args, engine, prompts, examples, rewards, split, run):
     """Collective. Means over the replies to the examples of `split`; the predictions file."""
     replies, _ = sample(args, engine, prompts, examples, (split,), args.eval_temperature)
-    texts = [decode(prompts, ids) for ids in replies]
+    texts = [prompts.decode(ids) for ids in replies]
     generations = [{"lm_postprocess": text} for text in texts]
     metrics = reply_metrics(prompts, replies)
     for name, reward in rewards.items():
@@ -812,10 +804,6 @@ def show_before_and_after(args, run):
 # ---------------------------------------------------------------------------------------- training
 
 
-def auto_class_of(config):
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
 def start_id_of(config):
     return config.decoder_start_token_id if config.is_encoder_decoder else None
 
@@ -853,7 +841,7 @@ def prepare(args):
     rewards = open_rewards(args, problems)
     identity = [reward.identity for reward in rewards.values()]
     if config:
-        ds_config = common.make_ds_config(args, auto_class_of(config), config, problems)
+        ds_config = common.make_ds_config(args, common.auto_class_of(config), config, problems)
         prompts = open_prompts(args, source, tokenizer, problems)
     if prompts:
         data = read_data(args, prompts, config, rewards, problems)
@@ -867,7 +855,7 @@ def prepare(args):
 def load_models(args, source, config, ds_config, tokenizer):
     """Collective. The Policy to train, and the reference, an engine: a copy of what it starts as;
     None where that is the policy without its new adapter."""
-    options = (auto_class_of(config), source, config)
+    options = (common.auto_class_of(config), source, config)
     model = common.load_model(*options, args, ds_config, tokenizer)
     switch_off_dropout(model)
     if args.no_train:
@@ -946,7 +934,7 @@ def main(args):
     # 3 loop: a rollout, a function of (seed, rollout) and the weights, and the updates from it
     first = run.step // plan.steps_per_rollout
     last = first if run.finished() else max_steps // plan.steps_per_rollout  # killed before export
-    for index in tqdm(range(first, last), "rollouts", disable=rank > 0 or None):
+    for index in common.progress(range(first, last), "rollouts"):
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
         key = ("rollout", index)
         replies, sampled = sample(args, engine, prompts, examples, key, args.temperature)
@@ -961,7 +949,7 @@ def main(args):
         metrics = reply_metrics(prompts, replies)
         metrics["sampler_gap"] = check_sampler(args, sampled, scored[0, is_reply])
 
-        reply_texts = [decode(prompts, ids) for ids in replies]
+        reply_texts = [prompts.decode(ids) for ids in replies]
         raw_scores = score(rewards["reward"], examples, reply_texts)
         scores = scale_scores(args, raw_scores, state["score_sums"])
         beta = state["beta"]

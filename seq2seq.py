@@ -865,7 +865,7 @@ def check_args(args, problems):
 def check_model(args, source, config, ds_config, problems):
     if getattr(config, "decoder_start_token_id", None) is None:
         problems.append(f"{source}: config.json lacks decoder_start_token_id")
-    n_positions = getattr(config, "max_position_embeddings", math.inf)
+    n_positions = common.count_positions(config)
     for name in ("max_source_length", "max_target_length", "max_new_tokens"):
         if getattr(args, name) > n_positions:
             problems.append(f"--{name} {getattr(args, name)}: {source} has {n_positions} positions")

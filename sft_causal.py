@@ -33,7 +33,6 @@ import deepspeed
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from common import SPLITS, log
@@ -329,7 +328,7 @@ def tokenize(examples, args, prompts):
             documents += example.documents
             choices.append(len(example.documents))
         blocks = range(0, len(documents), 1000)
-        for start in tqdm(blocks, "tokenising", delay=5, disable=common.rank() > 0 or None):
+        for start in common.progress(blocks, "tokenising"):
             block = documents[start : start + 1000]
             rows += tokenize_block(block, args, prompts, problems)
         input_ids, labels, counts = zip(*rows) if rows else ([], [], [])
@@ -609,13 +608,6 @@ def exact_match(answer, reference):
     return float(answer.strip() == reference.strip())
 
 
-def decode(prompts, ids):
-    """The text of an answer. Only pad, begin and end are dropped: others may be its content."""
-    tokenizer = prompts.tokenizer
-    dropped = {tokenizer.pad_token_id, tokenizer.bos_token_id, *prompts.stop_ids}
-    return tokenizer.decode([i for i in ids if i not in dropped])
-
-
 def generation_settings(args, prompts):
     """Made anew: nothing is inherited from the generation_config.json of a model."""
     sampling = {}
@@ -635,7 +627,7 @@ def generate(args, engine, prompts, rows, asked, device):
     answers = {}
     n = args.n_samples
     settings = generation_settings(args, prompts)
-    n_positions = count_positions(engine.module.model.config)
+    n_positions = common.count_positions(engine.module.model.config)
     batch_size = max(1, args.eval_batch_size // n)
     questions = [rows.question(i).tolist() for i in asked]
     with common.generating(engine, settings) as model:
@@ -656,7 +648,7 @@ def generate(args, engine, prompts, rows, asked, device):
             output_ids = model.generate(**batch.to(device))[:, longest:].tolist()
             for k, i in enumerate(ids):
                 samples = output_ids[k * n : k * n + n]
-                answers[i] = [decode(prompts, sample) for sample in samples]
+                answers[i] = [prompts.decode(sample) for sample in samples]
     return answers
 
 
@@ -749,12 +741,8 @@ def check_args(args, problems):
         problems.append("--n_samples: greedy decoding gives the same each time: --temperature 0.8")
 
 
-def count_positions(config):
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
 def check_model_folder(args, source, config, data, problems):
-    n_positions = count_positions(config)
+    n_positions = common.count_positions(config)
     longest = max(data.rows[split].input_ids.lengths.max(initial=0) for split in SPLITS)
     if longest > n_positions:
         problems.append(

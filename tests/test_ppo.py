@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import conftest
 import numpy as np
@@ -170,7 +171,7 @@ def plain_gae(rewards, values, gamma, lam):
 
 def plain_run(path, args, plan, rollouts):
     """Losses of the rollouts and the state dict, from the sampled replies and their scores."""
-    auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(path))
+    auto_class = common.auto_class_of(transformers.AutoConfig.from_pretrained(path))
     model, reference = (auto_class.from_pretrained(path) for _ in range(2))
     head = rl_ppo.new_value_head(model, args) if args.advantage == "gae" else None
     weights = [*model.parameters(), *(head.parameters() if head else [])]
@@ -240,7 +241,7 @@ def test_two_rollouts_are_trained_as_a_slow_plain_reference_trains(kind, advanta
     def record(args, engine, prompts, examples, *others):
         replies, log_probs = sample(args, engine, prompts, examples, *others)
         if len(examples) == args.num_rollouts:
-            scores = [len(rl_ppo.decode(prompts, reply)) / 10 for reply in replies]
+            scores = [len(prompts.decode(reply)) / 10 for reply in replies]
             rollouts.append((examples, replies, scores))
         return replies, log_probs
 
@@ -319,7 +320,7 @@ def test_what_is_no_reply_never_counts():
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "t5", "t5v1.1", "bart"])
 def test_log_probabilities_are_those_of_the_model(kind):
     make_policy(kind)
-    auto_class = rl_ppo.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
+    auto_class = common.auto_class_of(transformers.AutoConfig.from_pretrained(f"models/{kind}"))
     model = auto_class.from_pretrained(f"models/{kind}")
     texts = [([5, 6, 7, 9], [20, 21]), ([8, 4], [22, 23, 24])]
     batch = rl_ppo.collate(texts, [0, 1], rl_ppo.start_id_of(model.config), "cpu")
@@ -407,7 +408,7 @@ def test_special_tokens_of_a_reply_reach_the_reward():
     tokenizer = transformers.AutoTokenizer.from_pretrained("models/t5")
     prompts = common.Prompts(tokenizer, is_raw=True)
     ids = tokenizer("a<extra_id_0> b").input_ids
-    assert rl_ppo.decode(prompts, [0, *ids]) == "a<extra_id_0> b"
+    assert prompts.decode([0, *ids]) == "a<extra_id_0> b"
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -510,6 +511,7 @@ WORDS = [
     ("--reward_fn reward.py:length --num_rollouts 9 --n_samples 2", "expected a multiple of 2"),
     ("--reward_fn reward.py:length --policy nope", "models/nope not found; there is: "),
     ("--reward_model nope", "models/nope not found; there is: "),
+    ("--reward_fn reward.py:length --policy judge", "judge is a run of clf.py, which scores"),
     ("--reward_fn reward.py:length --precision fp16", "fp16"),
     ("--reward_fn reward.py:length --data late", "the last message has to be the user's"),
     ("--reward_fn reward.py:length --data turns", "several messages need a chat template"),
@@ -519,7 +521,9 @@ WORDS = [
 
 @pytest.mark.parametrize("words, message", WORDS)
 def test_mistakes_have_words(words, message, capsys):
-    make_policy("llama")
+    judge = make_policy("llama").with_name("judge")
+    shutil.copytree("models/llama", judge)
+    (judge / "rawtune.json").write_text('{"script": "clf.py"}')
     ask = {"role": "user", "content": "a"}
     reply = {"role": "assistant", "content": "b"}
     conftest.write_data("late", [{"messages": [ask, reply]}], [{"prompt": "a"}])
