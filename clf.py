@@ -497,7 +497,7 @@ def write_predictions(args, examples, rows, logits, name, run):
         if args.loss == "pairwise":
             row["reward"] = logits[texts].tolist()
         predictions.append(row)
-    run.write_predictions(name, predictions)
+    common.write_json(run.dir / name, predictions)
 
 
 def evaluate(args, engine, data, split, run, device):
@@ -577,7 +577,7 @@ def main(args):
     train_data = TrainingData(args, data)
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    run.start(__file__, device, max_steps, steps_per_epoch)
+    run.start(__file__, max_steps, steps_per_epoch)
     auto_class = common.auto_class_of(config)
     model = common.load_model(auto_class, source, config, args, ds_config, tokenizer)
     no_yes = answer_ids(args, tokenizer, config.is_encoder_decoder, [])

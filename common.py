@@ -9,7 +9,6 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import datetime
 import difflib
 import gzip
@@ -20,7 +19,6 @@ import math
 import os
 import pathlib
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -59,7 +57,7 @@ COMPLETE = "COMPLETE"  # written last: a folder without this file is unfinished
 EXIT_SAVED = 75  # saved after a signal or --max_hours: the same command continues
 WINDOW = 64  # batches among which examples of like length are grouped
 WEIGHT_ENDINGS = (".safetensors", ".bin")
-FOREIGN_ENDINGS = (".h5", ".msgpack", ".pth", ".gguf", ".part", ".incomplete")
+FOREIGN_ENDINGS = (".h5", ".msgpack", ".pth", ".gguf", ".part")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,  # with fp32 masters and fp32 sums of gradients
@@ -81,20 +79,14 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_world_size():
     """Processes of this run on this machine, as torchrun, deepspeed and srun say it."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
-        if name in os.environ:
-            return int(re.match(r"\d+", os.environ[name])[0])  # Slurm: 4(x2)
-    return world_size()
+    words = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()
+    return int(words)
 
 
 def use_slurm_ranks():
@@ -103,6 +95,7 @@ def use_slurm_ranks():
     env["RANK"] = env["SLURM_PROCID"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", env["SLURM_STEP_TASKS_PER_NODE"])[0]  # 4(x2)
     first_host = re.match(r"([^\[,]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"])  # gpu[07-09,12]
     env.setdefault("MASTER_ADDR", first_host[1] + (first_host[2] or ""))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
@@ -114,13 +107,10 @@ def adopt_launcher():
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         use_slurm_ranks()
     if "RANK" not in os.environ or world_size() == 1:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         # port 0 means a free one, so that two runs on one machine do not meet
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(address, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
-    missing = {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-    if missing:
-        fail(f"RANK is set but not {', '.join(sorted(missing))}: set them, or unset RANK")
 
 
 def launch(main, args):
@@ -136,8 +126,6 @@ def launch(main, args):
             dist.destroy_process_group()
     except SystemExit as error:
         code = error.code
-    except KeyboardInterrupt:  # before training began; then Run handles it
-        code = 130
     except Exception as error:
         traceback.print_exc()
         code = 1
@@ -145,9 +133,8 @@ def launch(main, args):
         if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             code = 2
             print_error(
-                "out of memory. Halve --train_batch_size and double --gradient_accumulation_steps "
-                "(the same mathematics), or --gradient_checkpointing, or a higher ZeRO stage; in "
-                "evaluation a smaller --eval_batch_size"
+                "out of memory: halve --train_batch_size and double --gradient_accumulation_steps, "
+                "or --gradient_checkpointing, a higher ZeRO stage, a lower --eval_batch_size"
             )
     atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
     sys.stdout.flush()
@@ -173,7 +160,6 @@ def setup_distributed(args):
         device = torch.device("cpu")
         # a build of this op that is killed leaves a lock on which all later runs wait
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        keep_freed_memory()
     deepspeed.init_distributed(backend, verbose=False, timeout=patience)
     return device
 
@@ -182,19 +168,9 @@ def choose_gpu():
     n_gpus = torch.cuda.device_count()
     if n_gpus == 1 and "SLURM_PROCID" in os.environ:  # srun may show each process one GPU, number 0
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks here too
-    if local_rank() >= n_gpus:
-        fail(f"process {local_rank()} of this machine has no GPU: it has {n_gpus}", only_here=True)
-    device = torch.device("cuda", local_rank())
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
-
-
-def keep_freed_memory():
-    """glibc gives freed memory back to the system: page faults would take a third of a step."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def gather(rows):
@@ -216,9 +192,9 @@ def on_one_process(build):
     is_first = gather({host: rank()})[host] == rank()
     paths = {}
     if is_first:
-        tensors = {name: torch.as_tensor(array) for name, array in build().items()}
         _, paths[host] = tempfile.mkstemp(prefix="rawtune-")
-        torch.save(tensors, paths[host])
+        arrays = build().items()
+        torch.save({name: torch.as_tensor(array) for name, array in arrays}, paths[host])
     path = gather(paths)[host]
     tensors = torch.load(path, mmap=True)
     dist.barrier()
@@ -262,9 +238,10 @@ def fail(problems, only_here=False):
         places[text].append(where)
     for text, wheres in list(places.items())[:40]:
         if len(wheres) > 1:
-            print_error(f"{len(wheres)} records, first {wheres[0]}: {text}")
-        else:
-            print_error(f"{wheres[0]}: {text}".removeprefix(": "))
+            text = f"{len(wheres)} records, first {wheres[0]}: {text}"
+        elif wheres[0]:
+            text = f"{wheres[0]}: {text}"
+        print_error(text)
     raise SystemExit(2)
 
 
@@ -353,12 +330,6 @@ FREE_FLAGS = {
     "gradient_accumulation_steps",
     "logging_steps",
 }
-LENGTH_FLAGS = {"max_steps", "num_epochs"}  # may differ when a finished run is extended
-HINTS = {  # what others call our flags, or what earlier versions had
-    "lr": "--learning_rate",
-    "batch_size": "--train_batch_size",
-    "data_format": "records? data/prepare_ni.py makes them of task folders",
-}
 POSITIVE_FLAGS = (
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -418,13 +389,12 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
-            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1, 0.0)
-            self.error(f"unknown argument {unknown[0]}: did you mean {HINTS.get(name, near[0])}?")
+            near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 3, 0.0)
+            self.error(f"unknown argument {unknown[0]}: did you mean {', '.join(near)}?")
         return args
 
     def error(self, message):
-        presets = [path.name for path in (HERE / "presets").glob("*") if path.is_file()]
-        fail(f"{message} (all flags: -h; presets: {', '.join(sorted(presets))})")
+        fail(f"{message} (all flags: -h)")
 
 
 def resolve_precision(args, problems):
@@ -434,8 +404,6 @@ def resolve_precision(args, problems):
     args.precision = PRECISION_ALIASES.get(args.precision, args.precision)
     if args.precision not in DTYPES:
         problems.append(f"--precision {args.precision}: expected auto, {', '.join(DTYPES)}")
-    elif args.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
-        problems.append("--precision fp16: this machine has none; use bf16 or fp32")
 
 
 def check_shared_args(args, positive_flags, problems):
@@ -453,7 +421,7 @@ def check_shared_args(args, positive_flags, problems):
     if not args.model_init_name and not args.model_init_path:
         problems.append("no model: --model_init_name (under models/) or --model_init_path")
     if args.lora_rank and args.train_adapter:
-        problems.append("--lora_rank and --train_adapter exclude each other")
+        problems.append("--lora_rank and --train_adapter: choose one")
     if args.early_stopping_patience and not args.metric_for_best:
         problems.append("--early_stopping_patience needs --metric_for_best")
     for name, package in (("wandb_project", "wandb"), ("quantize", "bitsandbytes")):
@@ -466,9 +434,8 @@ def check_shared_args(args, positive_flags, problems):
 
 
 def mount(args):
-    if args.mount_dir:
-        return pathlib.Path(args.mount_dir)
-    return pathlib.Path("mount" if os.path.isdir("mount") else ".")
+    default = "mount" if os.path.isdir("mount") else "."
+    return pathlib.Path(args.mount_dir or default)
 
 
 def find_input(args, kind, name, endings, problems):
@@ -497,7 +464,7 @@ def write_json(path, value):
 def run_name(args):
     if args.training_run_name:
         return args.training_run_name
-    model = (args.model_init_path or args.model_init_name).strip("/")
+    model = args.model_init_path or args.model_init_name
     data = "+".join(args.data_name)
     ending = "eval" if args.no_train else args.seed
     if "WANDB_SWEEP_ID" in os.environ:  # or the trials of a sweep would share a folder
@@ -535,7 +502,6 @@ class Run:
             "world_size": world_size(),
             "zero_stage": ds_config and ds_config["zero_optimization"]["stage"],
             "data_sha256": data_sha256,
-            "format": 2,
         }
         if self.dir.exists() and not args.overwrite:
             self.look_at_earlier_run(FREE_FLAGS | free_flags, problems)
@@ -549,15 +515,10 @@ class Run:
         names = {path.name for path in self.dir.iterdir()}
         if names <= {"args.json.tmp"}:  # of a start that was killed
             return
-        earlier = {}
-        if "args.json" in names:
-            earlier = json.loads((self.dir / "args.json").read_text())
-        if earlier.get("format") != 2:
-            problems.append(
-                f"{self.dir} is no run folder, or one of version 1: choose another "
-                "--training_run_name"
-            )
+        if "args.json" not in names:
+            problems.append(f"{self.dir} is no run folder: choose another --training_run_name")
             return
+        earlier = json.loads((self.dir / "args.json").read_text())
         if self.args.no_train and earlier["no_train"]:
             return  # evaluated again, perhaps with other flags
         checkpoints = complete_checkpoints(self.dir)
@@ -565,21 +526,20 @@ class Run:
             self.resume_from = checkpoints[-1]
             self.state = json.loads((self.resume_from / "state.json").read_text())
         if (self.dir / COMPLETE).exists():
-            free_flags = free_flags | LENGTH_FLAGS
+            free_flags = free_flags | {"max_steps", "num_epochs"}  # a finished run is extended
         changed = []
         for key, value in self.record.items():
             if key not in free_flags and earlier.get(key) != value:
                 changed.append(f"{key} was {earlier.get(key)}")
         if changed and not problems:
             problems.append(
-                f"{self.dir} is another run ({'; '.join(changed)}): make it the same to go on, or "
-                "begin a new one: --overwrite, or another --training_run_name, perhaps with "
-                f"--model_init_path {self.dir}/checkpoint-N"
+                f"{self.dir} is another run ({'; '.join(changed)}): make it the same to go on; or "
+                "--overwrite; or another --training_run_name, perhaps with --model_init_path "
+                f"{self.dir}/checkpoint-N"
             )
 
-    def start(self, script, device, max_steps=0, steps_per_epoch=1):
+    def start(self, script, max_steps=0, steps_per_epoch=1):
         """Collective. Make the folder and write down what runs; leave if it is finished."""
-        self.device = device
         self.max_steps = max_steps
         self.steps_per_epoch = steps_per_epoch
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -597,12 +557,17 @@ class Run:
 
     def prepare_folder(self, script):
         """Rank 0."""
-        if self.args.overwrite and self.dir.exists():
+        if self.dir.exists() and (self.args.overwrite or self.args.no_train):
             os.rename(self.dir, f"{self.dir}.old-{time.time_ns()}")
         self.dir.mkdir(parents=True, exist_ok=True)
-        libraries = (torch, transformers, deepspeed)
-        versions = {library.__name__: library.__version__ for library in libraries}
-        write_json(self.dir / "args.json", {**self.record, **versions, "command": sys.argv})
+        about = {
+            **self.record,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "deepspeed": deepspeed.__version__,
+            "command": sys.argv,
+        }
+        write_json(self.dir / "args.json", about)
         (self.dir / COMPLETE).unlink(missing_ok=True)  # an extended run is unfinished again
         for leftover in self.dir.glob("checkpoint-*.tmp"):  # of a killed process
             shutil.rmtree(leftover)
@@ -621,9 +586,8 @@ class Run:
             load_checkpoint(engine, self.resume_from)
         stage = engine.zero_optimization_stage()
         log(
-            f"{self.dir}: {self.max_steps} steps, {self.steps_per_epoch} per epoch, from step "
-            f"{self.step}; {self.args.precision}, ZeRO stage {stage}, {world_size()} process(es) "
-            f"on {self.device.type}"
+            f"{self.dir}: from step {self.step} to {self.max_steps}, {self.args.precision}, "
+            f"ZeRO stage {stage}, {world_size()} process(es) on {engine.device.type}"
         )
 
     def load_chosen(self, engine):
@@ -634,9 +598,9 @@ class Run:
     def start_wandb(self):
         import wandb  # optional package; WANDB_ENTITY and the like are its own business
 
+        os.environ.setdefault("WANDB_RUN_ID", self.dir.name.replace(":", "-"))
         self.tracker = wandb.init(
             project=self.args.wandb_project,
-            id=os.environ.get("WANDB_RUN_ID", self.dir.name.replace(":", "-")),
             name=self.dir.name,
             config=self.record,
             resume="allow",
@@ -685,7 +649,8 @@ class Run:
             "tokens_per_sec": self.timed_targets / (time.perf_counter() - self.clock),
             "target_tokens": state["n_targets"],
             **others,
-            "peak_memory_gb": peak_memory_gb(self.device),
+            # on CPU of the whole process
+            "peak_memory_gb": deepspeed.get_accelerator().max_memory_allocated() / 1e9,
         }
         self.log("train", metrics)
         state.update(loss_sum=0.0, n_targets=0)
@@ -693,34 +658,20 @@ class Run:
     def evaluated(self, metrics, low_is_better=("loss",)):
         """Log an evaluation, keep which was the best, and write that into the checkpoint."""
         self.log("eval", metrics)
-        self.state.update(last_eval=self.step, metrics=metrics)
+        state = self.state
+        state.update(last_eval=self.step, metrics=metrics)
         name = self.args.metric_for_best
         if name and name not in metrics:
             fail(f"--metric_for_best {name}: expected one of {', '.join(metrics)}")
         if name and self.step:
-            self.compare_to_best(name, metrics, low_is_better)
+            sign = -1 if name.split("/")[-1] in low_is_better else 1
+            score = [sign * metrics[name], -metrics.get("loss", 0.0)]  # the loss breaks a tie
+            state["bad_evals"] += 1
+            if state["best_score"] is None or score > state["best_score"]:
+                state.update(best_score=score, best_step=self.step, bad_evals=0)
         path = self.dir / f"checkpoint-{self.step}" / "state.json"
         if rank() == 0 and path.exists():
-            write_json(path, self.state)
-
-    def compare_to_best(self, name, metrics, low_is_better):
-        """The lower loss breaks a tie, then the later step."""
-        state = self.state
-        sign = -1 if name.split("/")[-1] in low_is_better else 1
-        score = [sign * metrics[name], -metrics.get("loss", 0.0)]
-        best_score = state["best_score"] or [-math.inf]
-        state["bad_evals"] += 1
-        if score > best_score:
-            state["bad_evals"] = 0
-        if score >= best_score:
-            state.update(best_score=score, best_step=self.step)
-
-    def write_predictions(self, name, predictions):
-        """Rank 0. Those of an earlier --no_train are kept under another name."""
-        path = self.dir / name
-        if self.args.no_train and path.exists():
-            os.rename(path, path.with_suffix(f".old-{time.time_ns()}.json"))
-        write_json(path, predictions)
+            write_json(path, state)
 
     def must_stop(self):
         return self.signal is not None or time.monotonic() > self.deadline
@@ -754,14 +705,13 @@ class Run:
             from matplotlib.figure import Figure  # optional package
         except ImportError:
             return
-        figure = Figure(layout="constrained")
+        figure = Figure()
         axes = figure.add_subplot(xlabel="step", ylabel="loss")
         lines = (self.dir / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         for split, name in (("train", "loss"), ("eval", "eval/loss")):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axes.plot(*zip(*points), marker=".", label=split)
+            axes.plot(*zip(*points), label=split)
         axes.legend()
         figure.savefig(self.dir / "curves.png")
 
@@ -770,7 +720,7 @@ class Run:
 
 DATA_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "eval", "test")
-INNER_MARK = "a byte order mark inside the file, as joined files have it: remove it"
+INNER_MARK = "a byte order mark inside the file: remove it"
 
 
 def parse_data_spec(spec, problems):
@@ -791,7 +741,7 @@ def unique_keys(pairs):
     record = dict(pairs)
     if len(record) < len(pairs):
         names = ", ".join(key for key, _ in pairs)
-        raise ValueError(f"a key is repeated among {names}: rename or delete one")
+        raise ValueError(f"a key is repeated among {names}: rename it")
     return record
 
 
@@ -806,7 +756,7 @@ def parse_json(text):
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except RecursionError:
-        raise ValueError("nested too deeply: write the inner part as a text") from None
+        raise ValueError("nested too deeply: write the inside as text") from None
 
 
 def open_text(path, newline=None):
@@ -844,8 +794,7 @@ def read_records(path, problems):
         if split in SPLITS:
             yield where, split, record
         else:
-            hint = "; eval is meant?" if split in ("validation", "valid", "dev") else ""
-            problems.append((where, f"split {split!r}, expected {', '.join(SPLITS)}{hint}"))
+            problems.append((where, f"split {split!r}, expected {', '.join(SPLITS)}"))
 
 
 def text_problem(text, name, record):
@@ -855,7 +804,7 @@ def text_problem(text, name, record):
         return f"{name!r} is missing; there is {keys}: data/prepare_table.py can rename them"
     if not isinstance(text, str) or not text.strip():
         return f"{name!r} is {text!r:.40}, expected text"
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+    if re.search("[\ud800-\udfff]", text):
         return f"{name!r} holds bytes that are no UTF-8, or half a character"
     return None
 
@@ -897,11 +846,6 @@ def check_examples(args, examples, amounts, problems):
     if n_seen:
         log(f"WARNING {n_seen} prompts of the evaluation are in the training data too")
     return [sizes[name] for name in amounts]
-
-
-def tokenizer_sha256(tokenizer):
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def sha256_of(arrays):
@@ -1053,7 +997,6 @@ ROLES = {  # other names of the three
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
-    "bot": "assistant",
     "developer": "system",
 }
 
@@ -1093,7 +1036,7 @@ class Prompts:
         if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
             raise ValueError("expected messages: a list of objects with role and content")
         for message in messages:
-            for name in ("tool_calls", "function_call", "tools"):
+            for name in ("tool_calls", "tools"):
                 if message.get(name) or record.get(name):
                     raise ValueError(f"{name!r} is not supported: write it into the texts")
             role = message.get("role", message.get("from"))
@@ -1147,14 +1090,11 @@ def count_positions(config):
 
 
 def adapter_base(source):
-    """The model that an adapter folder belongs to, also beside it where both have moved; None for a
-    plain model."""
-    folder = pathlib.Path(source)
-    for path in folder.glob("*_config.json"):
+    """The model that an adapter folder belongs to; None for a plain model."""
+    for path in pathlib.Path(source).glob("*_config.json"):
         base = json.loads(path.read_text()).get("base_model_name_or_path")
         if base:
-            beside = folder.parent / pathlib.Path(base).name
-            return str(beside) if beside.is_dir() and not os.path.isdir(base) else base
+            return base
     return None
 
 
@@ -1173,10 +1113,10 @@ def has_weights(base):
 def check_weights(folder, problems):
     """A folder without weights is trained from scratch: see to it that it was meant to be empty."""
     for path in folder.glob("*"):
-        if path.suffix in WEIGHT_ENDINGS and path.stat().st_size < 1000:
-            problems.append(f"{path} holds no weights; a Git LFS pointer? git lfs pull")
-        elif path.suffix in FOREIGN_ENDINGS and not has_weights(folder):
-            problems.append(f"{path} cannot be read: weights are expected in safetensors files")
+        is_pointer = path.suffix in WEIGHT_ENDINGS and path.stat().st_size < 1000
+        is_foreign = path.suffix in FOREIGN_ENDINGS and not has_weights(folder)
+        if is_pointer or is_foreign:
+            problems.append(f"{path}: expected weights in safetensors; of Git LFS: git lfs pull")
 
 
 def open_model(args, problems):
@@ -1283,31 +1223,6 @@ def load_model(auto_class, source, config, args, ds_config, tokenizer):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dist.barrier()  # DeepSpeed's own first meeting has a time-out of 10 minutes
     return model.train()
-
-
-class CrossEntropy(torch.autograd.Function):
-    """-log p of each target: logits (N, V) fp32, target_ids (N,) -> (N,). Overwrites the logits, by
-    exp and then by the gradient: F.cross_entropy holds four buffers of that size."""
-
-    @staticmethod
-    def forward(ctx, logits, target_ids):
-        target_logits = logits.gather(1, target_ids[:, None]).squeeze(1)
-        highest = logits.amax(1, keepdim=True)
-        exps = logits.sub_(highest).exp_()
-        sums = exps.sum(1)
-        ctx.save_for_backward(exps, sums, target_ids)
-        return sums.log() + highest.squeeze(1) - target_logits
-
-    @staticmethod
-    def backward(ctx, grad):
-        exps, sums, target_ids = ctx.saved_tensors
-        exps.mul_((grad / sums)[:, None])
-        return exps.scatter_add_(1, target_ids[:, None], -grad[:, None]), None
-
-
-def whole(weight):
-    """A context in which a weight that ZeRO-3 has partitioned is whole; others always are."""
-    return deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id"))
 
 
 @contextlib.contextmanager
@@ -1447,10 +1362,10 @@ def lr_at(step, args, max_steps):
         return peak
     if kind == "inverse_sqrt":  # Raffel et al. 2020
         return peak * math.sqrt(max(1, warmup) / (step + 1))
-    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
     if kind == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (1 - progress)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (1 - done)
 
 
 def set_lr(engine, step, args, max_steps):
@@ -1486,17 +1401,10 @@ def check_step(engine, args, step, loss, norm):
             log(f"step {step + 1}: skipped, fp16 has overflowed; its loss scale is halved")
     elif not (math.isfinite(loss) and math.isfinite(norm) and is_applied):
         fail(
-            f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. Checkpoints hold "
-            "nothing of it: begin a run from one of them with a lower --learning_rate, or with "
-            "--precision fp32"
+            f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}: start from an "
+            "earlier checkpoint with a lower --learning_rate or --precision fp32"
         )
     return norm
-
-
-def peak_memory_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -1514,7 +1422,7 @@ def full_state_dict(model):
     state = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad or not hasattr(model, "adapter"):
-            with whole(weight):
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
                 if rank() == 0:
                     state[name] = weight.detach().to("cpu", copy=True)
     return state
@@ -1565,18 +1473,11 @@ def save_checkpoint(engine, model, tokenizer, run, about):
     and renamed, so that a kill at any moment leaves all of it or a .tmp."""
     folder = run.dir / f"checkpoint-{run.step}"
     aside = folder.with_suffix(".tmp")
-    try:
-        write_checkpoint(aside, engine, model, tokenizer, run, about)
-        if rank() == 0:
-            (aside / COMPLETE).touch()
-            os.rename(aside, folder)
-            prune_checkpoints(run)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        fail(
-            f"{aside} could not be written ({error}); earlier checkpoints are whole: make room "
-            "and give the same command again",
-            only_here=True,
-        )
+    write_checkpoint(aside, engine, model, tokenizer, run, about)
+    if rank() == 0:
+        (aside / COMPLETE).touch()
+        os.rename(aside, folder)
+        prune_checkpoints(run)
     dist.barrier()  # nobody trains on before it is certain that the checkpoint is there
 
 
@@ -1600,4 +1501,4 @@ def export(run):
     shutil.copytree(run.chosen(), run.dir, ignore=to_resume, dirs_exist_ok=True)
     run.plot_curves()
     (run.dir / COMPLETE).touch()
-    log(f"done: {run.dir} holds the model of {run.chosen().name}, metrics.jsonl and predictions")
+    log(f"done: {run.dir} holds the model of {run.chosen().name}")

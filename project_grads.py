@@ -39,6 +39,7 @@ import common  # first: it prepares the import of DeepSpeed
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from common import log
@@ -356,7 +357,7 @@ def row_losses(model, batch):
     logits = model(**inputs, use_cache=False).logits  # (B, labels.shape[1], V)
     is_target = labels != IGNORED
     target_logits = logits[is_target].float()  # (N, V)
-    losses = common.CrossEntropy.apply(target_logits, labels[is_target])  # (N,)
+    losses = F.cross_entropy(target_logits, labels[is_target], reduction="none")  # (N,)
     row, _ = is_target.nonzero(as_tuple=True)
     sums = losses.new_zeros(len(labels))
     sums = sums.index_add(0, row, losses)

@@ -121,7 +121,7 @@ METRICS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "log_ratio")
 # log-probabilities while sampling and those of the whole text
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
 SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
-MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # of a forward step
+MAX_LOGITS = 2**27 if torch.cuda.is_available() else 2**26  # of a forward step
 IGNORED = -100  # the label of a token that is no reply
 PLACE = r"\{(\w+)\}"  # in a template
 GREEDY = 0.001  # the highest temperature that means: take the likeliest token
@@ -350,10 +350,10 @@ class Policy(torch.nn.Module):
     def forward(self, batch):
         states, logits = run_model(self.model, batch)
         logits = logits.float() / self.temperature
+        log_p = logits.log_softmax(dim=1)  # (N, V)
+        log_probs = log_p.gather(1, batch["labels"][:, None]).squeeze(1)
         with torch.no_grad():  # the entropy is only looked at
-            log_p = logits.log_softmax(dim=1)
             entropies = -(log_p.exp() * log_p).sum(dim=1)
-        log_probs = -common.CrossEntropy.apply(logits, batch["labels"])
         values = torch.zeros_like(log_probs)
         if self.value_head:
             values = self.value_head(states).squeeze(1).float()
@@ -785,7 +785,7 @@ def evaluate(args, engine, prompts, examples, rewards, split, run):
     if split == "test":  # by the weights that are exported
         step = run.state["best_step"] or run.step
     if common.rank() == 0:
-        run.write_predictions(predictions_name(args, split, step), predictions)
+        common.write_json(run.dir / predictions_name(args, split, step), predictions)
     return metrics
 
 
@@ -899,7 +899,7 @@ def main(args):
     start_id = start_id_of(config)
     plan = Plan(args, data, config)
     max_steps = plan.max_steps
-    run.start(__file__, device, max_steps, plan.steps_per_epoch)
+    run.start(__file__, max_steps, plan.steps_per_epoch)
     if device.type == "cpu" and config.is_encoder_decoder:
         # its kernel takes T5's bias only where no gradient is computed: the ratio would not be 1
         torch.backends.cuda.enable_flash_sdp(False)

@@ -17,6 +17,7 @@ Shapes: R rows, S source tokens, T target tokens of a row, N target tokens, D hi
 
 import collections
 import functools
+import hashlib
 import json
 import math
 import re
@@ -29,6 +30,7 @@ import common  # first: it prepares the import of DeepSpeed
 import deepspeed
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
@@ -65,7 +67,7 @@ DEMO = (
 )
 T5_FAMILY = ("t5", "mt5")  # relative positions: several examples may share a row behind masks
 EXAMPLES_PER_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that `pack` considers
-MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
+MAX_LOGITS = 2**27 if torch.cuda.is_available() else 2**26  # that exist at once
 EVALUATION_EPOCH = 2**32  # of noise: one that training never reaches
 NEVER = -1e9  # added to the attention score of a token that must not be seen
 NUMBER = r"\s*-?\d+(\.\d+)?\s*"
@@ -491,6 +493,11 @@ def find_sentinels(tokenizer):
         sentinels.append(vocabulary[name])
 
 
+def tokenizer_sha256(tokenizer):
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
 def load_corpus(args, tokenizer, problems):
     """Data of a corpus that data/prepare_text.py has tokenised."""
     folder = common.find_input(args, "data", args.data_name[0], [], problems)
@@ -503,7 +510,7 @@ def load_corpus(args, tokenizer, problems):
         )
         return None
     about = json.loads(path.read_text())
-    if about["tokenizer"] != common.tokenizer_sha256(tokenizer):
+    if about["tokenizer"] != tokenizer_sha256(tokenizer):
         problems.append(f"{folder} has another tokenizer's ids ({about['tokenizer_name']})")
     sentinels = find_sentinels(tokenizer)
     length = text_length(args.input_length, args.noise_density, args.mean_noise_span_length)
@@ -581,10 +588,10 @@ class TargetLosses(torch.nn.Module):
     def losses(self, states, labels):
         """(n, D) states, or (n, V) logits, and (n,) labels -> (n,) losses; to evaluate (2, n)"""
         logits = self.logits(states)
+        losses = F.cross_entropy(logits, labels, reduction="none")
         if torch.is_grad_enabled():
-            return common.CrossEntropy.apply(logits, labels)
-        is_likeliest = logits.argmax(dim=1) == labels  # first: the loss overwrites the logits
-        losses = common.CrossEntropy.apply(logits, labels)
+            return losses
+        is_likeliest = logits.argmax(dim=1) == labels
         return torch.stack([losses, is_likeliest.float()])
 
     def logits(self, states):
@@ -810,7 +817,7 @@ def write_predictions(args, examples, answers, split, run):
     if split == "test":  # by the weights that are exported
         prefix, step = "test_", run.chosen().name.removeprefix("checkpoint-")
     settings = f"temperature={args.temperature:.2f}_n={args.n_samples}"
-    run.write_predictions(f"{prefix}{settings}_step={step}.json", predictions)
+    common.write_json(run.dir / f"{prefix}{settings}_step={step}.json", predictions)
 
 
 def evaluate(args, engine, tokenizer, data, split, run, device):
@@ -916,7 +923,7 @@ def main(args):
     n_chunks = train_data.n_chunks
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    run.start(__file__, device, max_steps, steps_per_epoch)
+    run.start(__file__, max_steps, steps_per_epoch)
     model = common.load_model(AutoModelForSeq2SeqLM, source, config, args, ds_config, tokenizer)
 
     # 2 engine

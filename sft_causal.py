@@ -32,6 +32,7 @@ import common  # first: it prepares the import of DeepSpeed
 import deepspeed
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -110,7 +111,7 @@ TEMPLATE_TOKENS = {
     "oasst": ["<|system|>", "<|prompter|>", "<|assistant|>"],
 }
 EXAMPLES_PER_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that `pack` considers
-MAX_LOGITS = 2**28 if torch.cuda.is_available() else 2**26  # that exist at once
+MAX_LOGITS = 2**27 if torch.cuda.is_available() else 2**26  # that exist at once
 IGNORED = -100  # the label of a token that is no target
 MAX_LOST = 0.01  # share of the examples that may be left without a target
 UNLIKE_A_CHAT = (
@@ -541,10 +542,10 @@ class TargetLosses(torch.nn.Module):
     def losses(self, states, labels):
         """(n, D) states and (n,) labels -> (n,) losses; to evaluate (2, n)"""
         logits = self.logits(states)
+        losses = F.cross_entropy(logits, labels, reduction="none")
         if torch.is_grad_enabled():
-            return common.CrossEntropy.apply(logits, labels)
-        is_likeliest = logits.argmax(dim=1) == labels  # first: the loss overwrites the logits
-        losses = common.CrossEntropy.apply(logits, labels)
+            return losses
+        is_likeliest = logits.argmax(dim=1) == labels
         return torch.stack([losses, is_likeliest.float()])
 
     def logits(self, states):
@@ -589,7 +590,7 @@ def check_model(args, engine, pad_id, device):
     alone = losses([1])
     input_ids = torch.as_tensor(examples[1], device=device)
     logits = model(input_ids=input_ids[None], use_cache=False).logits[0].float()
-    expected = common.CrossEntropy.apply(logits[:-1], input_ids[1:])
+    expected = F.cross_entropy(logits[:-1], input_ids[1:], reduction="none")
     if not torch.allclose(alone, expected, tolerance, tolerance):
         common.fail(f"{model.config.model_type}: this family changes its logits in another way")
     is_packed = "position_ids" in inspect.signature(model.base_model.forward).parameters
@@ -698,7 +699,7 @@ def write_predictions(args, examples, answers, split, run):
     if split == "test":  # by the weights that are exported
         prefix, step = "test_", run.chosen().name.removeprefix("checkpoint-")
     settings = f"temperature={args.temperature:.2f}_n={args.n_samples}"
-    run.write_predictions(f"{prefix}{settings}_step={step}.json", predictions)
+    common.write_json(run.dir / f"{prefix}{settings}_step={step}.json", predictions)
 
 
 def evaluate(args, engine, prompts, data, split, run, device):
@@ -784,7 +785,7 @@ def main(args):
     n_chunks = train_data.n_chunks
     steps_per_epoch = train_data.order.steps_per_epoch
     max_steps = args.max_steps or math.ceil(args.num_epochs * steps_per_epoch)
-    run.start(__file__, device, max_steps, steps_per_epoch)
+    run.start(__file__, max_steps, steps_per_epoch)
     model = common.load_model(AutoModelForCausalLM, source, config, args, ds_config, tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=prompts.stop_ids)  # is exported
 

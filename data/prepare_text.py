@@ -30,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 import common
+import seq2seq
 from common import SPLITS, log, open_text
 from records import load_tokenizer
 
@@ -164,7 +165,7 @@ def write_ids(args, files, folder, tokenizer, problems):
     return {
         "format": 2,
         "dtype": dtype,
-        "tokenizer": common.tokenizer_sha256(tokenizer),
+        "tokenizer": seq2seq.tokenizer_sha256(tokenizer),
         "tokenizer_name": args.tokenizer,
         "sha256": digest.hexdigest(),
         "tokens": n_tokens,

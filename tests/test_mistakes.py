@@ -77,11 +77,9 @@ WORDS = [
     ("--ds_config zero9", "--ds_config zero9: "),
     ("--ds_config lamb.json", "lamb.json: remove optimizer and scheduler"),
     ("--train_batch_size 0", "--train_batch_size 0: expected a positive number"),
-    ("--lr 1", "unknown argument --lr: did you mean --learning_rate?"),
-    ("--batch_size 1", "did you mean --train_batch_size?"),
-    ("--data_format ni", "did you mean records? data/prepare_ni.py makes them"),
-    ("@presets/flan", ", flan-t5-xl, "),
-    ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter exclude each other"),
+    ("--batch_size 1", "unknown argument --batch_size: did you mean --eval_batch_size, --train_b"),
+    ("@presets/flan", "No such file or directory: 'presets/flan'"),
+    ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter: choose one"),
 ]
 
 
@@ -112,7 +110,7 @@ FILES = [  # name, content, message
         "validation.json",
         of_split("validation", RECORDS[0], 3),
         "3 records, first data/validation.json, validation[0]: split 'validation', expected "
-        "train, eval, test; eval is meant?",
+        "train, eval, test",
     ),
     ("lines.json", LINES, "expected lists train, eval, test, or lines in a .jsonl"),
     ("list.jsonl", LINES.replace("{", "[{", 1), "data/list.jsonl, line 1: "),
@@ -151,12 +149,24 @@ def test_data_files(name, content, message, capsys):
 
 
 WEIGHTS = [  # a file in place of model.safetensors, content, message
-    ("tf_model.h5", "x" * 4000, "models/new/tf_model.h5 cannot be read: weights are expected in"),
-    ("flax_model.msgpack", "x" * 4000, "models/new/flax_model.msgpack cannot be read"),
-    ("consolidated.00.pth", "x" * 4000, "models/new/consolidated.00.pth cannot be read"),
-    ("model.safetensors.part", "x" * 4000, "models/new/model.safetensors.part cannot be read"),
-    ("model.safetensors", POINTER, "models/new/model.safetensors holds no weights"),
-    ("pytorch_model.bin", POINTER, "models/new/pytorch_model.bin holds no weights"),
+    ("tf_model.h5", "x" * 4000, "models/new/tf_model.h5: expected weights in safetensors"),
+    (
+        "flax_model.msgpack",
+        "x" * 4000,
+        "models/new/flax_model.msgpack: expected weights in safetensors",
+    ),
+    (
+        "consolidated.00.pth",
+        "x" * 4000,
+        "models/new/consolidated.00.pth: expected weights in safetensors",
+    ),
+    (
+        "model.safetensors.part",
+        "x" * 4000,
+        "models/new/model.safetensors.part: expected weights in safetensors",
+    ),
+    ("model.safetensors", POINTER, "models/new/model.safetensors: expected weights in safetensors"),
+    ("pytorch_model.bin", POINTER, "models/new/pytorch_model.bin: expected weights in safetensors"),
 ]
 
 
@@ -225,21 +235,16 @@ def test_prompts_that_are_longer_than_the_positions(capsys):
         assert refusal(capsys, *words) == f"{flag} 129: models/bart has 128 positions"
 
 
-def test_variables_that_an_earlier_launcher_has_left(capsys, monkeypatch):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+def test_variables_that_an_earlier_launcher_has_left(monkeypatch):
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     for left in ({"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}, {"RANK": "0", "WORLD_SIZE": "1"}):
         for name in names:
             monkeypatch.delenv(name, raising=False)
         for name, value in {"MASTER_ADDR": "gone", "SLURM_NTASKS": "2", **left}.items():
             monkeypatch.setenv(name, value)
         common.adopt_launcher()
-        assert (common.rank(), common.local_rank(), common.world_size()) == (0, 0, 1)
-        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(SystemExit):
-        common.adopt_launcher()
-    assert "RANK is set but not LOCAL_RANK" in capsys.readouterr().err
+        values = [os.environ[name] for name in names]
+        assert values == ["0", "0", "1", "127.0.0.1", "0"]
 
 
 def test_answers_with_sentinels_are_no_mistake():

@@ -96,7 +96,7 @@ def test_stop_ids_are_the_end_of_a_turn_and_of_a_text():
 
 
 def test_one_role_map_for_every_script():
-    names = ("developer", "human", "gpt", "prompter", "bot")
+    names = ("developer", "human", "gpt", "prompter", "assistant")
     expected = [{"role": turn["role"], "content": turn["content"]} for turn in CHAT]
     openai = [{"role": name, "content": turn["content"]} for name, turn in zip(names, CHAT)]
     sharegpt = [{"from": name, "value": turn["content"]} for name, turn in zip(names, CHAT)]
@@ -114,7 +114,6 @@ def turn(**keys):
 
 REFUSED = [
     (turn(tool_calls=[{"id": "1"}]), "'tool_calls' is not supported"),
-    (turn(function_call={"name": "clock"}), "'function_call' is not supported"),
     ({**turn(), "tools": [{"type": "function"}]}, "'tools' is not supported"),
     (turn(role="wizard"), "role 'wizard', expected system, user, assistant or tool"),
     (turn(role=["user"]), "role ['user'], expected"),
