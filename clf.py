@@ -597,6 +597,7 @@ def main(args):
         for split in ("eval", "test"):
             if data.examples[split]:
                 run.log(split, evaluation(split))
+        log(f"{run.dir} has the predictions")
         return 0
     args.threshold = None  # it was of the weights that training starts from
     is_pairwise = args.loss == "pairwise"

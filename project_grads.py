@@ -1174,7 +1174,7 @@ def select(args, problems):
     scored = [(names[i], float(scores[i])) for i in best]
     write_data(args.out, train=records[np.sort(kept)], eval=target_records)
     common.write_json(f"{args.out}.scores.json", scored)
-    log(f"{args.out}: {len(kept)} of {len(records)} examples, best {scored[:5]}")
+    log(f"{args.out}: {len(kept)} of {len(records)} examples, scores in {args.out}.scores.json")
 
 
 # ------------------------------------------------------------------------------------------- demo

@@ -921,6 +921,7 @@ def main(args):
         for split in ("eval", "test"):
             if data.examples[split]:
                 run.log(split, evaluation(split))
+        log(f"{run.dir} has the predictions")
         return 0
     about = describe(source, config, prompts)
     if rank == 0 and hasattr(model, "adapter"):

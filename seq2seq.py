@@ -941,6 +941,7 @@ def main(args):
         for split in ("eval", "test"):
             if len(data.rows[split].lengths):
                 run.log(split, evaluation(split))
+        log(f"{run.dir} has the predictions")
         return 0
     about = {
         "format": 1,
