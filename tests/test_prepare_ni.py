@@ -166,12 +166,12 @@ def test_as_many_examples_as_tk_instruct_takes():
 
     losses = []
     for _ in range(1000):
-        task = {"Definition": [text(6)]}
+        task = {"Definition": [text(4)]}
         task["Positive Examples"] = [example() for _ in range(3)]
         task["Negative Examples"] = [example() for _ in range(2)]
         options = (rng.random() < 0.8, rng.randint(0, 3), rng.randint(0, 2), rng.random() < 0.5)
         encoding = prepare_ni.Encoding(*options)
-        given, max_length = text(14), rng.randint(90, 250)
+        given, max_length = text(30), rng.randint(75, 250)
         prompt = prepare_ni.tk_prompt(task, encoding)
         found, lost = prepare_ni.fit(prompt, given, max_length, count)
         losses.append(tuple(lost))
