@@ -13,7 +13,6 @@ line that is shown says how seq2seq.py trains on the file.
 
 import collections
 import functools
-import json
 import pathlib
 import re
 import shlex
@@ -22,8 +21,8 @@ import sys
 import records  # first: it makes common.py importable
 
 # isort: split
-import common
 from common import log
+from prepare_table import fill, look_up, to_text
 
 GLUE = {"train": "train.tsv", "eval": "dev.tsv"}
 SUPERGLUE = {"train": "train.jsonl", "eval": "val.jsonl"}
@@ -33,7 +32,6 @@ COMMITMENT = {name: name for name in ("entailment", "contradiction", "neutral")}
 TRUTH = {"false": "False", "true": "True"}
 PAIR = "sentence1: {sentence1} sentence2: {sentence2}"
 MNLI = "mnli hypothesis: {sentence2} premise: {sentence1}"
-PLACE = r"\{([^{}]+)\}"
 COPA = "copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}"
 
 # prompt: with {columns}. answers: {label: completion} in the order of the label integers, the
@@ -82,16 +80,8 @@ TASKS = {
 
 def to_record(row, task, for_clf):
     """The record of a row. A ValueError says what is wrong with the row."""
-    for column in [*re.findall(PLACE, task.prompt), task.label]:
-        if column not in row:
-            raise ValueError(f"no {column!r} in {list(row)}")
-        if column == task.label and not isinstance(row[column], str):
-            row[column] = json.dumps(row[column])  # 1, true
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"{column} is {row[column]!r}, expected text")
-    # not str.format: columns may have names with dots and brackets
-    prompt = re.sub(PLACE, lambda place: row[place[1]].strip(), task.prompt)
-    label = row[task.label].strip()
+    prompt = fill(task.prompt, row)
+    label = to_text(look_up(row, task.label), task.label)
     if task.answers:
         if label not in task.answers:
             raise ValueError(f"{task.label} {label!r}, expected {' or '.join(task.answers)}")
@@ -120,16 +110,13 @@ def main(argv=None):
     records.add_skip(parser)
     add = parser.add_argument
     add("--task", required=True, choices=list(TASKS))
-    add(
-        "--data_dir", required=True, metavar="FOLDER", help="with its train.tsv or train.jsonl, ..."
-    )
+    add("--data_dir", required=True, metavar="FOLDER", help="with train.tsv or train.jsonl, ...")
     add("--clf", action="store_true", help="records of clf.py; for two labels, and stsb")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     problems = []
     if args.clf and len(task.answers) > 2:
         problems.append(f"--clf: {args.task} has {len(task.answers)} labels")
-    tokenizer = records.load_tokenizer(args.tokenizer, problems)
     use = functools.partial(to_record, task=task, for_clf=args.clf)
     splits = {}
     for split, name in task.files.items():
@@ -138,14 +125,7 @@ def main(argv=None):
         splits[split] = [record for _, record in rows]
         if not rows:
             problems.append(f"{path}: no records")
-    if problems:
-        common.fail(problems)
-    records.write(args.out, splits)
-    records.show(args.out, splits, tokenizer)
-    answer = "target" if args.clf else "completion"
-    for split, found in splits.items():
-        answers = collections.Counter(record[answer] for record in found)
-        log(f"{split}: {dict(answers.most_common(5))}")
+    records.finish(args, splits, problems)
     if not args.clf and "train" in splits:
         log(train_command(task, args.out))
     return 0

@@ -324,8 +324,8 @@ def write(path, splits):
 
 @contextlib.contextmanager
 def new_folder(path, problems):
-    """Yield a folder to write into, which becomes `path`, the whole of it or nothing. Exit code 2 if
-    there are problems before or after."""
+    """Yield a folder to write into, which becomes `path`: the whole of it, or nothing. Leave with
+    exit code 2 if there are problems before or after."""
     path = pathlib.Path(path)
     if path.exists():
         problems.append(f"{path} exists: move it away or choose another name")

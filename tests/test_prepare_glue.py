@@ -98,7 +98,7 @@ def test_rows_that_are_wrong_are_named_or_dropped(capsys):
     errors = capsys.readouterr().err
     for text in (
         "train.tsv, row 3: 3 columns, expected 2; --skip_malformed",
-        "train.tsv, row 4: sentence is ' '",
+        "train.tsv, row 4: 'sentence' is empty",
         "train.tsv, row 5: label '2', expected 0 or 1",
     ):
         assert text in errors
@@ -111,10 +111,10 @@ def test_rows_that_are_wrong_are_named_or_dropped(capsys):
     "task, lines, message",
     [
         ("sst2", [], "dev.tsv: no records"),
-        ("sst2", ["text\tlabel", "x\t1"], "no 'sentence' in ['text', 'label']"),
+        ("sst2", ["text\tlabel", "x\t1"], "no 'sentence'; there is text, label"),
         ("stsb", ["sentence1\tsentence2\tscore", "a\tb\t5.1"], "expected a score from 0 to 5"),
         ("cb", ['{"premise": '], "val.jsonl, line 1: Expecting value"),
-        ("cb", ['{"premise": null, "hypothesis": "b", "label": "neutral"}'], "premise is None"),
+        ("cb", ['{"premise": null, "hypothesis": "b", "label": "neutral"}'], "'premise' is empty"),
     ],
 )
 def test_what_is_refused(task, lines, message, capsys):
