@@ -43,10 +43,10 @@ def fill(sizes, draw):
 # ------------------------------------------------------------------------------------------ dates
 
 
-def ordinal(n):
+def ordinal(day):
     """1 -> 1st, 12 -> 12th, 23 -> 23rd."""
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{'th' if 10 <= n % 100 <= 20 else ending}"
+    endings = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
+    return f"{day}{endings.get(day, 'th')}"
 
 
 def dates():
@@ -143,52 +143,54 @@ def plural(word):
 
 
 def single(family, rng):
-    """(instruction, input, output); what is asked about is the input, else the number or word."""
+    """A record with an instruction, what is asked about if it is not in there, and the output."""
     ask = rng.choice(ASK[family])
     if family == "add":
         # more carries than chance has: a tenth of all numbers ends with a 9, a third of these
         is_any = rng.random() < 0.7
         number = rng.randrange(10, 9999) if is_any else rng.randrange(1, 1000) * 10 - 1
-        return ask.format(number), "", str(number + 1)
+        return {"instruction": ask.format(number), "output": str(number + 1)}
     if family == "plural":
         word = "".join(rng.choice(letters.split()) for letters in MADE_UP)
-        return ask.format(word), "", plural(word)
+        return {"instruction": ask.format(word), "output": plural(word)}
     if family == "opposite":
-        words = rng.sample(sorted(OPPOSITES), rng.randint(2, 3))
-        opposites = [OPPOSITES[OPPOSITES.index(word) ^ 1] for word in words]
-        return ask, " ".join(words), " ".join(opposites)
-    if family == "largest":
-        numbers = rng.sample(range(10), rng.randint(3, 5))
-        return ask, " ".join(map(str, numbers)), str(max(numbers))
-    # capitals are other tokens, which take longest to learn: shorter lists
-    words = rng.sample(WORDS, rng.randint(2, 3) if family == "upper" else rng.randint(3, 4))
-    text = " ".join(words)
-    answers = {"last": words[-1], "first": words[0], "reverse": " ".join(words[::-1])}
-    answers.update(upper=text.upper(), count=str(len(words)))
-    return ask, text, answers[family]
+        items = rng.sample(sorted(OPPOSITES), rng.randint(2, 3))
+        answer = " ".join(OPPOSITES[OPPOSITES.index(word) ^ 1] for word in items)
+    elif family == "largest":
+        items = list(map(str, rng.sample(range(10), rng.randint(3, 5))))
+        answer = max(items)
+    else:
+        # capitals are other tokens, which take longest to learn: shorter lists
+        items = rng.sample(WORDS, rng.randint(2, 3) if family == "upper" else rng.randint(3, 4))
+        answers = {"last": items[-1], "first": items[0], "reverse": " ".join(items[::-1])}
+        answers.update(upper=" ".join(items).upper(), count=str(len(items)))
+        answer = answers[family]
+    return {"instruction": ask, "input": " ".join(items), "output": answer}
 
 
 def conversation(family, rng):
-    """([text of a turn], what may occur only once)"""
+    """([role], [text of a turn], what may occur only once)"""
+    roles = ["user", "assistant", "user", "assistant"]
     if family == "again":
-        instruction, _, output = single("add", rng)
+        record = single("add", rng)
+        output = record["output"]
         follow = rng.choice(["And once more?", "Add one again."])
-        return [instruction, output, follow, str(int(output) + 1)], output
-    instruction, text, output = single(rng.choice(["last", "first"]), rng)
-    question = f"{instruction}\n\n{text}"
+        return roles, [record["instruction"], output, follow, str(int(output) + 1)], output
+    record = single(rng.choice(["last", "first"]), rng)
+    text, output = record["input"], record["output"]
+    question = f"{record['instruction']}\n\n{text}"
     if family == "system":  # the same question has another answer under another system message
         is_loud = rng.random() < 0.5
         system = rng.choice(SHOUT if is_loud else SPEAK)
-        return [system, question, output.upper() if is_loud else output], text
-    words = text.split()
+        return ["system", *roles], [system, question, output.upper() if is_loud else output], text
+    first, second, *_, last = text.split()
     follows = {
-        "And the first?": words[0],
-        "And the last?": words[-1],
+        "And the first?": first,
+        "And the last?": last,
         "And in upper case?": output.upper(),
-        "And the second?": words[1],
+        "And the second?": second,
     }
-    follow, answer = rng.choice(list(follows.items()))
-    return [question, output, follow, answer], text
+    return roles, [question, output, *rng.choice(list(follows.items()))], text
 
 
 def instructions():
@@ -197,16 +199,10 @@ def instructions():
     def draw(split, n):
         family = FAMILIES[n % len(FAMILIES)]
         if family in ASK:
-            instruction, text, output = single(family, rng)
-            once = text or output
-            record = {"instruction": instruction, "input": text, "output": output}
-            if not text:
-                del record["input"]
+            record = single(family, rng)
+            once = record.get("input", record["output"])
         else:
-            turns, once = conversation(family, rng)
-            roles = ["user", "assistant"] * 2
-            if family == "system":
-                roles = ["system", *roles]
+            roles, turns, once = conversation(family, rng)
             messages = [{"role": role, "content": text} for role, text in zip(roles, turns)]
             record = {"messages": messages}
         if split != "train":

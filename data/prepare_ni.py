@@ -149,20 +149,19 @@ def flan_prompt(task, n_shots):
 
 def fill(prompt, examples, text):
     """The prompt with the text of its examples and an input text."""
-    query = line(prompt.query + text.strip()) + "Output: "
+    query = line(prompt.query + text) + "Output: "
     filling = dict(zip(PLACES, [examples, query]))
     return "".join(filling.get(part, part) for part in prompt.parts)
 
 
 def fit(prompt, text, max_length, count):
-    """(the prompt of an input text, of at most max_length tokens, [what it lost: "examples",
-    "text"]). count: a function, text -> tokens."""
+    """(the prompt of an input text, of at most max_length tokens, whether the text lost its end).
+    count: a function, text -> tokens."""
     every = sum(prompt.examples, [])
     whole = fill(prompt, "".join(every), text)
     if count(whole) + len(every) <= max_length:  # and the blanks between examples, if measured
-        return whole, []
-    taken = []
-    measured = ""  # Tk-Instruct counts the examples of a kind with blanks between them
+        return whole, False
+    taken = measured = ""  # Tk-Instruct counts the examples of a kind with blanks between them
     for examples in prompt.examples:
         of_kind = []
         for example in examples:
@@ -171,20 +170,17 @@ def fit(prompt, text, max_length, count):
                 break
             of_kind.append(example)
         measured += " ".join(of_kind)
-        taken += of_kind
-    lost = ["examples"] if len(taken) < len(every) else []
-    text = text.strip()
+        taken += "".join(of_kind)
 
     def is_too_long(n):
-        return count(fill(prompt, "".join(taken), text[:n])) > max_length
+        return count(fill(prompt, taken, text[:n])) > max_length
 
-    if is_too_long(len(text)):
-        lost.append("text")
-        n = bisect.bisect_left(range(1, len(text) + 1), True, key=is_too_long)
-        text = text[:n]
-        if is_too_long(n):
-            raise ValueError(f"--max_source_length {max_length} leaves no room for the input")
-    return fill(prompt, "".join(taken), text), lost
+    if not is_too_long(len(text)):
+        return fill(prompt, taken, text), False
+    n = bisect.bisect_left(range(1, len(text) + 1), True, key=is_too_long)
+    if is_too_long(n):
+        raise ValueError(f"--max_source_length {max_length} leaves no room for the input")
+    return fill(prompt, taken, text[:n]), True
 
 
 def make_prompts(args, split, task):
@@ -212,9 +208,9 @@ def to_records(args, split_of_task, task, count, tally):
         split = records.hold_out(args, split_of_task, f"{about}\n{text}")
         prompts = []
         for prompt in prompts_of[split]:
-            filled, lost = fit(prompt, text, args.max_source_length, count)
+            filled, is_cut = fit(prompt, text.strip(), args.max_source_length, count)
             prompts.append(filled)
-            tally.update(["prompts", *lost])
+            tally[is_cut] += 1
         references = records.as_list(instance["output"])
         record = {
             "prompt": prompts if len(prompts) > 1 else prompts[0],
@@ -244,10 +240,9 @@ def convert(args, tasks, tokenizer, problems):
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             kind = type(error).__name__
             problems.append((path, f"{kind}: {error}; prepare_ni.py -h says what a task has"))
-    if tally["examples"] or tally["text"]:
-        lost = f"{tally['examples']} lost examples, {tally['text']} the end of their input"
-        limit = f"--max_source_length {args.max_source_length}"
-        log(f"WARNING of {tally['prompts']} prompts {lost} to {limit}")
+    if tally[True]:
+        n_cut = f"{tally[True]} of {tally.total()} prompts"
+        log(f"WARNING {n_cut} lost the end of their input to --max_source_length")
     return splits
 
 

@@ -161,12 +161,7 @@ def main(argv=None):
     add("--input", required=True, nargs="+", metavar="PATH", help="text files, folders of them")
     add("--tokenizer", required=True, metavar="MODEL", help="folder or hub id of the model")
     add("--out", required=True, metavar="FOLDER", help="for instance data/mycorpus")
-    add(
-        "--eval_fraction",
-        type=records.share,
-        default=0.0,
-        help="share of the documents to hold out",
-    )
+    add("--eval_fraction", type=records.share, default=0.0, help="share to hold out")
     args = parser.parse_args(argv)
     problems = []
     files = find_texts(args.input, problems)

@@ -83,11 +83,10 @@ def test_the_records_of_a_tree(layout):
 
 
 def test_what_is_left_out(capsys):
-    labels = {"name": ["toxicity", "quality"], "value": [0.9, 0.25]}
     replies = [
-        message("a", "assistant", "poor", 0, labels=labels),
+        message("a", "assistant", "spam", 0, lang="en", review_result=False),
         message("b", "assistant", "bien", 1, lang="fr"),
-        message("c", "assistant", "good", 2, lang="en", labels={"quality": {"value": 0.75}}),
+        message("c", "assistant", "good", 2, lang="en"),
         message("d", "assistant", "fine", 3, lang="en"),
         message("e", "assistant", "same rank", 3, lang="en"),
         message("f", "prompter", "same role", 4, lang="en"),
@@ -96,8 +95,7 @@ def test_what_is_left_out(capsys):
     ]
     tree = {"prompt": message("r", "prompter", "Hi", None, *replies, lang="en")}
     unfinished = {"prompt": message("s", "prompter", "No"), "tree_state": "growing"}
-    words = ["--lang", "en", "--min_quality", "0.5"]
-    (record,) = prepare([tree, unfinished], "pairs", *words)
+    (record,) = prepare([tree, unfinished], "pairs", "--lang", "en")
     assert (record["chosen"], record["rejected"]) == ("good", "fine")
     shown = capsys.readouterr().out
     assert "1 roots of unfinished trees" in shown and "1 written by a model" in shown
