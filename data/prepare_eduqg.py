@@ -20,7 +20,6 @@ passage, is whole in train, dev or test; dev and test get about a tenth of the q
 import argparse
 import collections
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -158,16 +157,14 @@ def split_groups(items):
 def write_tasks(folder, name, splits):
     """<name>_<task>_<side>.json of each task and split, and the lists of them."""
     (folder / "tasks").mkdir()
+    lists = collections.defaultdict(str)
     for task, (category, definition) in TASKS.items():
         examples = [{**to_pair(task, item), "explanation": item.why} for item in EXAMPLES]
-        (folder / "splits" / task).mkdir(parents=True)
         for split, items in splits.items():
-            side = "dev" if split == "eval" else split
             instances = []
             for i, item in enumerate(items):
                 pair = to_pair(task, item)
-                pair["output"] = [pair["output"]]
-                instances.append({"id": f"{name}-{i}", **pair})
+                instances.append({"id": f"{name}-{i}", **pair, "output": [pair["output"]]})
             about = {
                 "Categories": [category],
                 "Definition": [definition],
@@ -175,11 +172,13 @@ def write_tasks(folder, name, splits):
                 "Negative Examples": [],
                 "Instances": instances,
             }
+            side = "dev" if split == "eval" else split
             common.write_json(folder / "tasks" / f"{name}_{task}_{side}.json", about)
             for kind in (task, "default"):
-                (folder / "splits" / kind).mkdir(exist_ok=True)
-                with open(folder / "splits" / kind / f"{side}_tasks.txt", "a") as file:
-                    file.write(f"{name}_{task}_{side}\n")
+                lists[folder / "splits" / kind / f"{side}_tasks.txt"] += f"{name}_{task}_{side}\n"
+    for path, names in lists.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(names)
 
 
 def main(argv=None):
@@ -208,13 +207,11 @@ def main(argv=None):
     records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
     if not splits["train"]:
         problems.append("too few books or passages: none is left to train on")
-    splits = {split: found for split, found in splits.items() if found}
     with records.new_folder(args.out, problems) as folder:
         write_tasks(folder, "eduqg" if args.eduqg else "sciq", splits)
     for split, found in splits.items():
         log(f"{args.out}: {len(found)} {split} questions")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

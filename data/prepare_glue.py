@@ -15,8 +15,6 @@ import collections
 import functools
 import pathlib
 import re
-import shlex
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -98,11 +96,11 @@ def to_record(row, task, for_clf):
 
 
 def train_command(task, out):
-    words = ["python", "seq2seq.py", "--model_init_path", "google/t5-v1_1-base", "--data"]
-    words += [str(out), "--metrics", *task.metrics, "--metric_for_best", task.metrics[0]]
+    command = f"python seq2seq.py --model_init_path google/t5-v1_1-base --data {out}"
+    command += f" --metrics {' '.join(task.metrics)} --metric_for_best {task.metrics[0]}"
     if task.answers:
-        words += ["--labels", *task.answers.values()]
-    return shlex.join([*words, "--max_new_tokens", "8"])
+        command += f" --labels {' '.join(task.answers.values())}"
+    return f"{command} --max_new_tokens 8"
 
 
 def main(argv=None):
@@ -128,8 +126,7 @@ def main(argv=None):
     records.finish(args, splits, problems)
     if not args.clf and "train" in splits:
         log(train_command(task, args.out))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

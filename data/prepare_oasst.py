@@ -19,7 +19,6 @@ a split.
 
 import collections
 import math
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -165,8 +164,7 @@ def main(argv=None):
         convert(args, split, path, splits, roots, problems)
     records.clean(splits, lambda record: [roots[record["tree"]]])
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,8 +12,6 @@ references are all; questions without an answer go. WebGPT's pairs, for clf.py -
 leave out equal scores. An article of SQuAD, or else a question, is whole on one side of a split.
 """
 
-import sys
-
 import records  # first: it makes common.py importable
 
 # isort: split
@@ -81,8 +79,7 @@ def main(argv=None):
     problems = []
     splits = records.split_files(args, LAYOUTS[args.layout], key_of, problems)
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,7 +25,6 @@ test); case and white space make no difference there.
 import functools
 import json
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -140,8 +139,7 @@ def main(argv=None):
     if args.positive and targets and 1.0 not in targets:
         problems.append(f"--positive {args.positive}: no row has this word")
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import pathlib
 import re
-import sys
 import zlib
 
 import records  # first: it makes common.py importable
@@ -173,15 +172,11 @@ def main(argv=None):
             problems.append(f"--input {' '.join(args.input)}: there is no text in these files")
     for split, n_tokens in about["tokens"].items():
         log(f"{args.out}: {about['documents'][split]} {split} documents, {n_tokens} tokens")
-    if about["special"]:
-        log(f"WARNING left out {about['special']} special tokens in the text, such as </s>")
+    log(f"left out {about['special']} special tokens in the text, such as </s>")
     if about["unknown"]:
-        log(
-            f"WARNING {about['unknown']} tokens are <unk>, pieces of text that this tokenizer "
-            "does not know; data/prepare_tokenizer.py makes one for your text"
-        )
-    return 0
+        hint = "data/prepare_tokenizer.py makes a tokenizer for your text"
+        log(f"WARNING {about['unknown']} tokens are <unk>, text that cannot be written; {hint}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,6 @@ dropout, as it was pretrained; set dropout_rate to 0.1 in config.json for fine-t
 """
 
 import argparse
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -118,8 +117,7 @@ def main(argv=None):
         common.write_json(folder / "config.json", config)
     rows = f"{config['vocab_size']} rows of embeddings"
     common.log(f"{args.out}: {args.vocab_size} pieces, {N_SENTINELS} sentinels, {rows}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,7 +18,6 @@ directions of a pair are on one side of a split.
 import argparse
 import itertools
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -182,8 +181,7 @@ def main(argv=None):
     for split, items in splits.items():
         splits[split] = [record for item in items for record in to_records(item)]
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
