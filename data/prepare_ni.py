@@ -148,7 +148,7 @@ def flan_prompt(task, n_shots):
 
 def fill(prompt, examples, text):
     """The prompt with the text of its examples and an input text."""
-    query = line(prompt.query + text) + "Output: "
+    query = line(prompt.query + text.strip()) + "Output: "
     filling = dict(zip(PLACES, [examples, query]))
     return "".join(filling.get(part, part) for part in prompt.parts)
 
