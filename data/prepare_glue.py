@@ -1,4 +1,4 @@
-"""Make a data file for seq2seq.py or clf.py from the GLUE or SuperGLUE files that you have already.
+"""Make a data file for seq2seq.py from the GLUE or SuperGLUE files that you have already.
 
     python data/prepare_glue.py --task sst2 --data_dir SST-2 --out data/sst2.json
 
@@ -76,20 +76,16 @@ TASKS = {
 }
 
 
-def to_record(row, task, for_clf):
+def to_record(row, task):
     """The record of a row. A ValueError says what is wrong with the row."""
     prompt = fill(task.prompt, row)
     label = to_text(look_up(row, task.label), task.label)
     if task.answers:
         if label not in task.answers:
             raise ValueError(f"{task.label} {label!r}, expected {' or '.join(task.answers)}")
-        if for_clf:
-            return {"input": prompt, "target": list(task.answers).index(label)}
         return {"prompt": prompt, "completion": task.answers[label]}
     if not re.fullmatch(r"[0-5](\.[0-9]+)?", label) or float(label) > 5:
         raise ValueError(f"{task.label} {label!r}, expected a score from 0 to 5")
-    if for_clf:
-        return {"input": prompt, "target": float(label)}
     # 1 / 0.2 = 5: T5 multiplies too, and rounds 2.5 to the even 2
     completion = f"{round(float(label) * 5) / 5:.1f}"
     return {"prompt": prompt, "completion": completion, "references": [label]}
@@ -109,13 +105,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--task", required=True, choices=list(TASKS))
     add("--data_dir", required=True, metavar="FOLDER", help="with train.tsv or train.jsonl, ...")
-    add("--clf", action="store_true", help="records of clf.py; for two labels, and stsb")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     problems = []
-    if args.clf and len(task.answers) > 2:
-        problems.append(f"--clf: {args.task} has {len(task.answers)} labels")
-    use = functools.partial(to_record, task=task, for_clf=args.clf)
+    use = functools.partial(to_record, task=task)
     splits = {}
     for split, name in task.files.items():
         path = pathlib.Path(args.data_dir, name)
@@ -124,7 +117,7 @@ def main(argv=None):
         if not rows:
             problems.append(f"{path}: no records")
     records.finish(args, splits, problems)
-    if not args.clf and "train" in splits:
+    if "train" in splits:
         log(train_command(task, args.out))
 
 

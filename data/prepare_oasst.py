@@ -11,47 +11,24 @@
     --to prompts, for rl_ppo.py: each thread that ends with a question; several turns are "messages"
         {"prompt": "Hi", "thread": "Hi", "tree": "t1"}
 
-Reads trees, nested, one per line, or messages, one per line, with "message_id" and "parent_id".
-Left out is a message that is deleted, spam, written by a model, empty, in another language or of
-the same role as the one that it answers, with all that is below it. A tree is whole on one side of
-a split.
+Reads the export of trees, one per line; a message has its "replies". Left out is a message that is
+deleted, spam, written by a model, empty, in another language or of the same role as the one that it
+answers, with all that is below it. A tree is whole on one side of a split.
 """
 
 import collections
+import functools
 import math
 
 import records  # first: it makes common.py importable
 
 # isort: split
-from common import SPLITS, log
+from common import log
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
-def read_trees(path, dropped, problems):
-    """[root message]; a message has "text", "role" and "replies"."""
-    roots = []
-    messages = {}
-    for where, _, record in records.read(path, problems):
-        if isinstance(record.get("prompt"), dict):
-            roots.append({**record["prompt"], "tree_state": record.get("tree_state")})
-            continue
-        name = record.get("message_id")
-        if name is None or name in messages:
-            problems.append((where, "no tree in 'prompt', and no id of its own"))
-        messages[name] = {**record, "replies": []}
-    for message in messages.values():
-        parent = message.get("parent_id")
-        if parent is None:
-            roots.append(message)
-        elif parent in messages:
-            messages[parent]["replies"].append(message)
-        else:
-            dropped["whose parent is missing"] += 1
-    return roots
-
-
-def reason_to_drop(message, parent, args):
+def reason_to_drop(message, parent_role, languages):
     """Why a message and all below it are left out, or None."""
     if message.get("deleted"):
         return "deleted"
@@ -61,9 +38,9 @@ def reason_to_drop(message, parent, args):
         return "spam"
     if not message["text"].strip():
         return "empty"
-    if args.lang and message.get("lang") not in args.lang:
+    if languages and message.get("lang") not in languages:
         return "in another language"
-    if message["role"] == (parent["role"] if parent else "assistant"):
+    if message["role"] == parent_role:
         return "of the same role as the one before"
     return None
 
@@ -73,7 +50,7 @@ def walk(thread, args, dropped):
     reached; thread: [message] from the root down. Count what is left out."""
     replies = []
     for reply in thread[-1].get("replies") or []:
-        reason = reason_to_drop(reply, thread[-1], args)
+        reason = reason_to_drop(reply, thread[-1]["role"], args.lang)
         if reason:
             dropped[reason] += 1
         else:
@@ -125,44 +102,45 @@ def to_record(kind, thread, replies):
     return {"prompt": text, **answers, "thread": text}
 
 
-def convert(args, split_of_file, path, splits, roots, problems):
-    """Add the records of a file to splits, {split: [record]}, and to roots, {tree: its text}."""
-    dropped = collections.Counter()
-    for number, root in enumerate(read_trees(path, dropped, problems)):
-        tree = root.get("message_id") or f"{path}-{number}"
-        try:
-            reason = reason_to_drop(root, None, args)
-            if root.get("tree_state") not in (None, "ready_for_export"):
-                reason = "roots of unfinished trees"
-            if reason:
-                dropped[reason] += 1
-                continue
-            roots[tree] = root["text"]
-            split = records.hold_out(args, split_of_file, records.normal(root["text"]))
-            for thread, replies in walk([root], args, dropped):
-                record = to_record(args.to, thread, replies)
-                if record:
-                    splits[split].append({**record, "tree": tree})
-        except (KeyError, TypeError, AttributeError) as error:
-            problems.append((f"{path}, tree {tree}", f"{type(error).__name__}: {error}"))
-    reasons = [f"{n} {reason}" for reason, n in dropped.most_common()]
-    log(f"{path}: left out, with all that is below: {', '.join(reasons) or 'nothing'}")
+def to_records(row, args, dropped, roots):
+    """[record] of a tree; what is left out is counted in dropped, the text of its root goes to
+    roots."""
+    if "prompt" not in row:
+        raise ValueError("no 'prompt': take the export of trees, not that of messages")
+    root = row["prompt"]
+    reason = reason_to_drop(root, "assistant", args.lang)
+    if row.get("tree_state", "ready_for_export") != "ready_for_export":
+        reason = "roots of unfinished trees"
+    if reason:
+        dropped[reason] += 1
+        return []
+    tree = root.get("message_id") or root["text"]
+    roots[tree] = root["text"]
+    found = []
+    for thread, replies in walk([root], args, dropped):
+        record = to_record(args.to, thread, replies)
+        if record:
+            found.append({**record, "tree": tree})
+    return found
 
 
 def main(argv=None):
     parser = records.make_parser(__doc__)
     records.add_files(parser)
+    records.add_skip(parser)
     add = parser.add_argument
     add("--to", required=True, choices=["conversations", "pairs", "prompts"])
     add("--threads", choices=["all", "best"], default="all", help="best: only the best replies")
     add("--lang", nargs="+", metavar="CODE", help="messages in these languages, such as en")
     args = parser.parse_args(argv)
     problems = []
-    splits = {split: [] for split in SPLITS}
     roots = {}
-    for split, path in records.files_of(args).items():
-        convert(args, split, path, splits, roots, problems)
-    records.clean(splits, lambda record: [roots[record["tree"]]])
+    dropped = collections.Counter()
+    use = functools.partial(to_records, args=args, dropped=dropped, roots=roots)
+    splits = records.split_files(args, use, lambda record: roots[record["tree"]], problems)
+    if dropped:
+        reasons = [f"{n} {reason}" for reason, n in dropped.most_common()]
+        log(f"left out, with all that is below: {', '.join(reasons)}")
     records.finish(args, splits, problems)
 
 
