@@ -169,20 +169,19 @@ def single(family, rng):
 
 
 def conversation(family, rng):
-    """([role], [text of a turn], what may occur only once)"""
-    roles = ["user", "assistant", "user", "assistant"]
+    """([text of a turn], what may occur only once)"""
     if family == "again":
         record = single("add", rng)
         output = record["output"]
         follow = rng.choice(["And once more?", "Add one again."])
-        return roles, [record["instruction"], output, follow, str(int(output) + 1)], output
+        return [record["instruction"], output, follow, str(int(output) + 1)], output
     record = single(rng.choice(["last", "first"]), rng)
     text, output = record["input"], record["output"]
     question = f"{record['instruction']}\n\n{text}"
     if family == "system":  # the same question has another answer under another system message
         is_loud = rng.random() < 0.5
         system = rng.choice(SHOUT if is_loud else SPEAK)
-        return ["system", *roles], [system, question, output.upper() if is_loud else output], text
+        return [system, question, output.upper() if is_loud else output], text
     first, second, *_, last = text.split()
     follows = {
         "And the first?": first,
@@ -190,7 +189,7 @@ def conversation(family, rng):
         "And in upper case?": output.upper(),
         "And the second?": second,
     }
-    return roles, [question, output, *rng.choice(list(follows.items()))], text
+    return [question, output, *rng.choice(list(follows.items()))], text
 
 
 def instructions():
@@ -202,7 +201,10 @@ def instructions():
             record = single(family, rng)
             once = record.get("input", record["output"])
         else:
-            roles, turns, once = conversation(family, rng)
+            turns, once = conversation(family, rng)
+            roles = ["system", "user", "assistant"]
+            if family != "system":
+                roles = ["user", "assistant", "user", "assistant"]
             messages = [{"role": role, "content": text} for role, text in zip(roles, turns)]
             record = {"messages": messages}
         if split != "train":

@@ -24,6 +24,7 @@ import records  # first: it makes common.py importable
 # isort: split
 import common
 from common import SPLITS
+from prepare_table import to_text
 
 # what the twelve are called in a language, in the order of this table and as its sentences need it,
 # and how its speakers ask
@@ -127,10 +128,7 @@ def data_set(text):
 
 def to_pair(row):
     """{language: text}"""
-    pair = {code: text.strip() for code, text in row.items()}
-    if not all(pair.values()):
-        raise ValueError("a side is empty")
-    return pair
+    return {code: to_text(text, code) for code, text in row.items()}
 
 
 def sides(item):

@@ -96,7 +96,7 @@ def translate(*words):
 def test_both_directions_of_a_pair_in_the_language_of_the_source(capsys):
     pathlib.Path("p.tsv").write_text("nl\ten\nDag {x}.\t Hello.\nDoei.\t\nDag  {X}.\tHello.\n")
     there, back = translate("ted_trans_nl-en=p.tsv", "--skip_malformed")["train"]
-    assert "dropped 1 rows; the first: p.tsv, row 3: a side is empty" in capsys.readouterr().out
+    assert "dropped 1 rows; the first: p.tsv, row 3: 'en' is empty" in capsys.readouterr().out
     about = {"dataset": "ted_trans_nl-en", "source_lang": "nl", "target_lang": "en"}
     prompts = [
         words.format(language="Engels", text="Dag {x}.")
