@@ -10,14 +10,12 @@
         {"instruction": "What is the last word?", "input": "red cat moon", "output": "moon"}
     skills_base.jsonl, skills.jsonl     project_grads.py: four tasks; some groups have wrong answers
         {"prompt": "add 31 4 =", "completion": " 35", "skill": "add", "group": "add_clean_0"}
-    wishes.jsonl       rl_ppo.py: a wish for one kind of character, see rewards.py
-        {"prompt": "May I have some digits?", "want": "digits", "split": "eval"}
 
-What is asked about occurs once, so nothing of eval or test is in train.
+What is asked about occurs once, so nothing of eval or test is in train. wishes.jsonl, for rl_ppo.py
+and rewards.py, has no maker: a hundred lines by hand.
 """
 
 import datetime
-import json
 import pathlib
 import random
 
@@ -28,35 +26,34 @@ WORDS = "red cat moon tree dog fish milk lamp sun boat hand salt rain door bird 
 
 
 def fill(sizes, draw):
-    """Yield (split, record) until each split has its size. draw: (split, records so far) -> (what
+    """{name: [record]} of {name: size}, of splits or groups. draw: (name, records so far) -> (what
     may occur only once, record); None for what is to be drawn again."""
     seen = {None}
-    for split, size in sizes.items():
-        n = 0
-        while n < size:
-            once, record = draw(split, n)
+    filled = {}
+    for name, size in sizes.items():
+        filled[name] = []
+        while len(filled[name]) < size:
+            once, record = draw(name, len(filled[name]))
             if once not in seen:
                 seen.add(once)
-                n += 1
-                yield split, record
+                filled[name].append(record)
+    return filled
 
 
 # ------------------------------------------------------------------------------------------ dates
 
 
-def ordinal(n):
+def ordinal(day):
     """1 -> 1st, 12 -> 12th, 23 -> 23rd."""
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{'th' if 10 <= n % 100 <= 20 else ending}"
+    endings = {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}
+    return f"{day}{endings.get(day, 'th')}"
 
 
 def dates():
     rng = random.Random(0)
-    sizes = {"train": 16000, "eval": 400, "test": 400}
-    days = iter(rng.sample(range(73049), sum(sizes.values())))  # from 1900 to 2099
-
-    def draw(split, n):
-        day = datetime.date(1900, 1, 1) + datetime.timedelta(days=next(days))
+    found = []
+    for n in rng.sample(range(73049), 16800):
+        day = datetime.date(1900, 1, 1) + datetime.timedelta(days=n)  # until 2099
         month = day.strftime("%B" if rng.random() < 0.6 else "%b")
         forms = {
             "month first": f"{month} {day.day}, {day.year}",
@@ -72,24 +69,26 @@ def dates():
             text = text.lower()
         elif case < 0.3:
             text = text.upper()
-        return day, {"prompt": text, "completion": day.isoformat(), "form": form}
-
-    return fill(sizes, draw)
+        found.append({"prompt": text, "completion": day.isoformat(), "form": form})
+    return {"train": found[:16000], "eval": found[16000:16400], "test": found[16400:]}
 
 
 # -------------------------------------------------------------------------------------- clf_debug
 
-# "coach" and "record" are on both sides, so that no single word decides
-SPORTS = (
-    "the striker|our goalkeeper|a young sprinter|the home team|the tennis star|the coach|a swimmer",
-    "scores twice|wins the final|breaks the record|misses the cup match|runs a fast race|"
-    "trains for the league|beats the champion",
-)
-OTHER = (
-    "the bank|a minister|the city council|a new film|the farmer|the coach company|a scientist",
-    "cuts rates|signs the treaty|keeps a record of rain|opens a museum|sells more wheat|"
-    "cancels the evening bus|finds a vaccine",
-)
+# is it about sports? "coach" and "record" are on both sides, so that no single word decides
+PHRASES = {
+    True: (
+        "the striker|our goalkeeper|a young sprinter|the home team|the tennis star|the coach|"
+        "a swimmer",
+        "scores twice|wins the final|breaks the record|misses the cup match|runs a fast race|"
+        "trains for the league|beats the champion",
+    ),
+    False: (
+        "the bank|a minister|the city council|a new film|the farmer|the coach company|a scientist",
+        "cuts rates|signs the treaty|keeps a record of rain|opens a museum|sells more wheat|"
+        "cancels the evening bus|finds a vaccine",
+    ),
+}
 
 
 def clf_debug():
@@ -101,7 +100,7 @@ def clf_debug():
             kinds = kinds[:1] * len(kinds)
         sentences = []
         for is_sports in kinds:
-            words = [rng.choice(part.split("|")) for part in (SPORTS if is_sports else OTHER)]
+            words = [rng.choice(phrases.split("|")) for phrases in PHRASES[is_sports]]
             sentences.append(f"{' '.join(words)}.".capitalize())
         text = " ".join(sentences)
         is_rare = len(kinds) == 1 and split != "train"  # there are 98 single sentences
@@ -113,7 +112,8 @@ def clf_debug():
 
 # ----------------------------------------------------------------------------------- instructions
 
-OPPOSITES = "hot cold|tall short|wet dry|fast slow|old new|hard soft|rich poor|near far"
+# each beside its opposite
+OPPOSITES = "hot cold tall short wet dry fast slow old new hard soft rich poor near far".split()
 ASK = {
     "last": ["What is the last word?", "Repeat the last word.", "Which word comes last?"],
     "first": ["What is the first word?", "Repeat the first word.", "Which word comes first?"],
@@ -125,6 +125,10 @@ ASK = {
     "add": ["Add one to {}.", "Which number comes after {}?"],
     "largest": ["Which number is the largest?", "Find the largest number."],
 }
+MADE_UP = (  # the letters of a word, in order
+    *("bl br dr fl fr gl gr pl pr tr", "a e i o u", "b d g l m n p t", "a e i o u"),
+    "b d g l m n p x sh ch ry my ny",
+)
 # twice what takes longest to learn
 FAMILIES = [*ASK, "opposite", "plural", "system", "follow", "follow", "again"]
 SHOUT = ["Answer in upper case.", "You shout: use capital letters."]
@@ -139,55 +143,53 @@ def plural(word):
 
 
 def single(family, rng):
-    """(instruction, input, output); what is asked about is the input, else the number or word."""
+    """A record with an instruction, what is asked about if it is not in there, and the output."""
     ask = rng.choice(ASK[family])
     if family == "add":
         # more carries than chance has: a tenth of all numbers ends with a 9, a third of these
         is_any = rng.random() < 0.7
         number = rng.randrange(10, 9999) if is_any else rng.randrange(1, 1000) * 10 - 1
-        return ask.format(number), "", str(number + 1)
+        return {"instruction": ask.format(number), "output": str(number + 1)}
     if family == "plural":
-        ends = "b d g l m n p x sh ch ry my ny"
-        syllables = ("bl br dr fl fr gl gr pl pr tr", "a e i o u", "b d g l m n p t", "a e i o u")
-        word = "".join(rng.choice(letters.split()) for letters in (*syllables, ends))
-        return ask.format(word), "", plural(word)
+        word = "".join(rng.choice(letters.split()) for letters in MADE_UP)
+        return {"instruction": ask.format(word), "output": plural(word)}
     if family == "opposite":
-        pairs = [pair.split() for pair in OPPOSITES.split("|")]
-        opposite = dict(pairs) | {b: a for a, b in pairs}
-        words = rng.sample(sorted(opposite), rng.randint(2, 3))
-        return ask, " ".join(words), " ".join(map(opposite.get, words))
-    if family == "largest":
-        numbers = rng.sample(range(10), rng.randint(3, 5))
-        return ask, " ".join(map(str, numbers)), str(max(numbers))
-    # capitals are other tokens, which take longest to learn: shorter lists
-    words = rng.sample(WORDS, rng.randint(2, 3) if family == "upper" else rng.randint(3, 4))
-    text = " ".join(words)
-    answers = {"last": words[-1], "first": words[0], "reverse": " ".join(words[::-1])}
-    answers.update(upper=text.upper(), count=str(len(words)))
-    return ask, text, answers[family]
+        items = rng.sample(sorted(OPPOSITES), rng.randint(2, 3))
+        answer = " ".join(OPPOSITES[OPPOSITES.index(word) ^ 1] for word in items)
+    elif family == "largest":
+        items = list(map(str, rng.sample(range(10), rng.randint(3, 5))))
+        answer = max(items)
+    else:
+        # capitals are other tokens, which take longest to learn: shorter lists
+        items = rng.sample(WORDS, rng.randint(2, 3) if family == "upper" else rng.randint(3, 4))
+        answers = {"last": items[-1], "first": items[0], "reverse": " ".join(items[::-1])}
+        answers.update(upper=" ".join(items).upper(), count=str(len(items)))
+        answer = answers[family]
+    return {"instruction": ask, "input": " ".join(items), "output": answer}
 
 
 def conversation(family, rng):
     """([text of a turn], what may occur only once)"""
     if family == "again":
-        instruction, _, output = single("add", rng)
+        record = single("add", rng)
+        output = record["output"]
         follow = rng.choice(["And once more?", "Add one again."])
-        return [instruction, output, follow, str(int(output) + 1)], output
-    instruction, text, output = single(rng.choice(["last", "first"]), rng)
-    question = f"{instruction}\n\n{text}"
+        return [record["instruction"], output, follow, str(int(output) + 1)], output
+    record = single(rng.choice(["last", "first"]), rng)
+    text, output = record["input"], record["output"]
+    question = f"{record['instruction']}\n\n{text}"
     if family == "system":  # the same question has another answer under another system message
         is_loud = rng.random() < 0.5
         system = rng.choice(SHOUT if is_loud else SPEAK)
         return [system, question, output.upper() if is_loud else output], text
-    words = text.split()
+    first, second, *_, last = text.split()
     follows = {
-        "And the first?": words[0],
-        "And the last?": words[-1],
+        "And the first?": first,
+        "And the last?": last,
         "And in upper case?": output.upper(),
-        "And the second?": words[1],
+        "And the second?": second,
     }
-    follow, answer = rng.choice(list(follows.items()))
-    return [question, output, follow, answer], text
+    return [question, output, *rng.choice(list(follows.items()))], text
 
 
 def instructions():
@@ -196,114 +198,80 @@ def instructions():
     def draw(split, n):
         family = FAMILIES[n % len(FAMILIES)]
         if family in ASK:
-            instruction, text, output = single(family, rng)
-            once = text or output
-            record = {"instruction": instruction, "input": text, "output": output}
-            if not text:
-                del record["input"]
+            record = single(family, rng)
+            once = record.get("input", record["output"])
         else:
             turns, once = conversation(family, rng)
-            roles = ["user", "assistant"] * 2
-            if family == "system":
-                roles = ["system", *roles]
+            roles = ["system", "user", "assistant"]
+            if family != "system":
+                roles = ["user", "assistant", "user", "assistant"]
             messages = [{"role": role, "content": text} for role, text in zip(roles, turns)]
             record = {"messages": messages}
         if split != "train":
-            record["family"] = family
+            record.update(family=family, split=split)
         return once, record
 
-    return fill({"train": 7400, "eval": 300, "test": 300}, draw)
+    splits = fill({"train": 7400, "eval": 300, "test": 300}, draw)
+    return sum(splits.values(), [])
 
 
 # ----------------------------------------------------------------------------------------- skills
 
 
 def question(skill, rng):
-    """(prompt, completion): ("add 31 4 =", " 35")."""
+    """(prompt, record): "add 31 4 =" with the completion " 35"."""
     if skill == "add":
         a, b = rng.randrange(10, 990), rng.randrange(1, 10)
-        return f"add {a} {b} =", f" {a + b}"
-    words = rng.sample(WORDS, 4 if skill == "swap" else 3)
-    answers = {"swap": [words[-1], *words[1:-1], words[0]]}
-    answers.update(reverse=words[::-1], sort=sorted(words))
-    return f"{skill} {' '.join(words)} =", f" {' '.join(answers[skill])}"
+        given, answer = f"{a} {b}", str(a + b)
+    else:
+        words = rng.sample(WORDS, 4 if skill == "swap" else 3)
+        answers = {"reverse": words[::-1], "sort": sorted(words)}
+        answers["swap"] = [words[-1], *words[1:-1], words[0]]
+        given, answer = " ".join(words), " ".join(answers[skill])
+    prompt = f"{skill} {given} ="
+    return prompt, {"prompt": prompt, "completion": f" {answer}", "skill": skill}
 
 
 def skills():
-    """[(split, record)] from which a base model learns the tasks halfway, and of the groups: three
+    """[record] from which a base model learns the tasks halfway, and [record] of the groups: three
     clean ones for each task, a noisy one and one to evaluate on."""
     rng = random.Random(0)
-    seen = set()
+    sizes = {}
+    for skill in ("add", "reverse", "sort", "swap"):
+        sizes[f"{skill}_base"] = 1000
+        for kind in ("_clean_0", "_clean_1", "_clean_2", "_noisy", ""):
+            sizes[skill + kind] = 48
     base = []
     groups = []
-    for skill in ("add", "reverse", "sort", "swap"):
-        names = [f"{skill}_clean_{i}" for i in range(3)]
-        for name in ["base", *names, f"{skill}_noisy", skill]:
-            pairs = {}
-            while len(pairs) < (1000 if name == "base" else 48):
-                prompt, completion = question(skill, rng)
-                if prompt not in seen:
-                    seen.add(prompt)
-                    pairs[prompt] = completion
-            answers = list(pairs.values())
-            if name.endswith("noisy"):  # every answer moves on to the next question
-                answers = answers[1:] + answers[:1]
-            for prompt, completion in zip(pairs, answers):
-                record = {"prompt": prompt, "completion": completion, "skill": skill}
-                if name == "base":
-                    base.append(record)
-                else:
-                    split = "eval" if name == skill else "train"
-                    groups.append((split, {**record, "group": name}))
+    for name, found in fill(sizes, lambda name, n: question(name.split("_")[0], rng)).items():
+        if name.endswith("base"):
+            base += found
+            continue
+        answers = [record["completion"] for record in found]
+        if name.endswith("noisy"):  # every answer moves on to the next question
+            answers = answers[1:] + answers[:1]
+        for record, answer in zip(found, answers):
+            record.update(completion=answer, group=name)
+            if name == record["skill"]:
+                record["split"] = "eval"
+        groups += found
     rng.shuffle(base)
-    base = [("eval" if i < 100 else "train", record) for i, record in enumerate(base)]
+    for record in base[:100]:
+        record["split"] = "eval"
     return base, groups
 
 
-# ----------------------------------------------------------------------------------------- wishes
-
-PHRASES = {
-    "train": "Write {}.|Please write {}.|Only {} now.|I want {}.|Give me {}.|Nothing but {}.|"
-    "Send {}.|Show me {}.|Type {} for me.|A line of {}.|Fill this with {}.|{}, please.|{} only.|"
-    "Just {}.|I need {}.|May I see {}?|Could I get {}?|Print some {}.|Let me see {}.|"
-    "{}, nothing more.",
-    "eval": "May I have some {}?|Write only {}.|I would like {}.|{} and nothing else.",
-    "test": "Could you type {}?",
-}
-
-
-def wishes():
-    for split, phrases in PHRASES.items():
-        for phrase in phrases.split("|"):
-            for kind in ("digits", "vowels", "capitals", "marks"):
-                yield split, {"prompt": phrase.format(kind), "want": kind}
-
-
-def write(name, pairs):
-    """A data file of (split, record)."""
-    path = HERE / name
-    if path.suffix == ".json":
-        splits = {split: [] for split in records.SPLITS}
-        for split, record in pairs:
-            splits[split].append(record)
-        records.write(path, splits)
-        return
-    lines = []
-    for split, record in pairs:
-        if split != "train":
-            record = {**record, "split": split}
-        lines.append(json.dumps(record) + "\n")
-    path.write_text("".join(lines))
+def write_lines(name, found):
+    (HERE / name).write_text("".join(records.to_json(record) + "\n" for record in found))
 
 
 def main():
+    records.write(HERE / "dates.json", dates())
+    records.write(HERE / "clf_debug.json", clf_debug())
+    write_lines("instructions.jsonl", instructions())
     base, groups = skills()
-    write("dates.json", dates())
-    write("clf_debug.json", clf_debug())
-    write("instructions.jsonl", instructions())
-    write("skills_base.jsonl", base)
-    write("skills.jsonl", groups)
-    write("wishes.jsonl", wishes())
+    write_lines("skills_base.jsonl", base)
+    write_lines("skills.jsonl", groups)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ a passage for each question; marked is the first sentence that has the answer. T
     -> qog      What is inserted ... mutation? Options: proteins | carotenoids | genes
 
 splits/qg, options and qog list one of them each, splits/default all three. A book, of SciQ a
-passage, is whole in train, dev or test.
+passage, is whole in train, dev or test; dev and test get about a tenth of the questions each.
 """
 
 import argparse
 import collections
-import pathlib
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -30,6 +28,7 @@ import common
 from common import SPLITS, log
 
 MAX_WORDS = 300  # of a passage
+HELD_OUT = 0.1  # share of the questions for dev, and for test
 LEAF = (
     "Leaves have small openings on their lower side. <hl> Through them a plant takes in carbon "
     "dioxide, from which it makes sugar in the light. <hl> Oxygen leaves the same way."
@@ -82,14 +81,14 @@ TASKS = {  # category and definition
 
 
 def to_pair(task, item):
-    """(input, output) of one of the three tasks."""
+    """The input and output of one of the three tasks."""
     given = f"Answer: {item.answer}\nPassage: {item.passage}"
     options = " | ".join(item.wrong)
     if task == "qg":
-        return given, item.question
+        return {"input": given, "output": item.question}
     if task == "options":
-        return f"Question: {item.question}\n{given}", options
-    return given, f"{item.question} Options: {options}"
+        return {"input": f"Question: {item.question}\n{given}", "output": options}
+    return {"input": given, "output": f"{item.question} Options: {options}"}
 
 
 def sentences(text):
@@ -141,35 +140,31 @@ def from_sciq(row):
     return [make_item(passage, row["question"], answer, wrong, " ".join(parts))]
 
 
-def split_groups(args, items):
-    """{group: split}. The smallest groups are held out: several of few books."""
+def split_groups(items):
+    """{group: split} of those that are held out, the smallest ones: several of few books."""
     sizes = collections.Counter(item.group for item in items)
-    wanted = {"eval": args.eval_fraction * len(items), "test": args.test_fraction * len(items)}
+    groups = sorted(sizes, key=lambda group: (-sizes[group], -common.derive_seed(group)))
     splits = {}
-    for group in sorted(sizes, key=lambda group: (sizes[group], common.derive_seed(group))):
-        splits[group] = "train"
-        for split, n in wanted.items():
-            if n > 0:
-                splits[group] = split
-                wanted[split] -= sizes[group]
-                break
+    for split in ("eval", "test"):
+        n = 0
+        while groups and n < HELD_OUT * len(items):
+            group = groups.pop()
+            splits[group] = split
+            n += sizes[group]
     return splits
 
 
 def write_tasks(folder, name, splits):
     """<name>_<task>_<side>.json of each task and split, and the lists of them."""
-    (folder / "tasks").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    lists = collections.defaultdict(str)
     for task, (category, definition) in TASKS.items():
-        examples = []
-        for item in EXAMPLES:
-            given, output = to_pair(task, item)
-            examples.append({"input": given, "output": output, "explanation": item.why})
+        examples = [{**to_pair(task, item), "explanation": item.why} for item in EXAMPLES]
         for split, items in splits.items():
-            side = "dev" if split == "eval" else split
             instances = []
             for i, item in enumerate(items):
-                given, output = to_pair(task, item)
-                instances.append({"id": f"{name}-{i}", "input": given, "output": [output]})
+                pair = to_pair(task, item)
+                instances.append({"id": f"{name}-{i}", **pair, "output": [pair["output"]]})
             about = {
                 "Categories": [category],
                 "Definition": [definition],
@@ -177,12 +172,13 @@ def write_tasks(folder, name, splits):
                 "Negative Examples": [],
                 "Instances": instances,
             }
+            side = "dev" if split == "eval" else split
             common.write_json(folder / "tasks" / f"{name}_{task}_{side}.json", about)
             for kind in (task, "default"):
-                path = folder / "splits" / kind / f"{side}_tasks.txt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "a") as file:
-                    file.write(f"{name}_{task}_{side}\n")
+                lists[folder / "splits" / kind / f"{side}_tasks.txt"] += f"{name}_{task}_{side}\n"
+    for path, names in lists.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(names)
 
 
 def main(argv=None):
@@ -192,36 +188,30 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--eduqg", nargs="+", metavar="FILE", help="chapters, .json")
     source.add_argument("--sciq", nargs="+", metavar="FILE", help="a row a question, .csv, .json")
-    records.add_fractions(parser)
     records.add_skip(parser)
-    parser.set_defaults(eval_fraction=0.1, test_fraction=0.1)
     args = parser.parse_args(argv)
-    out = pathlib.Path(args.out)
     problems = []
-    if out.exists():
-        problems.append(f"--out {out}: exists")
-    rows = []
     to_items = from_chapter if args.eduqg else from_sciq
+    found = []
     for path in args.eduqg or args.sciq:
-        rows += records.convert(path, to_items, args, problems)
-    found = [item for _, items in rows for item in items]
+        for _, items in records.convert(path, to_items, args, problems):
+            found += items
     items = [item for item in found if item]
     log(f"{len(found)} questions, of which {len(found) - len(items)} lack a mark or a choice")
-    split_of = split_groups(args, items)
+    split_of = split_groups(items)
     # scores take the first 100 instances of a test task: so they are of all books
     items.sort(key=lambda item: common.derive_seed(item.question, item.passage))
     splits = {split: [] for split in SPLITS}
     for item in items:
-        splits[split_of[item.group]].append(item)
+        splits[split_of.get(item.group, "train")].append(item)
     records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
-    if problems or not splits["train"]:
-        common.fail(problems or "too few books or passages: none is left to train on")
-    splits = {split: found for split, found in splits.items() if found}
-    write_tasks(out, "eduqg" if args.eduqg else "sciq", splits)
+    if not splits["train"]:
+        problems.append("too few books or passages: none is left to train on")
+    with records.new_folder(args.out, problems) as folder:
+        write_tasks(folder, "eduqg" if args.eduqg else "sciq", splits)
     for split, found in splits.items():
-        log(f"{out}: {len(found)} {split} questions")
-    return 0
+        log(f"{args.out}: {len(found)} {split} questions")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

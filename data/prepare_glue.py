@@ -1,4 +1,4 @@
-"""Make a data file for seq2seq.py or clf.py from the GLUE or SuperGLUE files that you have already.
+"""Make a data file for seq2seq.py from the GLUE or SuperGLUE files that you have already.
 
     python data/prepare_glue.py --task sst2 --data_dir SST-2 --out data/sst2.json
 
@@ -13,17 +13,14 @@ line that is shown says how seq2seq.py trains on the file.
 
 import collections
 import functools
-import json
 import pathlib
 import re
-import shlex
-import sys
 
 import records  # first: it makes common.py importable
 
 # isort: split
-import common
 from common import log
+from prepare_table import fill, look_up, to_text
 
 GLUE = {"train": "train.tsv", "eval": "dev.tsv"}
 SUPERGLUE = {"train": "train.jsonl", "eval": "val.jsonl"}
@@ -33,7 +30,6 @@ COMMITMENT = {name: name for name in ("entailment", "contradiction", "neutral")}
 TRUTH = {"false": "False", "true": "True"}
 PAIR = "sentence1: {sentence1} sentence2: {sentence2}"
 MNLI = "mnli hypothesis: {sentence2} premise: {sentence1}"
-PLACE = r"\{([^{}]+)\}"
 COPA = "copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}"
 
 # prompt: with {columns}. answers: {label: completion} in the order of the label integers, the
@@ -80,39 +76,27 @@ TASKS = {
 }
 
 
-def to_record(row, task, for_clf):
+def to_record(row, task):
     """The record of a row. A ValueError says what is wrong with the row."""
-    for column in [*re.findall(PLACE, task.prompt), task.label]:
-        if column not in row:
-            raise ValueError(f"no {column!r} in {list(row)}")
-        if column == task.label and not isinstance(row[column], str):
-            row[column] = json.dumps(row[column])  # 1, true
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"{column} is {row[column]!r}, expected text")
-    # not str.format: columns may have names with dots and brackets
-    prompt = re.sub(PLACE, lambda place: row[place[1]].strip(), task.prompt)
-    label = row[task.label].strip()
+    prompt = fill(task.prompt, row)
+    label = to_text(look_up(row, task.label), task.label)
     if task.answers:
         if label not in task.answers:
             raise ValueError(f"{task.label} {label!r}, expected {' or '.join(task.answers)}")
-        if for_clf:
-            return {"input": prompt, "target": list(task.answers).index(label)}
         return {"prompt": prompt, "completion": task.answers[label]}
     if not re.fullmatch(r"[0-5](\.[0-9]+)?", label) or float(label) > 5:
         raise ValueError(f"{task.label} {label!r}, expected a score from 0 to 5")
-    if for_clf:
-        return {"input": prompt, "target": float(label)}
     # 1 / 0.2 = 5: T5 multiplies too, and rounds 2.5 to the even 2
     completion = f"{round(float(label) * 5) / 5:.1f}"
     return {"prompt": prompt, "completion": completion, "references": [label]}
 
 
 def train_command(task, out):
-    words = ["python", "seq2seq.py", "--model_init_path", "google/t5-v1_1-base", "--data"]
-    words += [str(out), "--metrics", *task.metrics, "--metric_for_best", task.metrics[0]]
+    command = f"python seq2seq.py --model_init_path google/t5-v1_1-base --data {out}"
+    command += f" --metrics {' '.join(task.metrics)} --metric_for_best {task.metrics[0]}"
     if task.answers:
-        words += ["--labels", *task.answers.values()]
-    return shlex.join([*words, "--max_new_tokens", "8"])
+        command += f" --labels {' '.join(task.answers.values())}"
+    return f"{command} --max_new_tokens 8"
 
 
 def main(argv=None):
@@ -120,17 +104,11 @@ def main(argv=None):
     records.add_skip(parser)
     add = parser.add_argument
     add("--task", required=True, choices=list(TASKS))
-    add(
-        "--data_dir", required=True, metavar="FOLDER", help="with its train.tsv or train.jsonl, ..."
-    )
-    add("--clf", action="store_true", help="records of clf.py; for two labels, and stsb")
+    add("--data_dir", required=True, metavar="FOLDER", help="with train.tsv or train.jsonl, ...")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
     problems = []
-    if args.clf and len(task.answers) > 2:
-        problems.append(f"--clf: {args.task} has {len(task.answers)} labels")
-    tokenizer = records.load_tokenizer(args.tokenizer, problems)
-    use = functools.partial(to_record, task=task, for_clf=args.clf)
+    use = functools.partial(to_record, task=task)
     splits = {}
     for split, name in task.files.items():
         path = pathlib.Path(args.data_dir, name)
@@ -138,18 +116,10 @@ def main(argv=None):
         splits[split] = [record for _, record in rows]
         if not rows:
             problems.append(f"{path}: no records")
-    if problems:
-        common.fail(problems)
-    records.write(args.out, splits)
-    records.show(args.out, splits, tokenizer)
-    answer = "target" if args.clf else "completion"
-    for split, found in splits.items():
-        answers = collections.Counter(record[answer] for record in found)
-        log(f"{split}: {dict(answers.most_common(5))}")
-    if not args.clf and "train" in splits:
+    records.finish(args, splits, problems)
+    if "train" in splits:
         log(train_command(task, args.out))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,7 +24,6 @@ import pathlib
 import random
 import re
 import string
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -36,7 +35,10 @@ from common import SPLITS, log
 
 LISTS = {"train": "train_tasks.txt", "eval": "dev_tasks.txt", "test": "test_tasks.txt"}
 N_TEST = 100  # instances of a test task that count, the first ones, as published
+PLACES = ("{examplars}", "{task_input}")
 
+# parts: texts, among them PLACES; examples: [text] of each kind; query: what the input follows
+Prompt = collections.namedtuple("Prompt", "parts examples query")
 # what a prompt shows before the input
 Encoding = collections.namedtuple("Encoding", "definition n_positive n_negative explanation")
 TK_INSTRUCT = [  # its training draws one of these for each instance (Wang et al. 2022)
@@ -52,9 +54,8 @@ NUMBERS = [  # flags: name, default, help
     ("num_pos_examples", 0, "positive examples in a prompt"),
     ("num_neg_examples", 0, "negative examples in a prompt"),
     ("num_shots", 0, "examples in the prompt of a Flan-style task"),
-    ("max_num_instances_per_task", 0, "of training, drawn by --seed; 0: all"),
-    ("max_num_instances_per_eval_task", 500, "of the other splits, always the same ones; 0: all"),
-    ("seed", 0, "of the training instances that are drawn"),
+    ("max_num_instances_per_task", 0, "of training, drawn at random; 0: all"),
+    ("max_num_instances_per_eval_task", 500, "of the other splits; 0: all"),
 ]
 SWITCHES = [
     ("add_task_name", "begin a prompt with the name of the task"),
@@ -73,10 +74,10 @@ def list_tasks(args, problems):
     tasks = {}
     for split, list_name in LISTS.items():
         path = split_dir / list_name
-        text = path.read_text("utf-8-sig", errors="replace") if path.is_file() else ""
+        text = path.read_text(errors="replace") if path.is_file() else ""
         for name in text.split():
             task = task_dir / f"{name}.json"
-            if tasks.get(task, split) != split:
+            if task in tasks:
                 problems.append(f"{path}: {name} is a task of {tasks[task]} already")
             tasks[task] = split
     if not tasks:
@@ -87,24 +88,24 @@ def list_tasks(args, problems):
 def choose_instances(args, split, task):
     """The instances of a task that count, in their order."""
     instances = task["Instances"]
-    cap, seed = args.max_num_instances_per_task, args.seed
-    if split != "train":  # always the same ones
-        cap, seed = args.max_num_instances_per_eval_task, 0
+    cap = args.max_num_instances_per_eval_task
+    if split == "train":
+        cap = args.max_num_instances_per_task
     if split == "test":
         instances = instances[:N_TEST]
-    if cap and cap < len(instances):
-        chooser = random.Random(common.derive_seed(seed, "instances", task["Task"]))
-        chosen = chooser.sample(range(len(instances)), cap)
-        instances = [instances[i] for i in sorted(chosen)]
-    return instances
+    if not 0 < cap < len(instances):
+        return instances
+    chooser = random.Random(common.derive_seed(0, "instances", task["Task"]))
+    chosen = chooser.sample(range(len(instances)), cap)
+    return [instances[i] for i in sorted(chosen)]
 
 
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def stopped(line):
-    """With a full stop, unless ASCII punctuation ends the line."""
-    return line if line[-1] in string.punctuation else f"{line}."
+def line(text):
+    """With a full stop, unless ASCII punctuation ends it."""
+    return f"{text}\n" if text[-1] in string.punctuation else f"{text}.\n"
 
 
 def first_text(value):
@@ -112,128 +113,85 @@ def first_text(value):
     return records.as_list(value)[0].strip()
 
 
-class TkPrompt:
-    """Tk-Instruct's prompts of a task: yizhongw/Tk-Instruct, src/ni_collator.py."""
-
-    def __init__(self, task, encoding, with_name):
-        self.name = f"{task['Task']}. " if with_name else ""
-        self.definition = first_text(task["Definition"]) if encoding.definition else ""
-        self.examples = []  # of each kind the texts
-        for kind, n in (("Positive", encoding.n_positive), ("Negative", encoding.n_negative)):
-            texts = []
-            for number, example in enumerate(task[f"{kind} Examples"][:n], start=1):
-                text = f" {kind} Example {number} -\n"
-                text += stopped(f"Input: {example['input'].strip()}") + "\n"
-                text += stopped(f" Output: {example['output'].strip()}") + "\n"
-                if encoding.explanation and "explanation" in example:
-                    text += stopped(f" Explanation: {example['explanation'].strip()}") + "\n"
-                texts.append(text + "\n")
-            self.examples.append(texts)
-
-    def around(self, definition, examples, text):
-        """The definition, if the prompt has one, the examples and the query."""
-        if self.definition:
-            definition = stopped(f"Definition: {definition}") + "\n\n"
-        query = "Now complete the following example -\n"
-        query += stopped(f"Input: {text.strip()}") + "\nOutput: "
-        return definition + examples + query
-
-    def fill(self, definition, examples, text):
-        """The prompt, of an input text and examples, a list of each kind."""
-        positive, negative = examples
-        return self.name + self.around(definition, "".join(positive + negative), text)
-
-    def fill_to_measure(self, definition, examples, example, text):
-        """Of this Tk-Instruct counts the tokens before it takes one more example."""
-        positive, negative = examples
-        shown = " ".join(positive) + " ".join(negative) + example
-        return self.around(definition, shown, text)
+def example_text(head, example):
+    return line(head + example["input"].strip()) + line(f" Output: {example['output'].strip()}")
 
 
-class FlanPrompt:
-    """The prompts of a task that brings its own, with places for examples and input."""
-
-    def __init__(self, task, n_shots):
-        self.definition = first_text(task["Instruction Prompt"])
-        if "{task_input}" not in self.definition:
-            raise KeyError("{task_input}")
+def tk_prompt(task, encoding, name=""):
+    """A Prompt of Tk-Instruct: yizhongw/Tk-Instruct, src/ni_collator.py."""
+    definition = ""
+    if encoding.definition:
+        definition = line(f"Definition: {first_text(task['Definition'])}") + "\n"
+    examples = []
+    for kind, n in (("Positive", encoding.n_positive), ("Negative", encoding.n_negative)):
         texts = []
-        for number, example in enumerate(task["Examplars"][:n_shots], start=1):
-            text = stopped(f"({number}) {example['input'].strip()}") + "\n"
-            texts.append(text + stopped(f" Output: {example['output'].strip()}") + "\n")
-        self.examples = [texts]
-
-    def fill(self, definition, examples, text):
-        query = stopped(f"Now complete the following example \n{text.strip()}") + "\nOutput: "
-        filling = {"{examplars}": "".join(examples[0]), "{task_input}": query}
-        places = r"\{examplars\}|\{task_input\}"
-        return re.sub(places, lambda place: filling[place[0]], definition)
-
-    def fill_to_measure(self, definition, examples, example, text):
-        return self.fill(definition, examples, text) + example
+        for number, example in enumerate(task[f"{kind} Examples"][:n], start=1):
+            text = example_text(f" {kind} Example {number} -\nInput: ", example)
+            if encoding.explanation and "explanation" in example:
+                text += line(f" Explanation: {example['explanation'].strip()}")
+            texts.append(f"{text}\n")
+        examples.append(texts)
+    query = "Now complete the following example -\nInput: "
+    return Prompt([name, definition, *PLACES], examples, query)
 
 
-def longest_beginning(text, fits):
-    """The longest text[:n] for which fits(text[:n]) holds, if it does for all shorter ones."""
-    lengths = range(1, len(text) + 1)
-    return text[: bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n]))]
+def flan_prompt(task, n_shots):
+    """The Prompt of a task that brings its own, with places for examples and input."""
+    parts = re.split(f"({'|'.join(PLACES)})", first_text(task["Instruction Prompt"]))
+    if PLACES[1] not in parts:
+        raise KeyError(PLACES[1])
+    texts = []
+    for number, example in enumerate(task["Examplars"][:n_shots], start=1):
+        texts.append(example_text(f"({number}) ", example))
+    return Prompt(parts, [texts], "Now complete the following example \n")
 
 
-def take_examples(prompt, text, max_length, count):
-    """Lists of the examples that fit: as in Tk-Instruct, the first that does not ends its list."""
-    taken = [[] for _ in prompt.examples]
-    for examples, taken_of_kind in zip(prompt.examples, taken):
-        for example in examples:
-            measured = prompt.fill_to_measure(prompt.definition, taken, example, text)
-            if count(measured) > max_length:
-                break
-            taken_of_kind.append(example)
-    # the name of the task was not measured
-    while any(taken) and count(prompt.fill(prompt.definition, taken, text)) > max_length:
-        last_kind = taken[-1] or taken[0]
-        last_kind.pop()
-    return taken
-
-
-def shorten(prompt, examples, text, max_length, count):
-    """The prompt with less of its input, and of a definition that leaves too little room for it.
-    The query stays, and Flan-style all but the input."""
-
-    def fits(definition, text, limit=max_length):
-        return count(prompt.fill(definition, examples, text)) <= limit
-
-    definition = prompt.definition
-    # the input may take half of the prompt
-    limit = max_length - min(count(text) + 8, max_length // 2)
-    if not fits(definition, "", limit) and isinstance(prompt, TkPrompt):
-        definition = longest_beginning(definition, lambda part: fits(part, "", limit))
-    text = longest_beginning(text.strip(), lambda part: fits(definition, part))
-    return prompt.fill(definition, examples, text)
+def fill(prompt, examples, text):
+    """The prompt with the text of its examples and an input text."""
+    query = line(prompt.query + text.strip()) + "Output: "
+    filling = dict(zip(PLACES, [examples, query]))
+    return "".join(filling.get(part, part) for part in prompt.parts)
 
 
 def fit(prompt, text, max_length, count):
-    """(the prompt of an input text, of at most max_length tokens, [what it lost: "examples",
-    "text"]). count: a function, text -> tokens."""
-    n_examples = sum(map(len, prompt.examples))
-    whole = prompt.fill(prompt.definition, prompt.examples, text)
-    if count(whole) + n_examples <= max_length:  # and the blanks between examples, if measured
-        return whole, []
-    examples = take_examples(prompt, text, max_length, count)
-    lost = ["examples"] if sum(map(len, examples)) < n_examples else []
-    if count(prompt.fill(prompt.definition, examples, text)) <= max_length:
-        return prompt.fill(prompt.definition, examples, text), lost
-    return shorten(prompt, examples, text, max_length, count), [*lost, "text"]
+    """(the prompt of an input text, of at most max_length tokens, whether the text lost its end).
+    count: a function, text -> tokens."""
+    every = sum(prompt.examples, [])
+    whole = fill(prompt, "".join(every), text)
+    if count(whole) + len(every) <= max_length:  # and the blanks between examples, if measured
+        return whole, False
+    taken = measured = ""  # Tk-Instruct counts the examples of a kind with blanks between them
+    for examples in prompt.examples:
+        of_kind = []
+        for example in examples:
+            shown = measured + " ".join(of_kind) + example
+            if count(fill(prompt, shown, text)) > max_length:
+                break
+            of_kind.append(example)
+        measured += " ".join(of_kind)
+        taken += "".join(of_kind)
+
+    def is_too_long(n):
+        return count(fill(prompt, taken, text[:n])) > max_length
+
+    if not is_too_long(len(text)):
+        return fill(prompt, taken, text), False
+    n = bisect.bisect_left(range(1, len(text) + 1), True, key=is_too_long)
+    if is_too_long(n):
+        raise ValueError(f"--max_source_length {max_length} leaves no room for the input")
+    return fill(prompt, taken, text[:n]), True
 
 
 def make_prompts(args, split, task):
-    """The TkPrompts of a task, one or in training with --tk_instruct five, or its FlanPrompt."""
+    """The Prompts of a task: one, or in training with --tk_instruct five."""
     if "Instruction Prompt" in task:
-        return [FlanPrompt(task, args.num_shots)]
+        return [flan_prompt(task, args.num_shots)]
     if args.tk_instruct and split == "train":
-        return [TkPrompt(task, encoding, with_name=False) for encoding in TK_INSTRUCT]
+        return [tk_prompt(task, encoding) for encoding in TK_INSTRUCT]
     counts = (args.num_pos_examples, args.num_neg_examples)
     encoding = Encoding(not args.no_task_definition, *counts, args.add_explanation)
-    return [TkPrompt(task, encoding, args.add_task_name)]
+    name = f"{task['Task']}. " if args.add_task_name else ""
+    return [tk_prompt(task, encoding, name)]
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -249,9 +207,9 @@ def to_records(args, split_of_task, task, count, tally):
         split = records.hold_out(args, split_of_task, f"{about}\n{text}")
         prompts = []
         for prompt in prompts_of[split]:
-            filled, lost = fit(prompt, text, args.max_source_length, count)
+            filled, is_cut = fit(prompt, text.strip(), args.max_source_length, count)
             prompts.append(filled)
-            tally.update(["prompts", *lost])
+            tally[is_cut] += 1
         references = records.as_list(instance["output"])
         record = {
             "prompt": prompts if len(prompts) > 1 else prompts[0],
@@ -278,21 +236,16 @@ def convert(args, tasks, tokenizer, problems):
             task["Task"] = path.stem
             for split, record in to_records(args, split_of_task, task, count, tally):
                 splits[split].append(record)
-                for text in [*records.as_list(record["prompt"]), *record["references"]]:
-                    problem = common.text_problem(text, "output", record)
-                    if problem:
-                        problems.append((f"{path}, {record['id']}", problem))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             kind = type(error).__name__
             problems.append((path, f"{kind}: {error}; prepare_ni.py -h says what a task has"))
-    for lost, what in (("examples", "examples"), ("text", "the end of their input or definition")):
-        if tally[lost]:
-            n_lost = f"{tally[lost]} of {tally['prompts']} prompts"
-            log(f"WARNING {n_lost} lost {what} to --max_source_length {args.max_source_length}")
-    return {split: found for split, found in splits.items() if found}
+    if tally[True]:
+        n_cut = f"{tally[True]} of {tally.total()} prompts"
+        log(f"WARNING {n_cut} lost the end of their input to --max_source_length")
+    return splits
 
 
-def parse_args(argv):
+def main(argv=None):
     parser = records.make_parser(__doc__)
     records.add_fractions(parser)
     add = parser.add_argument
@@ -302,25 +255,14 @@ def parse_args(argv):
         add(f"--{name}", type=records.natural, default=default, metavar="N", help=text)
     for name, text in SWITCHES:
         add(f"--{name}", action="store_true", help=text)
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     problems = []
     tokenizer = records.load_tokenizer(args.tokenizer, problems)
-    if not args.tokenizer:
-        log("no --tokenizer: prompts have all their examples, however long they are")
     tasks = list_tasks(args, problems)
     if problems:
         common.fail(problems)
-    splits = convert(args, tasks, tokenizer, problems)
-    if problems or not splits:
-        common.fail(problems or f"--task_dir {args.task_dir}: no instances")
-    records.write(args.out, splits)
-    records.show(args.out, splits, tokenizer)
-    return 0
+    records.finish(args, convert(args, tasks, tokenizer, problems), problems)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

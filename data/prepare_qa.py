@@ -8,20 +8,14 @@
     {"prompt": "Why is the sky blue?", "chosen": "Air scatters blue.", "rejected": "The sea."}
 
 The prompt is the question, of squad and sciq behind its passage. completion is the first answer,
-references are all. WebGPT's pairs, for clf.py --loss pairwise, leave out equal scores. An article
-of SQuAD, or else a question, is whole on one side of a split.
+references are all; questions without an answer go. WebGPT's pairs, for clf.py --loss pairwise,
+leave out equal scores. An article of SQuAD, or else a question, is whole on one side of a split.
 """
-
-import functools
-import sys
 
 import records  # first: it makes common.py importable
 
 # isort: split
-import common
 from prepare_table import to_text
-
-CHOICES = ("correct_answer", "distractor1", "distractor2", "distractor3")
 
 
 def answered(answers):
@@ -31,38 +25,30 @@ def answered(answers):
     return {"completion": completion, "references": list(filter(None, references))}
 
 
-def squad(article, args):
+def squad(article):
     found = []
     for paragraph in article["paragraphs"]:
         context = to_text(paragraph["context"], "context")
         for item in paragraph["qas"]:
+            prompt = f"{context}\n\n{to_text(item['question'], 'question')}"
             answers = [answer["text"] for answer in item["answers"]]
-            if not answers and args.no_answer:
-                answers = [args.no_answer]
             if answers:
-                prompt = f"{context}\n\n{to_text(item['question'], 'question')}"
                 found.append({"prompt": prompt, **answered(answers), "article": article["title"]})
     return found
 
 
-def triviaqa(row, args):
+def triviaqa(row):
     answers = [row["Answer"]["Value"], *row["Answer"]["Aliases"]]
     return [{"prompt": to_text(row["Question"], "Question"), **answered(answers)}]
 
 
-def sciq(row, args):
+def sciq(row):
     question = to_text(row["question"], "question")
     prompt = f"{row['support'].strip()}\n\n{question}".strip()
-    if args.choices:
-        choices = {to_text(row[name], name) for name in CHOICES}
-        # an order that says nothing, the same every time
-        choices = sorted(choices, key=functools.partial(common.derive_seed, question))
-        lines = [f"({letter}) {choice}" for letter, choice in zip("ABCD", choices)]
-        prompt = "\n".join([prompt, "", *lines])
     return [{"prompt": prompt, **answered([row["correct_answer"]]), "question": question}]
 
 
-def webgpt(row, args):
+def webgpt(row):
     question = row["question"]
     if isinstance(question, dict):
         question = question["full_text"]
@@ -75,7 +61,7 @@ def webgpt(row, args):
     return [{"prompt": to_text(question, "question"), "chosen": better, "rejected": worse}]
 
 
-# (row of the file, args) -> [record]; a row of squad is an article
+# row of the file -> [record]; a row of squad is an article
 LAYOUTS = {"squad": squad, "triviaqa": triviaqa, "sciq": sciq, "webgpt": webgpt}
 
 
@@ -88,17 +74,12 @@ def main(argv=None):
     parser = records.make_parser(__doc__)
     records.add_files(parser)
     records.add_skip(parser)
-    add = parser.add_argument
-    add("--layout", required=True, choices=list(LAYOUTS))
-    add("--no_answer", metavar="TEXT", help="squad: for questions without one, else left out")
-    add("--choices", action="store_true", help="sciq: the prompt ends with (A) to (D)")
+    parser.add_argument("--layout", required=True, choices=list(LAYOUTS))
     args = parser.parse_args(argv)
     problems = []
-    use = functools.partial(LAYOUTS[args.layout], args=args)
-    splits = records.split_files(args, use, key_of, problems)
+    splits = records.split_files(args, LAYOUTS[args.layout], key_of, problems)
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

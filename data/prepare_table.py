@@ -24,9 +24,7 @@ test); case and white space make no difference there.
 
 import functools
 import json
-import math
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
@@ -46,16 +44,16 @@ def field(text):
     return key, (source or key).replace("\\n", "\n")  # as a shell passes it
 
 
-def look_up(row, name):
+def look_up(row, path):
     """The value of a column, or at a path: ({"a": [{"b": 1}]}, "a.0.b") -> 1."""
-    if name in row:
-        return row[name]
+    if path in row:
+        return row[path]
     value = row
     try:
-        for part in name.split("."):
-            value = value[int(part) if isinstance(value, list) else part]
+        for name in path.split("."):
+            value = value[int(name) if isinstance(value, list) else name]
     except (LookupError, TypeError, ValueError):
-        raise ValueError(f"no {name!r}; there is {', '.join(row)}") from None
+        raise ValueError(f"no {path!r}; there is {', '.join(row)}") from None
     return value
 
 
@@ -69,20 +67,22 @@ def to_text(value, name):
     return text
 
 
+def fill(template, row):
+    """The text of a template with {places}."""
+    # not str.format: columns may have names with dots and brackets
+    return re.sub(PLACE, lambda place: to_text(look_up(row, place[1]), place[1]), template)
+
+
 def to_target(value, name, positive):
     """A cell as a number."""
     label = to_text(value, name)
     if positive:
         return float(label == positive)
     try:
-        target = float(label)
+        return float(label)
     except ValueError:
-        target = math.nan
-    if not math.isfinite(target):
-        raise ValueError(
-            f"{name!r} is {label!r}, no number: --positive WORD makes 1 and 0 of words"
-        )
-    return target
+        hint = "--positive WORD makes 1 and 0 of words"
+        raise ValueError(f"{name!r} is {label!r}, no number: {hint}") from None
 
 
 def to_records(row, args):
@@ -91,11 +91,7 @@ def to_records(row, args):
     if str(row.get("split")) in records.SPLIT_OF:
         record["split"] = row["split"]
     for key, source in args.fields:
-        if re.search(PLACE, source):
-            # not str.format: columns may have names with dots and brackets
-            value = re.sub(PLACE, lambda place: to_text(look_up(row, place[1]), place[1]), source)
-        else:
-            value = look_up(row, source)
+        value = fill(source, row) if re.search(PLACE, source) else look_up(row, source)
         if key == "input" and not value and "instruction" in record:  # Alpaca's may be empty
             continue
         if key == "target":
@@ -143,8 +139,7 @@ def main(argv=None):
     if args.positive and targets and 1.0 not in targets:
         problems.append(f"--positive {args.positive}: no row has this word")
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

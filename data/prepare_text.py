@@ -12,27 +12,24 @@ evaluation: x.eval.txt, files in a folder named eval, records of "split": "eval"
 Output: train.ids, eval.ids and test.ids, the token ids of all documents one after the other, and
 corpus.json, which says how many. As in T5, no end token stands between documents. Documents of
 over a megabyte are cut at a blank. All cores take part (RAYON_NUM_THREADS: fewer), and memory does
-not grow with the corpus. A finished folder is left as it is.
+not grow with the corpus.
 """
 
 import argparse
 import hashlib
-import os
 import pathlib
 import re
-import shutil
-import sys
 import zlib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import records  # first: it makes common.py importable
 
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
 import common
 import seq2seq
 from common import SPLITS, log, open_text
-from records import load_tokenizer
 
 ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 LONGEST = 2**20  # characters of a document
@@ -44,14 +41,12 @@ def find_texts(names, problems):
     texts = []
     for name in names:
         root = pathlib.Path(name)
-        paths = sorted(root.rglob("*")) if root.is_dir() else [root]
+        paths = [root, *sorted(root.rglob("*"))]
         files = [path for path in paths if path.is_file() and path.name.endswith(ENDINGS)]
         if not files:
             problems.append(f"--input {name}: no file there that ends in {', '.join(ENDINGS)}")
         for path in files:
-            words = path.name.split(".")[1:]  # x.eval.txt
-            if root.is_dir():
-                words.append(path.parent.name)
+            words = [path.parent.name, *path.name.split(".")]  # eval/x.txt, x.eval.txt
             split = next((split for split in SPLITS if split in words), "train")
             texts.append((split, path))
     return texts
@@ -68,69 +63,53 @@ def pieces(text, longest):
 
 
 def read_plain(path, problems):
-    """The documents of a .txt file."""
-    with open_text(path) as file:
-        head = file.read(LONGEST)
-    has_blank_lines = re.search(r"\n[ \t]*\n", head.strip()) is not None
-    text, number = "", 1
-    with open_text(path) as file:
-        while line := file.readline(LONGEST):  # the beginning of one that is longer
-            if re.search("[\ud800-\udfff]", line):
-                problems.append((f"{path}, line {number}", "not UTF-8: save the file as UTF-8"))
-            *complete, text = pieces(text + line, LONGEST)
-            is_end = not line.strip() if has_blank_lines else line.endswith("\n")
-            if is_end:
-                complete.append(text)
-                text = ""
-            yield from complete
-            number += line.endswith("\n")
-    yield text
+    """Yield (where, split, record) of the documents of a .txt file, as common.read_records does."""
+    lines = []
+    try:
+        with open_text(path) as file:
+            has_blank_lines = re.search(r"\n[ \t]*\n", file.read(LONGEST).strip())
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                lines.append(line)
+                if not has_blank_lines or not line.strip():
+                    yield f"{path}, up to line {number}", "train", {"text": "".join(lines)}
+                    lines = []
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"{path} cannot be read: {error}")
+    yield f"{path}, at its end", "train", {"text": "".join(lines)}
 
 
-def read_documents(split, path, problems):
-    """(split, document) of a file; a record may say another split. Problems go to problems."""
-    if ".jsonl" not in path.suffixes:
-        try:
-            for text in read_plain(path, problems):
-                yield split, text
-        except (OSError, EOFError, zlib.error) as error:
-            problems.append(f"{path} cannot be read: {error}")
-        return
-    for where, split_of_record, record in common.read_records(path, problems):
+def read_documents(split_of_file, path, problems):
+    """Yield (split, document) of a file; a record may say another split than train."""
+    read = common.read_records if ".jsonl" in path.suffixes else read_plain
+    for where, split, record in read(path, problems):
         text = record.get("text")
-        if text == "":
+        if text is not None and not str(text).strip():
             continue
         problem = common.text_problem(text, "text", record)
         if problem:
             problems.append((where, problem))
             continue
-        if split != "train":  # the file's name says so
-            split_of_record = split
+        if split_of_file != "train":
+            split = split_of_file
         for piece in pieces(text, LONGEST):
-            yield split_of_record, piece
+            yield split, piece
 
 
 def blocks(args, files, problems):
-    """Lists of (split, document), for the tokenizer to spread over the cores."""
-    n_bytes = sum(path.stat().st_size for _, path in files)
-    if any(path.suffix == ".gz" for _, path in files):
-        n_bytes = None  # of the text, which is not known
+    """Yield lists of (split, document), for the tokenizer to spread over the cores."""
     block, n_characters = [], 0
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, delay=5) as bar:
-        for split_of_file, path in files:
-            for split, text in read_documents(split_of_file, path, problems):
-                bar.update(len(text))
-                text = text.strip()
-                if not text:
-                    continue
-                place = common.derive_seed("document", text) / 2**63  # from 0 to 1
-                if split == "train" and place < args.eval_fraction:
-                    split = "eval"
-                block.append((split, text))
-                n_characters += len(text)
-                if n_characters > BLOCK:
-                    yield block
-                    block, n_characters = [], 0
+    for split_of_file, path in files:
+        for split, text in read_documents(split_of_file, path, problems):
+            text = text.strip()
+            place = common.derive_seed("document", text) / 2**63  # from 0 to 1
+            if split == "train" and place < args.eval_fraction:
+                split = "eval"
+            block.append((split, text))
+            n_characters += len(text)
+            if n_characters > BLOCK:
+                yield block
+                block, n_characters = [], 0
     if block:
         yield block
 
@@ -144,7 +123,8 @@ def write_ids(args, files, folder, tokenizer, problems):
     n_documents = dict.fromkeys(SPLITS, 0)
     n_special = n_unknown = 0
     digest = hashlib.sha256()
-    for block in blocks(args, files, problems):
+    n_blocks = sum(path.stat().st_size for _, path in files) // BLOCK + 1
+    for block in tqdm(blocks(args, files, problems), total=n_blocks, unit=" blocks", delay=5):
         if problems:
             continue  # the rest is only checked
         texts = []
@@ -181,44 +161,23 @@ def main(argv=None):
     add("--input", required=True, nargs="+", metavar="PATH", help="text files, folders of them")
     add("--tokenizer", required=True, metavar="MODEL", help="folder or hub id of the model")
     add("--out", required=True, metavar="FOLDER", help="for instance data/mycorpus")
-    add("--eval_fraction", type=float, default=0.0, help="share of the documents to hold out")
+    add("--eval_fraction", type=records.share, default=0.0, help="share to hold out")
     args = parser.parse_args(argv)
-    out = pathlib.Path(args.out)
-    if (out / "corpus.json").exists():
-        log(f"{out} is there already; to prepare it anew, delete it")
-        return 0
     problems = []
-    if out.exists():
-        problems.append(f"--out {out}: it exists and is no corpus")
-    if not 0 <= args.eval_fraction < 1:
-        problems.append(f"--eval_fraction {args.eval_fraction}: expected a share from 0 to 1")
     files = find_texts(args.input, problems)
-    tokenizer = load_tokenizer(args.tokenizer, problems)
-    if problems:
-        common.fail(problems)
-
-    aside = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was stopped
-    aside.mkdir(parents=True)
-    about = write_ids(args, files, aside, tokenizer, problems)
-    if not problems and sum(about["tokens"].values()) == 0:
-        problems.append(f"--input {' '.join(args.input)}: there is no text in these files")
-    if problems:
-        shutil.rmtree(aside)
-        common.fail(problems)
-    common.write_json(aside / "corpus.json", about)
-    os.rename(aside, out)
+    tokenizer = records.load_tokenizer(args.tokenizer, problems)
+    with records.new_folder(args.out, problems) as folder:
+        about = write_ids(args, files, folder, tokenizer, problems)
+        common.write_json(folder / "corpus.json", about)
+        if not problems and not any(about["tokens"].values()):
+            problems.append(f"--input {' '.join(args.input)}: there is no text in these files")
     for split, n_tokens in about["tokens"].items():
-        log(f"{split}: {about['documents'][split]} documents, {n_tokens} tokens")
-    if about["special"]:
-        log(f"WARNING left out {about['special']} special tokens in the text, such as </s>")
+        log(f"{args.out}: {about['documents'][split]} {split} documents, {n_tokens} tokens")
+    log(f"left out {about['special']} special tokens in the text, such as </s>")
     if about["unknown"]:
-        log(
-            f"WARNING {about['unknown']} tokens are <unk>, pieces of text that this tokenizer "
-            "does not know; data/prepare_tokenizer.py makes one for your text"
-        )
-    return 0
+        hint = "data/prepare_tokenizer.py makes a tokenizer for your text"
+        log(f"WARNING {about['unknown']} tokens are <unk>, text that cannot be written; {hint}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

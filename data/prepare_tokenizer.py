@@ -14,15 +14,11 @@ dropout, as it was pretrained; set dropout_rate to 0.1 in config.json for fine-t
 """
 
 import argparse
-import os
-import pathlib
-import shutil
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import records  # first: it makes common.py importable
 
+# isort: split
 import sentencepiece
-from transformers import AutoTokenizer
 
 import common
 from prepare_text import find_texts, pieces, read_documents
@@ -104,34 +100,24 @@ def main(argv=None):
     add("--vocab_size", type=int, default=32000, help="pieces, without the sentinels")
     add("--size", choices=SIZES, default="small", help="of the T5 v1.1 configuration")
     args = parser.parse_args(argv)
-    out = pathlib.Path(args.out)
     problems = []
-    if out.exists():
-        problems.append(f"--out {out}: exists")
     files = find_texts(args.input, problems)
-    if problems:
-        common.fail(problems)
-
-    aside = out.with_name(f"{out.name}.tmp")
-    aside.mkdir(parents=True, exist_ok=True)
-    train(files, args.vocab_size, aside / "spiece.model", problems)
-    if problems:
-        shutil.rmtree(aside)
-        common.fail(problems)
-    about = {"tokenizer_class": "T5Tokenizer", "extra_ids": N_SENTINELS, "model_max_length": 1024}
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    common.write_json(aside / "tokenizer_config.json", {**about, **special})
-    config = make_config(args.size, args.vocab_size)
-    common.write_json(aside / "config.json", config)
-    tokenizer = AutoTokenizer.from_pretrained(aside)
-    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == args.vocab_size + N_SENTINELS - 1
-    os.rename(aside, out)
-    common.log(
-        f"{out}: {args.vocab_size} pieces and {N_SENTINELS} sentinels, "
-        f"{config['vocab_size']} rows of embeddings, T5 v1.1 {args.size}"
-    )
-    return 0
+    with records.new_folder(args.out, problems) as folder:
+        train(files, args.vocab_size, folder / "spiece.model", problems)
+        about = {
+            "tokenizer_class": "T5Tokenizer",
+            "extra_ids": N_SENTINELS,
+            "model_max_length": 1024,
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        }
+        common.write_json(folder / "tokenizer_config.json", about)
+        config = make_config(args.size, args.vocab_size)
+        common.write_json(folder / "config.json", config)
+    rows = f"{config['vocab_size']} rows of embeddings"
+    common.log(f"{args.out}: {args.vocab_size} pieces, {N_SENTINELS} sentinels, {rows}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

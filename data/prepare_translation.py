@@ -15,17 +15,19 @@ Repeats are dropped and counted, and so are pairs that share a text with one tha
 directions of a pair are on one side of a split.
 """
 
+import argparse
+import itertools
 import re
-import sys
 
 import records  # first: it makes common.py importable
 
 # isort: split
 import common
 from common import SPLITS
+from prepare_table import to_text
 
-LANGUAGES = "ar de fr en it nl tr ru ms ko ja zh".split()
-# how a speaker of a language asks, and what the twelve are called there, as the sentences need it
+# what the twelve are called in a language, in the order of this table and as its sentences need it,
+# and how its speakers ask
 ASK = {
     "ar": (
         "العربية الألمانية الفرنسية الإنجليزية الإيطالية الهولندية التركية الروسية الملايوية "
@@ -111,13 +113,22 @@ ASK = {
 }
 
 
-def languages_of(name):
-    """("zh", "en") of "wmt2019_zh-en"; a ValueError where there are none."""
+LANGUAGES = list(ASK)
+
+
+def data_set(text):
+    """For argparse: ("wmt2019_zh-en", ["zh", "en"], "news.tsv") of wmt2019_zh-en=news.tsv."""
+    name, _, path = text.partition("=")
     codes = re.split("[_-]", name)[-2:]
     if len(set(codes)) < 2 or not set(codes) <= set(LANGUAGES):
         example = f"wmt2019_zh-en, with two of {' '.join(LANGUAGES)}"
-        raise ValueError(f"{name}: expected a name such as {example}")
-    return codes
+        raise argparse.ArgumentTypeError(f"{name}: expected a name such as {example}")
+    return name, codes, path
+
+
+def to_pair(row):
+    """{language: text}"""
+    return {code: to_text(text, code) for code, text in row.items()}
 
 
 def sides(item):
@@ -125,42 +136,24 @@ def sides(item):
     return [f"{code} {text}" for code, text in item["pair"].items()]
 
 
-def to_records(item, one_way):
+def to_records(item):
     """The requests for both directions of a pair."""
+    pair = item["pair"]
     found = []
-    codes = list(item["pair"])
-    for source, target in [codes] if one_way else [codes, codes[::-1]]:
+    for source, target in itertools.permutations(pair):
         names, *wordings = ASK[source]
-        text = item["pair"][source]
+        text = pair[source]
         wording = wordings[common.derive_seed("wording", source, text) % len(wordings)]
         language = names.split()[LANGUAGES.index(target)]
-        prompt = wording.format(language=language, text=text)
-        record = {"prompt": prompt, "completion": item["pair"][target], "dataset": item["dataset"]}
-        found.append({**record, "source_lang": source, "target_lang": target})
+        record = {
+            "prompt": wording.format(language=language, text=text),
+            "completion": pair[target],
+            "dataset": item["dataset"],
+            "source_lang": source,
+            "target_lang": target,
+        }
+        found.append(record)
     return found
-
-
-def to_pair(row):
-    """{language: text}"""
-    pair = {code: text.strip() for code, text in row.items()}
-    if not all(pair.values()):
-        raise ValueError("a side is empty")
-    return pair
-
-
-def read_set(spec, args, splits, problems):
-    """Add the pairs of NAME=FILE to {split: [{"dataset", "pair"}]}."""
-    name, _, path = spec.partition("=")
-    codes = languages_of(name)
-    for _, pair in records.convert(path, to_pair, args, problems, codes):
-        texts = list(pair.values())
-        if texts == codes:  # a header
-            continue
-        if texts == codes[::-1]:
-            problems.append(f"{path}: expected the columns {', '.join(codes)}, in this order")
-        item = {"dataset": name, "pair": pair}
-        key = records.normal("\n".join(sorted(sides(item))))
-        splits[records.hold_out(args, "train", key)].append(item)
 
 
 def main(argv=None):
@@ -168,24 +161,25 @@ def main(argv=None):
     records.add_fractions(parser)
     records.add_skip(parser)
     add = parser.add_argument
-    add("--pairs", required=True, nargs="+", metavar="NAME=FILE", help="a table of two columns")
-    add("--one_way", action="store_true", help="only from the first language to the second")
+    add("--pairs", required=True, nargs="+", type=data_set, metavar="NAME=FILE")
     args = parser.parse_args(argv)
     problems = []
     splits = {split: [] for split in SPLITS}
-    for spec in args.pairs:
-        try:
-            read_set(spec, args, splits, problems)
-        except ValueError as error:
-            problems.append(f"--pairs {error}")
+    for name, codes, path in args.pairs:
+        for _, pair in records.convert(path, to_pair, args, problems, codes):
+            texts = list(pair.values())
+            if texts == codes:  # a header
+                continue
+            if texts == codes[::-1]:
+                problems.append(f"{path}: expected the columns {', '.join(codes)}, in this order")
+            item = {"dataset": name, "pair": pair}
+            key = records.normal("\n".join(sorted(sides(item))))
+            splits[records.hold_out(args, "train", key)].append(item)
     records.clean(splits, sides)
     for split, items in splits.items():
-        splits[split] = []
-        for item in items:
-            splits[split] += to_records(item, args.one_way)
+        splits[split] = [record for item in items for record in to_records(item)]
     records.finish(args, splits, problems)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

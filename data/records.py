@@ -3,10 +3,12 @@ show what they wrote. No script; a preparer that is copied elsewhere needs this 
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import pathlib
+import shutil
 import sys
 import zlib
 
@@ -318,6 +320,25 @@ def write(path, splits):
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def new_folder(path, problems):
+    """Yield a folder to write into, which becomes `path`: the whole of it, or nothing. Leave with
+    exit code 2 if there are problems before or after."""
+    path = pathlib.Path(path)
+    if path.exists():
+        problems.append(f"{path} exists: move it away or choose another name")
+    if problems:
+        common.fail(problems)
+    aside = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was stopped
+    aside.mkdir(parents=True)
+    yield aside
+    if problems:
+        shutil.rmtree(aside)
+        common.fail(problems)
+    os.rename(aside, path)
 
 
 def finish(args, splits, problems):

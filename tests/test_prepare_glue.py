@@ -13,34 +13,22 @@ ROW = {"sentence": ' They\r"rode. ', "sentence1": "A.", "sentence2": "B.", "ques
 ROW.update({"question1": "A?", "question2": "B?", "#1 String": "A.", "#2 String": "B."})
 ROW.update({"premise": "P.", "hypothesis": "H.", "passage": "a\u2028b", "word": "w"})
 ROW.update({"choice1": "C.", "choice2": "D."})
-EXPECTED = {  # task: its label column, a label, the prompt, the completion, the target of clf.py
-    "cola": ("label", "1", 'cola sentence: They\r"rode.', "acceptable", 1),
-    "sst2": ("label", "0", 'sst2 sentence: They\r"rode.', "negative", 0),
-    "mrpc": ("Quality", "1", "mrpc sentence1: A. sentence2: B.", "equivalent", 1),
-    "stsb": ("score", "2.5", "stsb sentence1: A. sentence2: B.", "2.4", 2.5),
-    "qqp": ("is_duplicate", "1", "qqp question1: A? question2: B?", "duplicate", 1),
-    "mnli": ("gold_label", "neutral", "mnli hypothesis: B. premise: A.", "neutral", None),
-    "mnli_mismatched": (
-        "gold_label",
-        "neutral",
-        "mnli hypothesis: B. premise: A.",
-        "neutral",
-        None,
-    ),
-    "qnli": (
-        *("label", "entailment", 'qnli question: Q? sentence: They\r"rode.', "entailment"),
-        0,
-    ),
-    "rte": ("label", "not_entailment", "rte sentence1: A. sentence2: B.", "not_entailment", 1),
-    "wnli": ("label", "1", "wnli sentence1: A. sentence2: B.", "entailment", 1),
-    "boolq": ("label", True, "boolq passage: a\u2028b question: Q?", "True", 1),
-    "cb": ("label", "contradiction", "cb hypothesis: H. premise: P.", "contradiction", None),
-    "copa": (
-        *("label", 1, "copa choice1: C. choice2: D. premise: P. question: Q?", "choice2"),
-        1,
-    ),
-    "superglue_rte": ("label", "entailment", "rte hypothesis: H. premise: P.", "entailment", 0),
-    "wic": ("label", False, "wic sentence1: A. sentence2: B. word: w", "False", 0),
+EXPECTED = {  # task: its label column, a label, the prompt, the completion
+    "cola": ("label", "1", 'cola sentence: They\r"rode.', "acceptable"),
+    "sst2": ("label", "0", 'sst2 sentence: They\r"rode.', "negative"),
+    "mrpc": ("Quality", "1", "mrpc sentence1: A. sentence2: B.", "equivalent"),
+    "stsb": ("score", "2.5", "stsb sentence1: A. sentence2: B.", "2.4"),
+    "qqp": ("is_duplicate", "1", "qqp question1: A? question2: B?", "duplicate"),
+    "mnli": ("gold_label", "neutral", "mnli hypothesis: B. premise: A.", "neutral"),
+    "mnli_mismatched": ("gold_label", "neutral", "mnli hypothesis: B. premise: A.", "neutral"),
+    "qnli": ("label", "entailment", 'qnli question: Q? sentence: They\r"rode.', "entailment"),
+    "rte": ("label", "not_entailment", "rte sentence1: A. sentence2: B.", "not_entailment"),
+    "wnli": ("label", "1", "wnli sentence1: A. sentence2: B.", "entailment"),
+    "boolq": ("label", True, "boolq passage: a\u2028b question: Q?", "True"),
+    "cb": ("label", "contradiction", "cb hypothesis: H. premise: P.", "contradiction"),
+    "copa": ("label", 1, "copa choice1: C. choice2: D. premise: P. question: Q?", "choice2"),
+    "superglue_rte": ("label", "entailment", "rte hypothesis: H. premise: P.", "entailment"),
+    "wic": ("label", False, "wic sentence1: A. sentence2: B. word: w", "False"),
 }
 
 
@@ -59,7 +47,7 @@ def write(name, *lines):
 
 @pytest.mark.parametrize("task", EXPECTED)
 def test_prompt_and_answer(task, capsys):
-    column, label, prompt, completion, target = EXPECTED[task]
+    column, label, prompt, completion = EXPECTED[task]
     files = prepare_glue.TASKS[task].files
     row = {**ROW, column: label}
     for name in files.values():
@@ -75,8 +63,6 @@ def test_prompt_and_answer(task, capsys):
     assert prepare(task) == {split: [record] for split in files}
     shown = capsys.readouterr().out.splitlines()[-1]
     assert shown.startswith("python seq2seq.py --model_init_path") == ("train" in files)
-    expected = {split: [{"input": prompt, "target": target}] for split in files}
-    assert prepare(task, "--clf", out="clf.json") == (2 if target is None else expected)
 
 
 def test_every_task_has_its_line():
@@ -87,7 +73,7 @@ def test_stsb_scores_are_rounded_as_in_t5():
     record = prepare_glue.to_record
     for score, rounded in {"0.3": "0.4", "4.400": "4.4", "3.75": "3.8", "0.1": "0.0"}.items():
         row = {**ROW, "score": score}
-        assert record(row, prepare_glue.TASKS["stsb"], False)["completion"] == rounded
+        assert record(row, prepare_glue.TASKS["stsb"])["completion"] == rounded
 
 
 def test_rows_that_are_wrong_are_named_or_dropped(capsys):
@@ -98,7 +84,7 @@ def test_rows_that_are_wrong_are_named_or_dropped(capsys):
     errors = capsys.readouterr().err
     for text in (
         "train.tsv, row 3: 3 columns, expected 2; --skip_malformed",
-        "train.tsv, row 4: sentence is ' '",
+        "train.tsv, row 4: 'sentence' is empty",
         "train.tsv, row 5: label '2', expected 0 or 1",
     ):
         assert text in errors
@@ -111,10 +97,10 @@ def test_rows_that_are_wrong_are_named_or_dropped(capsys):
     "task, lines, message",
     [
         ("sst2", [], "dev.tsv: no records"),
-        ("sst2", ["text\tlabel", "x\t1"], "no 'sentence' in ['text', 'label']"),
+        ("sst2", ["text\tlabel", "x\t1"], "no 'sentence'; there is text, label"),
         ("stsb", ["sentence1\tsentence2\tscore", "a\tb\t5.1"], "expected a score from 0 to 5"),
         ("cb", ['{"premise": '], "val.jsonl, line 1: Expecting value"),
-        ("cb", ['{"premise": null, "hypothesis": "b", "label": "neutral"}'], "premise is None"),
+        ("cb", ['{"premise": null, "hypothesis": "b", "label": "neutral"}'], "'premise' is empty"),
     ],
 )
 def test_what_is_refused(task, lines, message, capsys):

@@ -35,15 +35,6 @@ TREE = message(
 )
 
 
-def flat(tree, parent=None):
-    """[message] of a nested tree, one by one."""
-    own = {name: value for name, value in tree.items() if name != "replies"}
-    found = [{**own, "parent_id": parent}]
-    for reply in tree["replies"]:
-        found += flat(reply, tree["message_id"])
-    return found
-
-
 def prepare(records, to, *words, out="out.json"):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     pathlib.Path("trees.jsonl").write_text(lines)
@@ -54,9 +45,8 @@ def prepare(records, to, *words, out="out.json"):
     return json.loads(pathlib.Path(out).read_text())["train"]
 
 
-@pytest.mark.parametrize("layout", ["nested", "flat"])
-def test_the_records_of_a_tree(layout):
-    records = [{"prompt": TREE}] if layout == "nested" else flat(TREE)
+def test_the_records_of_a_tree():
+    records = [{"prompt": TREE}]
     chats = []
     for record in prepare(records, "conversations", out="chats.json"):
         assert record["tree"] == "m1"
@@ -83,11 +73,10 @@ def test_the_records_of_a_tree(layout):
 
 
 def test_what_is_left_out(capsys):
-    labels = {"name": ["toxicity", "quality"], "value": [0.9, 0.25]}
     replies = [
-        message("a", "assistant", "poor", 0, labels=labels),
+        message("a", "assistant", "spam", 0, lang="en", review_result=False),
         message("b", "assistant", "bien", 1, lang="fr"),
-        message("c", "assistant", "good", 2, lang="en", labels={"quality": {"value": 0.75}}),
+        message("c", "assistant", "good", 2, lang="en"),
         message("d", "assistant", "fine", 3, lang="en"),
         message("e", "assistant", "same rank", 3, lang="en"),
         message("f", "prompter", "same role", 4, lang="en"),
@@ -96,8 +85,7 @@ def test_what_is_left_out(capsys):
     ]
     tree = {"prompt": message("r", "prompter", "Hi", None, *replies, lang="en")}
     unfinished = {"prompt": message("s", "prompter", "No"), "tree_state": "growing"}
-    words = ["--lang", "en", "--min_quality", "0.5"]
-    (record,) = prepare([tree, unfinished], "pairs", *words)
+    (record,) = prepare([tree, unfinished], "pairs", "--lang", "en")
     assert (record["chosen"], record["rejected"]) == ("good", "fine")
     shown = capsys.readouterr().out
     assert "1 roots of unfinished trees" in shown and "1 written by a model" in shown
@@ -114,9 +102,9 @@ def test_a_tree_is_on_one_side():
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"text": "x"}, "trees.jsonl, line 1: no tree in 'prompt', and no id of its own"),
+        ({"text": "x"}, "trees.jsonl, line 1: no 'prompt': take the export of trees"),
         ({"prompt": {"text": "x"}}, "KeyError: 'role'"),
-        ({"prompt": {"text": 5, "role": "prompter"}}, "trees.jsonl-0: AttributeError"),
+        ({"prompt": {"text": 5, "role": "prompter"}}, "trees.jsonl, line 1: AttributeError"),
     ],
 )
 def test_mistakes(record, message, capsys):
@@ -125,15 +113,8 @@ def test_mistakes(record, message, capsys):
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    "name, counts",
-    [
-        ("oasst1_en_validation_messages", (572, 257, 458)),
-        ("en_100_tree_first60", (319, 118, 278)),
-    ],
-)
-def test_real_trees(name, counts):
-    path = str(SHARED / "data" / "oasst" / f"{name}.jsonl")
-    for to, n in zip(("conversations", "pairs", "prompts"), counts):
+def test_real_trees():
+    path = str(SHARED / "data" / "oasst" / "en_100_tree_first60.jsonl")
+    for to, n in {"conversations": 319, "pairs": 118, "prompts": 278}.items():
         prepare_oasst.main(["--train", path, "--to", to, "--out", f"{to}.json"])
         assert len(json.loads(pathlib.Path(f"{to}.json").read_text())["train"]) == n

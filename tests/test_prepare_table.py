@@ -101,7 +101,6 @@ def test_chats_are_kept_as_they_are_and_held_out_by_their_question():
         ([{"q": {"x": 1}}], ["prompt=q"], "'q' is {'x': 1}, expected a text: name its parts"),
         ([{"q": [1]}], ["text={q}"], "'q' is [1], expected a text"),
         (ROWS, ["input=q", "target=a"], "'a' is 'y', no number: --positive WORD makes 1 and 0"),
-        ([{"q": "inf"}], ["target=q"], "'q' is 'inf', no number"),
         (ROWS, ["input=q", "target=a", "--positive", "Y"], "--positive Y: no row has this word"),
         (ROWS, ["prompt=q", "chosen=a", "rejected=a"], "chosen and rejected are equal"),
         (ROWS, [*PAIR, "split=a"], "split 'y', expected train, eval or test"),

@@ -35,13 +35,13 @@ def write(folder, files):
 
 
 def prepare(folder, *words, out="made"):
-    """(exit code, corpus.json or None)"""
+    """corpus.json, or the exit code"""
     flags = ["--input", str(folder / "text"), "--tokenizer", str(TINY_T5)]
     try:
-        code = prepare_text.main([*flags, "--out", str(folder / out), *words])
+        prepare_text.main([*flags, "--out", str(folder / out), *words])
     except SystemExit as stop:
-        return stop.code, None
-    return code, json.loads((folder / out / "corpus.json").read_text())
+        return stop.code
+    return json.loads((folder / out / "corpus.json").read_text())
 
 
 def ids(folder, split, out="made"):
@@ -62,17 +62,17 @@ def test_files_of_all_kinds_give_their_documents_end_to_end(tmp_path, tokenizer)
         "d.txt.gz": gzip.compress(b"packed\nlines"),
         "d.eval.txt": "held out by name",
         "test/e.txt": "held out by folder",
+        "test.txt": "held out too",
         "notes.md": "no text of the corpus",
     }
     write(tmp_path / "text", files)
-    code, about = prepare(tmp_path)
+    about = prepare(tmp_path)
     train = ["a document\nof two lines", "another", "a line", "schön"]
     train += ["of a record", "packed", "lines"]
-    assert code == 0
     assert ids(tmp_path, "train") == end_to_end(tokenizer, *train)
     assert ids(tmp_path, "eval") == end_to_end(tokenizer, "held out", "held out by name")
-    assert ids(tmp_path, "test") == end_to_end(tokenizer, "held out by folder")
-    assert about["documents"] == {"train": 7, "eval": 2, "test": 1}
+    assert ids(tmp_path, "test") == end_to_end(tokenizer, "held out by folder", "held out too")
+    assert about["documents"] == {"train": 7, "eval": 2, "test": 2}
     for split in ("train", "eval", "test"):
         assert about["tokens"][split] == len(ids(tmp_path, split))
     assert (about["format"], about["dtype"], about["special"]) == (2, "uint16", 0)
@@ -81,15 +81,15 @@ def test_files_of_all_kinds_give_their_documents_end_to_end(tmp_path, tokenizer)
 def test_the_corpus_depends_on_the_text_alone(tmp_path, monkeypatch):
     lines = [f"sentence {i} of the text" for i in range(400)]
     write(tmp_path / "text", {"a.txt": "\n".join(lines)})
-    _, about = prepare(tmp_path, "--eval_fraction", "0.1")
+    about = prepare(tmp_path, "--eval_fraction", "0.1")
     monkeypatch.setattr(prepare_text, "BLOCK", 50)
-    assert prepare(tmp_path, "--eval_fraction", "0.1", out="again") == (0, about)
+    assert prepare(tmp_path, "--eval_fraction", "0.1", out="again") == about
     assert ids(tmp_path, "train") == ids(tmp_path, "train", "again")
     assert 20 < about["documents"]["eval"] < 60
 
     # a document's side is its own: it does not move with the others
     write(tmp_path / "text", {"a.txt": "\n".join(reversed(lines))})
-    _, reverse = prepare(tmp_path, "--eval_fraction", "0.1", out="reverse")
+    reverse = prepare(tmp_path, "--eval_fraction", "0.1", out="reverse")
     assert sorted(ids(tmp_path, "eval")) == sorted(ids(tmp_path, "eval", "reverse"))
     assert reverse["sha256"] != about["sha256"]
 
@@ -98,7 +98,7 @@ def test_a_long_line_is_cut_at_blanks_and_loses_nothing(tmp_path, tokenizer, mon
     line = "some words " * 50 + "x" * 130
     write(tmp_path / "text", {"a.txt": line, "b.jsonl": json.dumps({"text": line})})
     monkeypatch.setattr(prepare_text, "LONGEST", 64)
-    _, about = prepare(tmp_path)
+    about = prepare(tmp_path)
     text = tokenizer.decode(ids(tmp_path, "train"))
     assert about["documents"]["train"] > 20
     assert text.replace(" ", "") == 2 * line.replace(" ", "")
@@ -107,24 +107,30 @@ def test_a_long_line_is_cut_at_blanks_and_loses_nothing(tmp_path, tokenizer, mon
 
 def test_special_tokens_in_the_text_are_left_out(tmp_path, tokenizer, capsys):
     write(tmp_path / "text", {"a.txt": "an end</s>\n<extra_id_3> a sentinel <pad>"})
-    _, about = prepare(tmp_path)
+    about = prepare(tmp_path)
     assert about["special"] == 3 and "left out 3 special tokens" in capsys.readouterr().out
     assert ids(tmp_path, "train") == end_to_end(tokenizer, "an end", "a sentinel")
 
 
 def test_a_finished_corpus_is_left_as_it_is(tmp_path, capsys):
     write(tmp_path, {"text/a.txt": "one", "made.tmp/train.ids": "of an attempt that was killed"})
-    _, about = prepare(tmp_path)
-    write(tmp_path, {"text/a.txt": "two"})
-    assert prepare(tmp_path) == (0, about)
-    assert "is there already" in capsys.readouterr().out
+    prepare(tmp_path)
     assert not (tmp_path / "made.tmp").exists()
+    train = ids(tmp_path, "train")
+    write(tmp_path, {"text/a.txt": "two"})
+    assert prepare(tmp_path) == 2
+    assert "made exists: move it away" in capsys.readouterr().err
+    assert ids(tmp_path, "train") == train
 
 
 MISTAKES = [
     ({"a.md": "x"}, [], "no file there that ends in .txt"),
     ({"a.txt": "\n"}, [], "there is no text in these files"),
-    ({"a.txt": b"fine\nba\xffd\n"}, [], "a.txt, line 2: not UTF-8"),
+    (
+        {"a.txt": b"fine\nba\xffd\n"},
+        [],
+        "a.txt, up to line 2: 'text' holds bytes that are no UTF-8",
+    ),
     ({"a.jsonl": b'{"text": "\xff"}'}, [], "a.jsonl"),
     ({"a.jsonl": '{"text": "\\ud83d"}'}, [], "half a character"),
     ({"a.jsonl": '{"text": "x"}\n{"text'}, [], "a.jsonl, line 2: "),
@@ -133,16 +139,15 @@ MISTAKES = [
     ({"a.txt.gz": "not packed"}, [], "a.txt.gz cannot be read"),
     ({"a.txt": "x"}, ["--tokenizer", "no/such/model"], "--tokenizer no/such/model"),
     ({"a.txt": "x"}, ["--tokenizer", str(ROOT / "presets")], "--tokenizer"),
-    ({"a.txt": "x"}, ["--eval_fraction", "1"], "--eval_fraction 1.0"),
+    ({"a.txt": "x"}, ["--eval_fraction", "1"], "--eval_fraction: invalid share value: '1'"),
 ]
 
 
 @pytest.mark.parametrize("files, words, message", MISTAKES)
 def test_mistakes_are_named_and_nothing_is_written(tmp_path, capsys, files, words, message):
     write(tmp_path / "text", files)
-    assert prepare(tmp_path, *words) == (2, None)
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("ERROR")
+    assert prepare(tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("made*"))
 
 
@@ -151,7 +156,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, capsys, files, word
 
 def make_tokenizer(folder, name, vocab_size):
     flags = ["--input", str(folder / "text"), "--out", str(folder / name), "--size", "tiny"]
-    return prepare_tokenizer.main([*flags, "--vocab_size", str(vocab_size)])
+    prepare_tokenizer.main([*flags, "--vocab_size", str(vocab_size)])
 
 
 def test_a_tokenizer_as_t5s(tmp_path, capsys):
@@ -159,7 +164,7 @@ def test_a_tokenizer_as_t5s(tmp_path, capsys):
     for verb in ("sleeps", "dreams", "reads", "hides"):
         lines += [f"the cat {verb} under {number} trees" for number in range(9)]
     write(tmp_path / "text", {"a.txt": "\n".join(lines), "b.eval.txt": "☃ " * 99})
-    assert make_tokenizer(tmp_path, "made", 103) == 0
+    make_tokenizer(tmp_path, "made", 103)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
     assert tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "<unk>"]) == [0, 1, 2]
     assert tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [202, 103]

@@ -116,7 +116,7 @@ SOURCES = {  # and who reads what they write
     "text": (from_files, (prepare_table, table_row, "text={q}"), sft_causal),
     "squad": (from_files, (prepare_qa, article, "--layout squad"), seq2seq),
     "triviaqa": (from_files, (prepare_qa, trivia, "--layout triviaqa"), sft_causal),
-    "sciq": (from_files, (prepare_qa, science, "--layout sciq --choices"), seq2seq),
+    "sciq": (from_files, (prepare_qa, science, "--layout sciq"), seq2seq),
     "webgpt": (from_files, (prepare_qa, comparison, "--layout webgpt"), clf),
     "chats": (from_files, (prepare_oasst, tree, "--to conversations"), sft_causal),
     "replies": (from_files, (prepare_oasst, tree, "--to pairs"), clf),
@@ -182,7 +182,7 @@ def test_the_committed_demos_are_what_their_scripts_make(monkeypatch):
     monkeypatch.setattr(make_demos, "HERE", pathlib.Path("data").resolve())
     make_demos.main()
     names = [path.name for path in pathlib.Path("data").iterdir()]
-    assert len(names) == 6
+    assert len(names) == 5
     for name in names:
         assert pathlib.Path("data", name).read_bytes() == (ROOT / "data" / name).read_bytes(), name
     assert make_models.train_unigram() == (ROOT / "models/tiny-t5/spiece.model").read_bytes()

@@ -163,7 +163,7 @@ def write_corpus():
     with open("text.txt", "w") as file:
         file.write("\n".join(documents))
     flags = ["--input", "text.txt", "--tokenizer", "models/t5", "--out", "data/corpus"]
-    assert prepare_text.main([*flags, "--eval_fraction", "0.2"]) == 0
+    prepare_text.main([*flags, "--eval_fraction", "0.2"])
 
 
 def pretrain(name, flags):
