@@ -110,7 +110,7 @@ def test_chats_are_kept_as_they_are_and_held_out_by_their_question():
         (ROWS, ["prompt="], "invalid field value: 'prompt='"),
         ('[{"q": NaN}]', PAIR, "NaN is no JSON: write null or a number"),
         (ROWS, [*PAIR, "--tokenizer", "models"], "--tokenizer models"),
-        (ROWS, [*PAIR, "--eval", "none.csv"], "none.csv, behind row 0: [Errno 2]"),
+        (ROWS, [*PAIR, "--eval", "none.csv"], "none.csv: [Errno 2]"),
     ],
 )
 def test_mistakes(content, words, message, capsys):
