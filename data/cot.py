@@ -304,11 +304,10 @@ def draw_templates(samples, n_train, rng):
     groups = collections.defaultdict(list)
     for index, sample in samples.items():
         groups[template_of(sample["question"])].append(index)
-    groups = list(groups.values())
     train = []
-    for i in rng.permutation(len(groups)):
-        if len(train) + len(groups[i]) <= n_train:
-            train += groups[i]
+    for template in rng.permutation(list(groups)):
+        if len(train) + len(groups[template]) <= n_train:
+            train += groups[template]
     return train
 
 
@@ -533,13 +532,13 @@ def right_rationales(args, samples):
     """{sample_index: [rationale]} of a teacher's completions."""
     found = collections.defaultdict(list)
     for row, verdict in load_rows(args, args.completions):
-        index = row["sample_index"]
-        if row["question"] != samples.get(index, row)["question"]:
+        index = row.get("sample_index")
+        if index not in samples or row.get("question") != samples[index]["question"]:
             common.fail(f"{args.completions}: sample {index} is another one in {args.dataset}")
-        rationale = row.get("reasoning_completion", "")
+        rationale = row.get("reasoning_completion", "").strip()
         if row["prediction_template"] == "fs_cot":
-            rationale = row["completion"].partition(PREFIXES["fs_cot"])[0]
-        is_usable = rationale.strip() and "-->" not in rationale  # which would end it
+            rationale = row["completion"].partition(PREFIXES["fs_cot"])[0].strip()
+        is_usable = rationale and "-->" not in rationale  # which would end it
         if verdict.accuracy and is_usable:
             found[index].append(rationale)
     return found
@@ -550,7 +549,7 @@ def student_record(args, key, sample, rationale):
     ending, beginning = STUDENTS[args.family]
     answer = sample["answer"].strip()
     if rationale:
-        beginning += f"{rationale.strip()} --> "
+        beginning += f"{rationale} --> "
     has_rationales = args.completions or args.rationales
     return {
         "prompt": sample["question"].strip() + ending,
@@ -570,7 +569,7 @@ def export(args):
         rationales = right_rationales(args, samples)
     elif args.rationales:
         with expecting("a rationale in each sample", args.dataset):
-            rationales = {index: [sample["rationale"]] for index, sample in samples.items()}
+            rationales = {index: [sample["rationale"].strip()] for index, sample in samples.items()}
     else:
         rationales = dict.fromkeys(samples, [""])  # the answer alone
     splits = {"train": [], "eval": [], "test": []}
@@ -624,13 +623,13 @@ COMMANDS = {  # name: (function, flags that it needs)
 FLAGS = {  # as in common.py
     "out": ("", "file to write"),
     "dataset": ("", "data set, as make writes it"),
-    "split": ("", "as split writes it; teach asks only its training part"),
+    "split": ("", "as split writes it"),
     "completions": ("", "of teach"),
     "seed": (0, "of what is drawn"),
-    "skip_malformed": (False, "drop rows that cannot be used, and count them"),
+    "skip_malformed": (False, "drop rows that cannot be used"),
     # make
-    "n": (500, "questions, none twice"),
-    "names": (4, "people, or words, in a question"),
+    "n": (500, "questions"),
+    "names": (4, "people or words in each"),
     # split
     "kind": ("random", "template: no kind of question on both sides", "random", "template"),
     # teach

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import common
 from common import SPLITS, log, open_text
 
-TEXT_FIELDS = ("prompt", "completion", "input")  # whose lengths are shown
+BLANK = object()  # a line that holds no record
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, csv.Error)
 SPLIT_OF = {  # and what others call it
     **dict.fromkeys(["train", "training"], "train"),
@@ -33,7 +33,7 @@ def new_file(text):
     path = pathlib.Path(text)
     if path.exists() or path.suffix not in (".json", ".jsonl") or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"{path}: expected a new file, .json or .jsonl, in a folder that exists"
+            f"{path}: expected a .json or .jsonl that is not there yet, in a folder that is"
         )
     return path
 
@@ -70,8 +70,7 @@ def add_fractions(parser):
 
 def add_files(parser):
     for split in SPLITS:
-        text = f"for {split}: .csv, .tsv, .json or .jsonl, also .gz"
-        parser.add_argument(f"--{split}", metavar="FILE", help=text)
+        parser.add_argument(f"--{split}", metavar="FILE", help=".csv, .tsv, .json[l], also .gz")
     add_fractions(parser)
 
 
@@ -114,55 +113,53 @@ def load_json(path, problems):
 
 
 def read_table(file, is_csv, names):
-    """Yield (place, None, {column: text} or a ValueError) of a .csv, or of a .tsv, in which a
-    quotation mark is text."""
+    """Yield {column: text} or a ValueError of each row of a .csv, or of a .tsv, in which quotation
+    marks are text."""
     rows = csv.reader(file, strict=True)
     if not is_csv:  # only "\n" ends a row
         rows = (line.rstrip("\r\n").split("\t") for line in file)
-    for number, cells in enumerate(rows, start=1):
-        if cells in ([], [""]):  # a blank line
+    for cells in rows:
+        if cells in ([], [""]):
+            yield BLANK
             continue
         if names is None:
             names = [name.strip() for name in cells]
+            yield BLANK
             continue
         names = names or [str(i) for i in range(len(cells))]
-        row = common.unique_keys(list(zip(names, cells)))
         if len(cells) != len(names):
-            row = ValueError(f"{len(cells)} columns, expected {len(names)}")
+            yield ValueError(f"{len(cells)} columns, expected {len(names)}")
         elif "\ufeff" in cells[0]:
-            row = ValueError(common.INNER_MARK)
-        yield f"row {number}", None, row
+            yield ValueError(common.INNER_MARK)
+        else:
+            yield common.unique_keys(list(zip(names, cells)))
 
 
 def read_lines(file):
-    """Yield (place, None, value or a ValueError) of JSON lines."""
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                row = common.parse_json(line)
-            except ValueError as error:
-                row = error
-            yield f"line {number}", None, row
+    """Yield the value or a ValueError of each line of JSON."""
+    for line in file:
+        try:
+            yield common.parse_json(line) if line.strip() else BLANK
+        except ValueError as error:
+            yield error
 
 
 def read_lists(value):
-    """Yield (place, split or None, row) of JSON: a list, an object with one list of objects or with
-    several, named as splits, or an object of columns."""
-    lists = value if isinstance(value, dict) else {"": value}
+    """{name: [row]} of JSON: a list, an object with one list of objects or with several, named as
+    splits, or an object of columns."""
+    lists = value if isinstance(value, dict) else {"row": value}
     tables = {}
     for name, rows in lists.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             tables[name] = rows
     if len(tables) > 1 and not tables.keys() <= SPLIT_OF.keys():
         raise ValueError(f"expected one list, or train, eval and test: {', '.join(tables)}")
-    if not tables:
-        if {type(cells) for cells in lists.values()} != {list}:
-            raise ValueError("expected a list of objects, or columns")
-        rows = zip(*lists.values(), strict=True)
-        tables[""] = [dict(zip(lists, row)) for row in rows]
-    for name, rows in tables.items():
-        for i, row in enumerate(rows):
-            yield f"{name}[{i}]", SPLIT_OF.get(name), row
+    if tables:
+        return tables
+    if {type(cells) for cells in lists.values()} != {list}:
+        raise ValueError("expected a list of objects, or columns")
+    rows = zip(*lists.values(), strict=True)
+    return {"row": [dict(zip(lists, row)) for row in rows]}
 
 
 def read(path, problems, names=None):
@@ -171,25 +168,26 @@ def read(path, problems, names=None):
     A problem (where, text) is about a row, a text about the file."""
     path = pathlib.Path(path)
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    place = "the start"
+    number = 0
     try:
         with open_text(path, newline="\n") as file:
             if kind in ("csv", "tsv"):
-                rows = read_table(file, kind == "csv", names)
+                lists = {"row": read_table(file, kind == "csv", names)}
             elif kind == "jsonl":
-                rows = read_lines(file)
+                lists = {"line": read_lines(file)}
             else:
-                rows = read_lists(common.parse_json(file.read()))
-            for place, split, row in rows:
-                where = f"{path}, {place}"
-                if isinstance(row, dict):
-                    yield where, split, row
-                elif isinstance(row, ValueError):
-                    problems.append((where, str(row)))
-                else:
-                    problems.append((where, f"{row!r:.40}: expected an object"))
+                lists = read_lists(common.parse_json(file.read()))
+            for name, rows in lists.items():
+                for number, row in enumerate(rows, start=1):
+                    where = f"{path}, {name} {number}"
+                    if isinstance(row, dict):
+                        yield where, SPLIT_OF.get(name), row
+                    elif isinstance(row, ValueError):
+                        problems.append((where, str(row)))
+                    elif row is not BLANK:
+                        problems.append((where, f"{row!r:.40}: expected an object"))
     except READ_ERRORS as error:
-        problems.append(f"{path}: {error} (behind {place})")
+        problems.append(f"{path}, behind row {number}: {error}")
 
 
 def convert(path, to_record, args, problems, names=None):
@@ -314,13 +312,18 @@ def show(path, splits, tokenizer=None):
     {split: [record]}, of which none is empty."""
     for split, found in splits.items():
         log(f"{path}: {len(found)} {split} records")
-        for name in TEXT_FIELDS if tokenizer else ():
-            texts = []
-            for record in found:
-                texts += texts_of(record.get(name))
-            lengths = sorted(map(len, common.tokenize(tokenizer, texts)))
-            if lengths:
-                middle = lengths[len(lengths) // 2]
-                log(f"    tokens of {name}: {middle} (median), {lengths[-1]} at most")
+        if tokenizer:
+            show_lengths(found, tokenizer)
     for record in next(iter(splits.values()))[:2]:
         log(to_json(record))
+
+
+def show_lengths(records, tokenizer):
+    for name in ("prompt", "completion", "input"):
+        texts = []
+        for record in records:
+            texts += texts_of(record.get(name))
+        lengths = sorted(map(len, common.tokenize(tokenizer, texts)))
+        if lengths:
+            middle = lengths[len(lengths) // 2]
+            log(f"    tokens of {name}: {middle} (median), {lengths[-1]} at most")

@@ -123,7 +123,7 @@ def test_other_metrics():
 def test_answers_of_another_kind(key, answer, capsys):
     write_dataset(key, [("Q?", answer), ("R?", answer)])
     assert prepare("split", "--dataset", "d.json", "--out", "s.json") == 2
-    message = f"2 records, first d.json, data[0]: {answer!r} is no answer of {key}"
+    message = f"2 records, first d.json, data 1: {answer!r} is no answer of {key}"
     assert message in capsys.readouterr().err
 
 
@@ -422,7 +422,7 @@ def test_export(monkeypatch):
         **{"dataset_key": "svamp", "prediction_template": "ft_token"},
     }
     args.rationales = True
-    assert cot.student_record(args, "svamp", sample, " So. ")["completion"] == " So. --> 5"
+    assert cot.student_record(args, "svamp", sample, "So.")["completion"] == " So. --> 5"
 
 
 @pytest.mark.parametrize("family, kind", [("encoder_decoder", "t5"), ("decoder", "llama")])
@@ -464,14 +464,18 @@ MISTAKES = [
     ("split --dataset twice.json --out x.json", "a key is repeated"),
     ("split --dataset none.json --out x.json", "none.json"),
     ("split --dataset s.json --out x.json", "s.json: expected a data set of single_eq"),
-    ("split --dataset d.json --out s.json", "s.json exists"),
+    (
+        "split --dataset d.json --out s.json",
+        "s.json: expected a .json or .jsonl that is not there yet",
+    ),
     ("make coin_flip --n 0 --out x.json", "expected make coin_flip or make last_letter"),
     ("make --out x.json", "expected make coin_flip or make last_letter"),
     ("export --dataset d.json --split both.json --out x.json", "a sample on both sides"),
     ("export --dataset d.json --split d.json --out x.json", "expected a split"),
     ("export --dataset d.json --split s.json --completions c.jsonl --out x.json", "another one"),
     ("export --dataset d.json --split s.json --rationales --out x.json", "expected a rationale in"),
-    ("filter --completions c.jsonl --out x.csv", "expected a .json or .jsonl"),
+    ("export --dataset d.json --split s.json --completions p.json --out x.json", "another one"),
+    ("filter --completions c.jsonl --out x.csv", "expected a .json or .jsonl that"),
     ("filter --completions d.json --out x.jsonl", "KeyError: 'dataset_key'"),
     ("filter --completions odd.jsonl --out x.jsonl", "line 1: KeyError: 'completion'"),
     ("evaluate", "nothing to judge"),
@@ -493,6 +497,9 @@ def test_mistakes(words, message, capsys):
     pathlib.Path("both.json").write_text('{"train": [0], "test": [0]}')
     pathlib.Path("mine.jsonl").write_text("notes")
     write_lines("c.jsonl", completion(0, "5"))
+    about = {"dataset_key": "svamp", "prediction_template": "zs", "answer": "1", "sample_index": 0}
+    predictions = [{"orig_d": about, "generations": [{"lm_postprocess": "1"}]}]
+    pathlib.Path("p.json").write_text(json.dumps(predictions))
     write_lines("odd.jsonl", {"dataset_key": "svamp", "prediction_template": "zs", "answer": "1"})
     assert prepare(*words.split()) == 2
     assert message in capsys.readouterr().err
