@@ -28,18 +28,22 @@ def run(folder, script, *words):
 
 def prepare(folder, key, n):
     """Data files with and without rationales, and a tokenizer."""
-    run(folder, "data/cot.py", "make", key, "--n", n, "--rationale", "--out", "d.json")
+    run(folder, "data/cot.py", "make", key, "--n", n, "--out", "d.json")
     run(folder, "data/cot.py", "split", "--dataset", "d.json", "--out", "s.json")
-    run(folder, "data/cot.py", "teach", "--dataset", "d.json", "--rationales", "--out", "t.jsonl")
     words = ["export", "--dataset", "d.json", "--split", "s.json", "--eval_fraction", 0.03]
-    taught = ["--completions", "t.jsonl", "--out", "data/rationale.json"]
-    run(folder, "data/cot.py", *words, *taught)
+    run(folder, "data/cot.py", *words, "--rationales", "--out", "data/rationale.json")
     run(folder, "data/cot.py", *words, "--out", "data/answer.json")
     records = json.loads((folder / "data" / "rationale.json").read_text())["train"][:3000]
     texts = [{"text": f"{record['prompt']} {record['completion']}"} for record in records]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     words = ["--vocab_size", SETS[key], "--size", "tiny", "--out", "models/student"]
     run(folder, "data/prepare_tokenizer.py", "--input", "texts.jsonl", *words)
+
+
+def accuracy(folder, path):
+    """In per cent, of the predictions in a file."""
+    table = run(folder, "data/cot.py", "evaluate", path)
+    return float(table.splitlines()[1].split()[0])
 
 
 def student(folder, data, seed, steps):
@@ -50,16 +54,18 @@ def student(folder, data, seed, steps):
     words += ["--eval_steps", steps // 4, *TRAIN.split(), *EVALUATE.split()]
     run(folder, "seq2seq.py", *words)
     run_dir = folder / "models" / name
-    shown = run(folder, "data/cot.py", "evaluate", "--best_on_eval", run_dir)
-    best = int(shown.split("best on eval is step ")[1].split()[0])
+    accuracies = {}
+    for path in run_dir.glob("temperature=*.json"):
+        step = int(path.stem.partition("_step=")[2])
+        if step > 0:
+            accuracies[step] = accuracy(folder, path)
+    best = max(sorted(accuracies), key=accuracies.get)  # of equals the first
     if best != steps:  # whose test the run itself has made
         words = ["--no_train", "--data", data, "--training_run_name", f"{name}-best"]
         words += ["--model_init_path", run_dir / f"checkpoint-{best}", *EVALUATE.split()]
         run(folder, "seq2seq.py", *words)
         run_dir = folder / "models" / f"{name}-best"
-    test = next(run_dir.glob("test_temperature=*.json"))
-    table = run(folder, "data/cot.py", "evaluate", test)
-    return float(table.splitlines()[1].split()[0])
+    return accuracy(folder, next(run_dir.glob("test_temperature=*.json")))
 
 
 def main():

@@ -1,14 +1,15 @@
 """Let a teacher reason, keep the chains of thought that end in the right answer, train a student
 on them, and score both.
 
-    python data/cot.py make coin_flip --n 1000 --rationale --out data/coins.json
+    python data/cot.py make coin_flip --n 1000 --out data/coins.json
     python data/cot.py split --dataset data/coins.json --out data/coins_split.json
-    python data/cot.py teach --dataset data/coins.json --rationales --out data/taught.jsonl
+    python data/cot.py teach --dataset data/coins.json --out data/taught.jsonl --model NAME \\
+        --server http://127.0.0.1:8000/v1/chat/completions
     python data/cot.py filter --completions data/taught.jsonl --out data/right.jsonl
     python data/cot.py export --dataset data/coins.json --split data/coins_split.json \\
         --completions data/right.jsonl --family encoder_decoder --out data/coins_cot.json
     python seq2seq.py --model_init_path google/flan-t5-small --data coins_cot
-    python data/cot.py evaluate --best_on_eval models/<run>
+    python data/cot.py evaluate models/<run>/*temperature=*.json
 
 Methods and files are those of Ho et al. 2022 (https://arxiv.org/abs/2212.10071):
 
@@ -17,8 +18,8 @@ Methods and files are those of Ho et al. 2022 (https://arxiv.org/abs/2212.10071)
     split        {"train": [sample_index], "test": [sample_index]}
     few shots    {"svamp": {"prompt": "Q: 1 + 1?\\nA: One and one are two. The answer is 2."}}
 
-Completions are ours, a line for each; those of the earlier system, D_<dataset_key>.json, are read
-too. teach appends a line as it comes, so that the same command goes on after a stop:
+Completions are JSON lines, which teach appends as they come, so that the same command goes on
+after a stop:
 
     {"dataset_key": "svamp", "prediction_template": "zs_cot", "sample_index": 0,
      "completion_index": 0, "question": "2 + 3?", "answer": "5",
@@ -29,7 +30,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import http.client
 import json
 import math
@@ -37,13 +37,11 @@ import os
 import pathlib
 import random
 import re
-import subprocess
 import sys
 import threading
 import urllib.request
 
 import numpy as np
-from tqdm import tqdm
 
 import records  # first: it makes common.py importable
 
@@ -52,22 +50,27 @@ import common
 from common import log
 
 ANSWER_TOKENS = 128  # of zs_cot's answer, behind the chain of thought
-LOCAL_FILES = ("prompts.json", "replies.txt")  # beside --out, while chat.py works
 ATTEMPTS = 9
 FIRST_WAIT = 1.0  # seconds between attempts; doubled each time, up to a minute
 TIMEOUT = 600  # seconds of a request
 BUSY = (0, 408, 409, 425, 429)  # worth another attempt, as are all from 500 on; 0: no reply
 NOT_THIS_PROMPT = (200, 400, 413, 422)  # no completion, but other prompts may get one
+ODD_SHAPE = (KeyError, TypeError, ValueError, AttributeError)  # of JSON of another layout
 
-# what: for messages; pattern: of a candidate in a text in which `blank` has replaced `marks`;
-# value: of a candidate, as it is compared
-Kind = collections.namedtuple("Kind", "what pattern marks blank value", defaults=["", "", str])
-NUMBER = Kind("a number", r"-?\d+(?:\.\d+)?", ",", "", float)
-YES_NO = Kind("yes or no", r"(?i)(?<![^ ])(?:yes|no)(?![^ ])", r"[\"'.:,\s]", " ", str.lower)
-WORD = Kind("a word", r"(?s)\A.*", r"[\"'.\s]")  # the whole text is the one candidate
-A_TO_C = Kind("a letter from A to C", r"(?<!\w)[A-C](?!\w)")
-A_TO_E = Kind("a letter from A to E", r"(?<!\w)[A-E](?!\w)")
-A_TO_F = Kind("a letter from A to F", r"(?<!\w)[A-F](?!\w)")
+
+def number(text):
+    return round(float(text), 6)
+
+
+# pattern: of a candidate in a text in which `blank` has replaced `marks`; value: of a candidate, as
+# it is compared
+Kind = collections.namedtuple("Kind", "pattern marks blank value", defaults=["", "", str])
+NUMBER = Kind(r"-?\d+(?:\.\d+)?", ",", "", number)
+YES_NO = Kind(r"(?i)(?<![^ ])(?:yes|no)(?![^ ])", r"[\"'.:,\s]", " ", str.lower)
+WORD = Kind(r"(?s)\A.+", r"[\"'.\s]")  # the whole text is the one candidate
+A_TO_C = Kind(r"(?<!\w)[A-C](?!\w)")
+A_TO_E = Kind(r"(?<!\w)[A-E](?!\w)")
+A_TO_F = Kind(r"(?<!\w)[A-F](?!\w)")
 DATASETS = {
     "single_eq": NUMBER,
     "addsub": NUMBER,
@@ -82,12 +85,12 @@ DATASETS = {
     "commonsense_qa": A_TO_E,
     "strategy_qa": YES_NO,
 }
-# published splits that are not 70 % at random: of so many samples the last ones are for test, and
-# so many of the others are drawn for training
+# published splits that are not 70 % at random: of so many samples so many are drawn for training
+# and the last ones are for test
 PUBLISHED = {
-    "gsm8k": (8792, 1319, 7473),
-    "aqua": (97721, 254, 10000),
-    "commonsense_qa": (10962, 1221, 9741),
+    "gsm8k": (8792, 7473, 1319),
+    "aqua": (97721, 10000, 254),
+    "commonsense_qa": (10962, 9741, 1221),
 }
 PROMPTS = {  # of teachers
     "zs": "Q: {question}\n\nA:",
@@ -99,11 +102,11 @@ PREFIXES = {  # what stands before the answer, by prediction_template
     "ft_cot_natural": "Therefore, the answer is",
     "fs_cot": "The answer is",
 }
-STUDENTS = {  # prompt, and completion with and without a chain of thought
-    "decoder": ("{question} ###", " {rationale} --> {answer}", " {answer}"),
-    "encoder_decoder": ("{question}", "{rationale} --> {answer}", "{answer}"),
+STUDENTS = {  # what ends a prompt, and what begins a completion
+    "decoder": (" ###", " "),
+    "encoder_decoder": ("", ""),
 }
-METRICS = ("accuracy", "contains_answer", "correct_format", "complete")
+Verdict = collections.namedtuple("Verdict", "accuracy contains_answer correct_format")
 NAMES = """
 Abigail Adam Aisha Alan Amir Amy Anna Arjun Ava Beth Brian Bruno Camila Carl Chloe Clara Colin Craig
 Daisy David Diego Dora Dylan Edith Elena Eli Emil Emma Eric Esther Felix Fiona Frank Gail George
@@ -116,46 +119,43 @@ Wanda Wendy Xavier Yara Yusuf Zoe
 # --------------------------------------------------------------------------------------- the judge
 
 
+def values_of(key, text):
+    """The candidates of a text, as they are compared."""
+    kind = DATASETS[key]
+    text = re.sub(kind.marks, kind.blank, text)
+    return [kind.value(candidate) for candidate in re.findall(kind.pattern, text)]
+
+
 def gold_value(key, answer):
     """The right answer as it is compared. Raises ValueError if it is none of this data set."""
-    kind = DATASETS[key]
-    text = re.sub(kind.marks, kind.blank, answer).strip()
-    if not text or not re.fullmatch(kind.pattern, text):
-        raise ValueError(f"answer {answer!r:.40}, expected {kind.what}")
-    return kind.value(text)
+    values = values_of(key, answer)
+    if len(values) != 1:
+        raise ValueError(f"{answer!r:.40} is no answer of {key}")
+    return values[0]
 
 
 def judge(row):
-    """{metric: whether} of a completion.
+    """The Verdict on a completion.
 
     accuracy: the candidate that counts is the answer. That is the first one behind the template's
         prefix (see PREFIXES); the last one of the text where the prefix is missing; the first one
         of the text for a template that has none.
     contains_answer: any candidate is, of those behind the prefix where it is there.
     correct_format: the prefix is there, or the template has none.
-    complete: the text ended by itself; only where that is known.
 
-    Candidates are letters that are whole words; signed numbers without their commas, equal within
-    1e-6; the words yes and no; of last letters the whole text without marks and white space.
+    Candidates are letters that are whole words; signed numbers without their commas, rounded to
+    six places; the words yes and no; of last letters the whole text without marks and white space.
     """
-    kind = DATASETS[row["dataset_key"]]
-    gold = gold_value(row["dataset_key"], row["answer"])
-    prefix = PREFIXES.get(row["prediction_template"])
+    key = row["dataset_key"]
+    gold = gold_value(key, row["answer"])
+    prefix = PREFIXES.get(row["prediction_template"], "")
     text = row["completion"]
-    has_format = prefix is None or prefix in text
+    has_format = prefix in text
     if prefix and has_format:
         text = text.partition(prefix)[2]
-    hits = []
-    for candidate in re.findall(kind.pattern, re.sub(kind.marks, kind.blank, text)):
-        value = kind.value(candidate)
-        is_number = kind is NUMBER
-        hits.append(abs(value - gold) <= 1e-6 if is_number else value == gold)
+    hits = [value == gold for value in values_of(key, text)]
     counting = hits[:1] if has_format else hits[-1:]
-    verdict = {"accuracy": any(counting), "contains_answer": any(hits)}
-    verdict["correct_format"] = has_format
-    if row.get("finish_reason"):
-        verdict["complete"] = row["finish_reason"] == "stop"
-    return verdict
+    return Verdict(any(counting), any(hits), has_format)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -170,54 +170,34 @@ def load(path):
     return value
 
 
-def write_text(path, text):
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = pathlib.Path(f"{path}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def check_rows(path, check, rows):
-    """[check(row)]; leave if that is an error for one of them."""
-    problems = []
-    found = []
-    for i, row in enumerate(rows):
-        try:
-            found.append(check(row))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append((f"{path}, record {i}", f"{type(error).__name__}: {error} (see -h)"))
-    if problems or not rows:
-        common.fail(problems or f"{path}: no records")
-    return found
-
-
 @contextlib.contextmanager
 def expecting(what, path):
     """Around reading a value that may have another shape."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ODD_SHAPE as error:
         common.fail(f"{path}: expected {what} (see -h); {type(error).__name__}: {error}")
 
 
-def load_dataset(path):
+def load_dataset(args):
     """(dataset_key, {sample_index: sample})"""
 
     def check(sample):
         gold_value(key, sample["answer"])
-        problem = common.text_problem(sample["question"], "question", sample)
-        if problem:
-            raise ValueError(problem)
+        sample["question"].strip()  # an error unless it is text
         return sample["sample_index"] + 0, sample
 
-    found = load(path)
+    path = args.dataset
     with expecting(f"a data set of {', '.join(DATASETS)}", path):
-        key = found["metadata"]["dataset_key"]
-        data = list(found["data"])
+        key = load(path)["metadata"]["dataset_key"]
         DATASETS[key]
-    samples = dict(check_rows(path, check, data))
-    if len(samples) < len(data):
-        common.fail(f"{path}: a sample_index is repeated")
+    problems = []
+    found = [pair for _, pair in records.convert(path, check, args, problems)]
+    samples = dict(found)
+    if len(samples) < len(found):
+        problems.append(f"{path}: a sample_index is repeated")
+    if problems:
+        common.fail(problems)
     return key, samples
 
 
@@ -230,27 +210,24 @@ def load_split(path, samples):
     return split
 
 
-def load_rows(path):
-    """[(row, the judge's verdict)] of completions, or of a trainer's predictions."""
-    path = pathlib.Path(path)
-    if path.suffix == ".jsonl":
-        problems = []
-        rows = [row for _, _, row in records.read(path, problems)]
-        if problems:
-            common.fail(problems)
-    else:
-        found = load(path)
-        rows = []
-        with expecting("completions or predictions", path):
-            if isinstance(found, dict):  # of the earlier system
-                for group in found["data"].values():
-                    rows += [{**found["metadata"], **row} for row in group]
-                found = []
-            for prediction in found:
-                for generation in prediction["generations"]:
-                    text = generation["lm_postprocess"]
-                    rows.append({**prediction["orig_d"], "completion": text})
-    return check_rows(path, lambda row: (row, judge(row)), rows)
+def judge_all(row):
+    """[(row, the judge's verdict)] of a completion, or of a trainer's prediction."""
+    rows = [row]
+    if "generations" in row:
+        texts = [generation["lm_postprocess"] for generation in row["generations"]]
+        rows = [{**row["orig_d"], "completion": text} for text in texts]
+    return [(row, judge(row)) for row in rows]
+
+
+def load_rows(args, path):
+    """[(row, the judge's verdict)] of a file."""
+    problems = []
+    rows = []
+    for _, judged in records.convert(path, judge_all, args, problems):
+        rows += judged
+    if problems or not rows:
+        common.fail(problems or f"{path}: no completions")
+    return rows
 
 
 # -------------------------------------------------------------------------------------------- make
@@ -267,8 +244,10 @@ def coin_flip(names, rng):
             side = "tails" if side == "heads" else "heads"
         acts.append(f"{name} {act} the coin.")
         steps.append(f"{name} {act}: {side} up.")
-    question = f"A coin is heads up. {' '.join(acts)} Is the coin still heads up? "
-    question += 'Note that "flip" here means "reverse".'
+    question = (
+        f"A coin is heads up. {' '.join(acts)} Is the coin still heads up? "
+        'Note that "flip" here means "reverse".'
+    )
     return question, "yes" if side == "heads" else "no", " ".join(steps)
 
 
@@ -286,23 +265,20 @@ MADE = {"coin_flip": coin_flip, "last_letter_concatenation": last_letters}
 
 def make(args):
     """Write a data set that needs no source; others come as JSON from their publishers."""
-    key = args.words[0] if len(args.words) == 1 else None
-    if key not in MADE:
-        common.fail(f"expected make {' or make '.join(MADE)}")
-    if not 0 < args.n <= math.perm(len(NAMES), args.names) / 2:  # else new ones are hard to find
-        common.fail(f"--n {args.n}: too few questions, or too many for --names {args.names}")
+    key = " ".join(args.words)
+    n_most = math.perm(len(NAMES), args.names) // 2  # else new ones are hard to find
+    if key not in MADE or not 0 < args.n <= n_most:
+        common.fail(f"expected make {' or make '.join(MADE)}, and --n from 1 to {n_most}")
     rng = random.Random(args.seed)
-    samples = {}
+    samples = {}  # by question, so that none is there twice
     while len(samples) < args.n:
-        names = rng.sample(NAMES, args.names)
-        question, answer, rationale = MADE[key](names, rng)
+        question, answer, rationale = MADE[key](rng.sample(NAMES, args.names), rng)
         sample = {"sample_index": len(samples), "question": question, "answer": answer}
-        if args.rationale:
-            sample["rationale"] = rationale
-        samples.setdefault(question, sample)  # no question twice
+        sample["rationale"] = rationale
+        samples.setdefault(question, sample)
     found = {"metadata": {"dataset_key": key}, "data": list(samples.values())}
-    write_text(args.out, json.dumps(found, indent=4) + "\n")
-    log(f"{args.out}: {args.n} samples, the first: {found['data'][0]}")
+    common.write_json(args.out, found)
+    log(f"{args.out}: {args.n} samples")
 
 
 # ------------------------------------------------------------------------------------------- split
@@ -323,68 +299,40 @@ def template_of(question):
     return re.sub(r"\bN(?: N)+\b", "N", text)
 
 
-def draw_templates(samples, n_train, seed):
+def draw_templates(samples, n_train, rng):
     """[sample_index] for training, at most n_train: of each template all samples or none."""
     groups = collections.defaultdict(list)
     for index, sample in samples.items():
         groups[template_of(sample["question"])].append(index)
-    groups = list(groups.values())
     train = []
-    for i in np.random.RandomState(seed).permutation(len(groups)):
-        if len(train) + len(groups[i]) <= n_train:
-            train += groups[i]
+    for template in rng.permutation(list(groups)):
+        if len(train) + len(groups[template]) <= n_train:
+            train += groups[template]
     return train
 
 
 def split(args):
     """Write which samples are for training and which for test: the published split where there is
     one, else 70 % at random; or no kind of question on both sides."""
-    key, samples = load_dataset(args.dataset)
+    key, samples = load_dataset(args)
     indices = list(samples)
     n_train = round(len(indices) * 0.7)  # a half goes to the even side, as published
-    n_drawn = args.train_n
-    n_published, n_test, n_published_train = PUBLISHED.get(key, (0, 0, 0))
+    n_published, n_drawn, n_test = PUBLISHED.get(key, (0, 0, 0))
+    rng = np.random.RandomState(args.seed)  # 0: as published
     if args.kind == "template":
-        train = draw_templates(samples, n_train, args.seed)
+        train = draw_templates(samples, n_train, rng)
     elif len(indices) == n_published:
-        train = indices[:-n_test]
-        n_drawn = n_drawn or n_published_train
+        train = rng.permutation(indices[:-n_test])[:n_drawn].tolist()
+        indices = indices[-n_test:]
     else:
-        train = np.random.RandomState(0).permutation(indices)[:n_train].tolist()
-    test = sorted(set(indices) - set(train))
-    if n_drawn:
-        train = np.random.RandomState(args.seed).permutation(sorted(train))[:n_drawn].tolist()
-    if not train or not test or n_drawn > len(train):
-        common.fail(f"{len(indices)} samples give {len(train)} for train and {len(test)} for test")
-    write_text(args.out, json.dumps({"train": sorted(train), "test": test}, indent=4))
+        train = rng.permutation(indices)[:n_train].tolist()
+    test = set(indices) - set(train)
+    found = {"train": sorted(train), "test": sorted(test)}
+    args.out.write_text(json.dumps(found, indent=4))
     log(f"{args.out}: {len(train)} train, {len(test)} test")
 
 
 # ------------------------------------------------------------------------------------------- teach
-
-
-def steps_of(args):
-    """[(step, max_tokens, temperature)] of what is asked one after the other. zs_cot's chain of
-    thought is drawn; the answer that follows from it is not."""
-    if args.method == "zs_cot":
-        return [("reasoning_", args.max_tokens, args.temperature), ("", ANSWER_TOKENS, 0.0)]
-    return [("", args.max_tokens, args.temperature)]
-
-
-def fill_in(row, step, text, finish_reason):
-    """Put an answer into a row, without the next question, which a model may invent. Returns
-    whether it is an answer."""
-    text, found, _ = text.partition("\nQ:")
-    row[f"{step}completion"] = text.encode(errors="replace").decode()  # half a character
-    row[f"{step}finish_reason"] = "stop" if found else finish_reason
-    if step:
-        row["prompt"] = f"{row['reasoning_prompt']}{text.strip()}\nTherefore, the answer is"
-    return text.strip() != "" and finish_reason != "error"
-
-
-def seed_of(args, *key):
-    """31 bits, which all servers take."""
-    return common.derive_seed(args.seed, *key) % 2**31
 
 
 class AnyReply(urllib.request.HTTPErrorProcessor):
@@ -396,36 +344,34 @@ class AnyReply(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
+OPENER = urllib.request.build_opener(AnyReply)
+
+
 class Server:
     """A teacher behind OpenAI's API. Its key goes into a header and nowhere else."""
 
-    def __init__(self, args, problems):
+    def __init__(self, args):
         self.args = args
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
         self.is_chat = args.server.endswith("/chat/completions")
         self.limit = "max_tokens"
         self.stopped = threading.Event()
-        self.opener = urllib.request.build_opener(AnyReply)
-        if not re.fullmatch(r"https?://[^\s@?]+/completions", args.server):
-            problems.append("--server: expected http[s]://.../v1/[chat/]completions")
-        if not self.key.isascii() or not self.key.isprintable():
-            problems.append("OPENAI_API_KEY has characters that no header can hold")
 
     def post(self, body):
         """(status, text) of a request; status 0: no reply."""
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.args.server, json.dumps(body).encode(), headers)
         try:
-            with self.opener.open(request, timeout=TIMEOUT) as reply:
+            with OPENER.open(request, timeout=TIMEOUT) as reply:
                 return reply.status, reply.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             return 0, f"{type(error).__name__}: {error}"
 
-    def parse(self, text):
-        """(status, completion or "", finish reason) of a reply with status 200. Servers report
-        errors in it all the same, beside the choices or in one."""
+    def parse(self, status, text):
+        """(status, completion or "", finish reason) of a reply. Servers report errors with status
+        200 too, beside the choices or in one."""
+        if status != 200:
+            return status, "", None
         try:
             reply = json.loads(text)
             choice = {**reply, **(reply.get("choices") or [{}])[0]}
@@ -435,197 +381,140 @@ class Server:
             return 200, completion + "", choice.get("finish_reason")
         except (json.JSONDecodeError, RecursionError):  # cut, or no JSON
             return 0, "", None
-        except (KeyError, TypeError, ValueError, AttributeError):  # null is a filter's answer
+        except ODD_SHAPE:  # null is a filter's answer
             return 200, "", None
 
-    def ask(self, prompt, max_tokens, temperature, seed):
+    def ask(self, row, step, max_tokens, temperature):
         """(completion or "", finish reason, the server's words), after as many attempts as it
         takes. Raises SystemExit where no prompt would get an answer."""
-        body = {"model": self.args.model, "temperature": temperature, "prompt": prompt}
+        prompt = row[f"{step}prompt"]
+        body = {"model": row["model"], "temperature": temperature, "prompt": prompt}
         if self.is_chat:
             body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
         if temperature:
-            body["seed"] = seed
+            key = (self.args.seed, row["sample_index"], row["completion_index"])
+            body["seed"] = common.derive_seed(*key) % 2**31  # which all servers take
         for attempt in range(ATTEMPTS):
             status, text = self.post({**body, self.limit: max_tokens})
             if status == 400 and "max_completion_tokens" in text:  # what newer models call it
                 self.limit = "max_completion_tokens"
                 status, text = self.post({**body, self.limit: max_tokens})
-            words = f"{self.args.server}: status {status} {text[:500].strip()}"
-            if self.key:
-                words = words.replace(self.key, "***")
-            completion, finish_reason = "", None
-            if status == 200:
-                status, completion, finish_reason = self.parse(text)
+            text_without_key = text[:500].strip().replace(self.key, "***")
+            words = f"{self.args.server}: status {status} {text_without_key}"
+            status, completion, finish_reason = self.parse(status, text)
             if status in NOT_THIS_PROMPT:
                 return completion, finish_reason, words
-            if status not in BUSY and status < 500:
-                self.stopped.set()
-                common.fail(words)
-            wait = min(60.0, FIRST_WAIT * 2**attempt)
-            log(f"{words}; waiting {wait:g} s, attempt {attempt + 1} of {ATTEMPTS}")
-            if self.stopped.wait(wait):
+            is_busy = status in BUSY or status >= 500
+            log(f"{words}; attempt {attempt + 1} of {ATTEMPTS}")
+            if not is_busy or self.stopped.wait(min(60, FIRST_WAIT * 2**attempt)):
                 break
         self.stopped.set()
-        common.print_error(f"gave up: {words}; the same command goes on")
-        raise SystemExit(common.EXIT_SAVED)
+        common.print_error(f"{words}; the same command goes on")
+        raise SystemExit(common.EXIT_SAVED if is_busy else 2)
 
     def answer(self, row):
-        """(row, "" or why it has no completion)"""
+        """(row, "" or why it has no completion). zs_cot asks twice: its chain of thought is drawn,
+        the answer that follows from it is not."""
         if self.stopped.is_set():
             return row, "not asked"
-        seed = seed_of(self.args, row["sample_index"], row["completion_index"])
-        for step, *limits in steps_of(self.args):
-            text, finish_reason, words = self.ask(row[f"{step}prompt"], *limits, seed)
-            if not fill_in(row, step, text, finish_reason):
+        limits = (self.args.max_tokens, self.args.temperature)
+        steps = [("", *limits)]
+        if "reasoning_prompt" in row:
+            steps = [("reasoning_", *limits), ("", ANSWER_TOKENS, 0.0)]
+        for step, *limits in steps:
+            text, finish_reason, words = self.ask(row, step, *limits)
+            text = text.partition("\nQ:")[0]  # a model may invent the next question
+            if not text.strip() or finish_reason == "error":
                 return row, words
+            row[f"{step}completion"] = text
+            row[f"{step}finish_reason"] = finish_reason
+            if step:
+                row["prompt"] = f"{row['reasoning_prompt']}{text.strip()}\nTherefore, the answer is"
         return row, ""
 
     def answer_all(self, rows):
         """Yield (row, "" or why it has no completion)."""
-        pool = concurrent.futures.ThreadPoolExecutor(self.args.workers)
-        try:
-            asked = [pool.submit(self.answer, row) for row in rows]
-            done = concurrent.futures.as_completed(asked)
-            for future in tqdm(done, "rows", len(rows), disable=None):
-                yield future.result()
-        finally:
-            self.stopped.set()
-            pool.shutdown(cancel_futures=True)
+        with concurrent.futures.ThreadPoolExecutor(self.args.workers) as pool:
+            try:
+                asked = [pool.submit(self.answer, row) for row in rows]
+                answers = concurrent.futures.as_completed(asked)
+                for future in common.progress(answers, "rows", total=len(rows)):
+                    yield future.result()
+            finally:
+                self.stopped.set()  # or all the others would be asked first
 
 
-def run_chat(args, rows, step, max_tokens, temperature):
-    """[reply] from chat.py's file mode, which goes on after a stop."""
-    prompts, replies = (args.out.with_suffix(f".{step}{ending}") for ending in LOCAL_FILES)
-    name = "prompt" if args.chat else "text"
-    text = json.dumps([{**row, name: row[f"{step}prompt"]} for row in rows])
-    if prompts.exists() and prompts.read_text() != text:
-        common.fail(f"{prompts} is of another command: finish that one, or move it away")
-    write_text(prompts, text)
-    if not replies.exists():
-        command = [sys.executable, common.HERE / "chat.py", "--model_path", args.local]
-        command += ["--input", prompts, "--output", replies, "--max_new_tokens", max_tokens]
-        command += ["--temperature", temperature, "--top_p", 1, "--seed", seed_of(args, text)]
-        code = subprocess.run([str(word) for word in command]).returncode
-        if code:
-            raise SystemExit(code)
-    return [json.loads(line) for line in open(replies, encoding="utf-8", newline="\n")]
-
-
-def answer_locally(args, rows):
-    """Yield (row, "" or why it has no completion)."""
-    for limits in steps_of(args) if rows else ():
-        answered = []
-        for row, reply in zip(rows, run_chat(args, rows, *limits)):
-            if fill_in(row, limits[0], reply["replies"][0], reply["finish_reasons"][0]):
-                answered.append(row)
-            else:
-                yield row, "an empty answer"
-        rows = answered
-    for row in rows:
-        yield row, ""
-    for step, *_ in steps_of(args):
-        for ending in LOCAL_FILES:
-            args.out.with_suffix(f".{step}{ending}").unlink(missing_ok=True)
-
-
-def answer_from(args, samples, rows):
-    """Yield (row, "") with the data set's own rationales."""
-    for row in rows:
-        with expecting("a rationale in each sample", args.dataset):
-            rationale = samples[row["sample_index"]]["rationale"].strip()
-        row["completion"] = f" {rationale} The answer is {row['answer']}."
-        yield row, ""
-
-
-def check_teach(args, problems):
-    if args.rationales:
-        args.method = "fs_cot"  # the form of what is said
-    elif (args.method == "fs_cot") != bool(args.few_shot):
+def check_teach(args):
+    problems = []
+    if (args.method == "fs_cot") != bool(args.few_shot):
         problems.append("--few_shot FILE goes with --method fs_cot")
-    if bool(args.server) + bool(args.local) + args.rationales != 1:
-        problems.append("expected one of --server, --local, --rationales")
-    if args.k > 1 and (args.rationales or not args.temperature):
-        problems.append("--k above 1 needs a model and --temperature 0.7")
+    if not re.fullmatch(r"https?://\S+/completions", args.server):
+        problems.append("--server: expected http[s]://.../v1/[chat/]completions")
+    if args.k > 1 and not args.temperature:
+        problems.append("--k above 1 needs --temperature 0.7")
+    if args.out.suffix != ".jsonl":
+        problems.append("--out: expected a name that ends in .jsonl")
+    if problems:
+        common.fail(problems)
 
 
 def make_rows(args, key, samples):
     """[row], --k of each sample, with all that the same command puts there again."""
-    about = {name: getattr(args, name) for name in ("model", "chat", "temperature", "max_tokens")}
-    about.update(dataset_key=key, prediction_template=args.method)
+    about = {"dataset_key": key, "prediction_template": args.method, "model": args.model}
+    about.update(temperature=args.temperature, max_tokens=args.max_tokens)
     few_shot = ""
     if args.few_shot:
-        found = load(args.few_shot)
         with expecting(f"a prompt for {key}", args.few_shot):
-            few_shot = found[key]["prompt"]
-    step = steps_of(args)[0][0]
+            few_shot = load(args.few_shot)[key]["prompt"]
+    name = "reasoning_prompt" if args.method == "zs_cot" else "prompt"
     rows = []
     for sample in samples:
-        row = {name: sample[name] for name in ("sample_index", "question", "answer")}
+        row = {field: sample[field] for field in ("sample_index", "question", "answer")}
         question = sample["question"].strip()
-        prompt = PROMPTS[args.method].format(few_shot=few_shot, question=question)
-        for n in range(args.k):
-            rows.append({**about, **row, "completion_index": n, f"{step}prompt": prompt})
+        row[name] = PROMPTS[args.method].format(few_shot=few_shot, question=question)
+        rows += [{**about, **row, "completion_index": i} for i in range(args.k)]
     return rows
 
 
-def open_completions(path):
-    """(file to append to, {(sample_index, completion_index): row that is there})"""
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-    except BlockingIOError:
-        common.fail(f"{path}: another process is writing it")
-    file.seek(0)
-    *lines, torn = file.read().split("\n")
+def load_completions(path):
+    """{(sample_index, completion_index): row} of what teach has written."""
+    path.touch()
+    text = path.read_text()
+    *lines, torn = text.split("\n")
     rows = {}
     with expecting("completions of teach", path):
         for row in map(json.loads, lines):
             rows[row["sample_index"], row["completion_index"]] = row
     if torn and not rows:
         common.fail(f"{path}: teach did not write it")
-    file.truncate(file.tell() - len(torn))  # of a killed process; all is ASCII
-    return file, rows
+    os.truncate(path, len(text) - len(torn))  # of a killed process; all is ASCII
+    return rows
 
 
 def teach(args):
     """Let a teacher answer. Answers are kept as they come, and the same command goes on."""
-    problems = []
-    key, samples = load_dataset(args.dataset)
-    chosen = list(samples.values())
-    if args.split:
-        chosen = [samples[index] for index in load_split(args.split, samples)["train"]]
-    check_teach(args, problems)
-    server = Server(args, problems) if args.server else None
-    if problems:
-        common.fail(problems)
-    args.model = args.model or args.local
-    file, there = open_completions(args.out)
+    check_teach(args)
+    key, samples = load_dataset(args)
+    chosen = load_split(args.split, samples)["train"] if args.split else samples
+    there = load_completions(args.out)
     todo = []
-    for row in make_rows(args, key, chosen):
+    for row in make_rows(args, key, [samples[index] for index in chosen]):
         earlier = there.get((row["sample_index"], row["completion_index"]))
         if not earlier:
             todo.append(row)
         elif not row.items() <= earlier.items():
             common.fail(f"{args.out} was begun by another command: choose another --out")
     log(f"{args.out}: {len(there)} completions are there, {len(todo)} are asked for")
-    if server:
-        answers = server.answer_all(todo)
-    elif args.local:
-        answers = answer_locally(args, todo)
-    else:
-        answers = answer_from(args, samples, todo)
     missing = []
-    for row, reason in answers:
-        if reason:
-            missing.append((f"sample {row['sample_index']}", reason))
-        else:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    with open(args.out, "a") as file:
+        for row, reason in Server(args).answer_all(todo):
+            if reason:
+                where = f"sample {row['sample_index']}"
+                missing.append((where, f"{reason}; the same command asks again"))
+            else:
+                print(json.dumps(row), file=file, flush=True)
     if missing:
-        log("the same command asks again for what is missing")
         common.fail(missing)
-    print_table([args.out])
 
 
 # ---------------------------------------------------------------------------------- filter, export
@@ -633,127 +522,92 @@ def teach(args):
 
 def filter_right(args):
     """Keep the completions that are right."""
-    found = load_rows(args.completions)
-    right = [row for row, verdict in found if verdict["accuracy"]]
-    write_text(args.out, "".join(json.dumps(row) + "\n" for row in right))
-    log(f"{args.out}: {len(right)} of {len(found)} completions are right")
-
-
-def rationale_of(row):
-    """What stands before a teacher's answer, or ""."""
-    if "reasoning_completion" in row:
-        return row["reasoning_completion"].strip()
-    prefix = PREFIXES.get(row["prediction_template"])
-    return row["completion"].partition(prefix)[0].strip() if prefix else ""
+    rows = load_rows(args, args.completions)
+    right = [row for row, verdict in rows if verdict.accuracy]
+    records.write(args.out, {"train": right})
+    log(f"{args.out}: {len(right)} of {len(rows)} completions are right")
 
 
 def right_rationales(args, samples):
     """{sample_index: [rationale]} of a teacher's completions."""
     found = collections.defaultdict(list)
-    rows = load_rows(args.completions)
-    for row, verdict in rows:
-        index = row["sample_index"]
-        if row["question"] != samples.get(index, row)["question"]:
+    for row, verdict in load_rows(args, args.completions):
+        index = row.get("sample_index")
+        if index not in samples or row.get("question") != samples[index]["question"]:
             common.fail(f"{args.completions}: sample {index} is another one in {args.dataset}")
-        rationale = rationale_of(row)
+        rationale = row.get("reasoning_completion", "").strip()
+        if row["prediction_template"] == "fs_cot":
+            rationale = row["completion"].partition(PREFIXES["fs_cot"])[0].strip()
         is_usable = rationale and "-->" not in rationale  # which would end it
-        if verdict["accuracy"] and is_usable:
+        if verdict.accuracy and is_usable:
             found[index].append(rationale)
-    log(f"{sum(map(len, found.values()))} of {len(rows)} completions are right, with a rationale")
     return found
 
 
-def student_record(args, key, sample, rationale=""):
+def student_record(args, key, sample, rationale):
     """A training example; without a rationale the completion is the answer alone."""
-    prompt, with_rationale, answer = STUDENTS[args.family]
-    fields = {"question": sample["question"].strip(), "answer": sample["answer"].strip()}
-    completion = with_rationale if rationale else answer
+    ending, beginning = STUDENTS[args.family]
+    answer = sample["answer"].strip()
+    if rationale:
+        beginning += f"{rationale} --> "
+    has_rationales = args.completions or args.rationales
     return {
-        "prompt": prompt.format(**fields),
-        "completion": completion.format(rationale=rationale, **fields),
+        "prompt": sample["question"].strip() + ending,
+        "completion": beginning + answer,
         "sample_index": sample["sample_index"],
-        "answer": fields["answer"],
+        "answer": answer,
         "dataset_key": key,
-        "prediction_template": "ft_cot_token" if args.completions else "ft_token",
+        "prediction_template": "ft_cot_token" if has_rationales else "ft_token",
     }
 
 
 def export(args):
     """Write a data file for seq2seq.py or sft_causal.py."""
-    key, samples = load_dataset(args.dataset)
+    key, samples = load_dataset(args)
     parts = load_split(args.split, samples)
-    rationales = right_rationales(args, samples) if args.completions else {}
+    if args.completions:
+        rationales = right_rationales(args, samples)
+    elif args.rationales:
+        with expecting("a rationale in each sample", args.dataset):
+            rationales = {index: [sample["rationale"].strip()] for index, sample in samples.items()}
+    else:
+        rationales = dict.fromkeys(samples, [""])  # the answer alone
     splits = {"train": [], "eval": [], "test": []}
     for index in parts["train"]:
-        sample = samples[index]
         taught = rationales.get(index, [])
-        if common.is_held_out(args, records.normal(sample["question"])):
+        name = "train"
+        if common.is_held_out(args, records.normal(samples[index]["question"])):
+            name = "eval"
             # one record a question, also where the teacher was never right
-            splits["eval"].append(student_record(args, key, sample, *taught[:1]))
-        elif args.completions:
-            splits["train"] += [student_record(args, key, sample, each) for each in taught]
-        else:
-            splits["train"].append(student_record(args, key, sample))
-    splits["test"] = [student_record(args, key, samples[index]) for index in parts["test"]]
-    splits = {split: found for split, found in splits.items() if found}
-    if "train" not in splits:
-        common.fail("no records for train")
-    records.write(args.out, splits)
-    records.show(args.out, splits)
+            taught = taught[:1] or [""]
+        splits[name] += [student_record(args, key, samples[index], each) for each in taught]
+    splits["test"] = [student_record(args, key, samples[index], "") for index in parts["test"]]
+    records.finish(args, splits, [])
 
 
 # ---------------------------------------------------------------------------------------- evaluate
 
 
-def print_table(paths):
+def print_table(args, paths):
     """Metrics in per cent, a line for each data set and template of a file."""
-    log("".join(f"{name:>17}" for name in (*METRICS, "n")) + "  data set, template, file")
+    log("".join(f"{name:>17}" for name in (*Verdict._fields, "n")) + "  data set, template, file")
     for path in paths:
         groups = collections.defaultdict(list)
-        for row, verdict in load_rows(path):
-            groups[row["dataset_key"], row["prediction_template"]].append(verdict)
-        for (key, template), verdicts in groups.items():
-            line = ""
-            for metric in METRICS:
-                known = [verdict[metric] for verdict in verdicts if metric in verdict]
-                line += f"{100 * sum(known) / len(known):17.2f}" if known else f"{'-':>17}"
-            log(f"{line}{len(verdicts):17}  {key}, {template}, {path}")
-
-
-def best_on_eval(folder):
-    """[file] of the evaluations of a run, and of the test at the step that is best on the
-    validation part. The tests of other steps are not opened."""
-    paths = {}
-    n_right = {}
-    for path in pathlib.Path(folder).glob("temperature=*_step=*.json"):
-        step = int(path.stem.partition("_step=")[2])
-        paths[step] = path
-        n_right[step] = sum(verdict["accuracy"] for _, verdict in load_rows(path))
-    if not paths:
-        common.fail(f"{folder}: no temperature=..._step=N.json, predictions of a run")
-    steps = sorted(paths)
-    trained = [step for step in steps if step > 0] or steps
-    best = max(trained, key=n_right.get)  # of equals the first
-    log(f"best on eval is step {best}")
-    found = [paths[step] for step in steps]
-    test = paths[best].with_name(f"test_{paths[best].name}")
-    if test.exists():
-        return [*found, test]
-    log(f"no {test}: seq2seq.py --no_train with the weights of checkpoint-{best} makes one")
-    return found
+        for row, verdict in load_rows(args, path):
+            groups[f"{row['dataset_key']}, {row['prediction_template']}"].append(verdict)
+        for name, verdicts in groups.items():
+            cells = [f"{100 * mean:17.2f}" for mean in np.mean(verdicts, axis=0)]
+            log(f"{''.join(cells)}{len(verdicts):17}  {name}, {path}")
 
 
 def evaluate(args):
     """Score completions, and predictions of the trainers."""
-    paths = list(args.words)
+    paths = args.words
     if args.saved_dir:
-        folder = pathlib.Path(args.saved_dir)
-        paths += sorted([*folder.rglob("*.jsonl"), *folder.rglob("D_*.json")])
-    if args.best_on_eval:
-        paths += best_on_eval(args.best_on_eval)
+        paths += sorted(pathlib.Path(args.saved_dir).rglob("*.jsonl"))
     if not paths:
-        common.fail("nothing to judge: expected files, --saved_dir or --best_on_eval")
-    print_table(paths)
+        common.fail("nothing to judge: expected files, or --saved_dir")
+    print_table(args, paths)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -761,7 +615,7 @@ def evaluate(args):
 COMMANDS = {  # name: (function, flags that it needs)
     "make": (make, ["out"]),
     "split": (split, ["dataset", "out"]),
-    "teach": (teach, ["dataset", "out"]),
+    "teach": (teach, ["dataset", "model", "out"]),
     "filter": (filter_right, ["completions", "out"]),
     "export": (export, ["dataset", "split", "out"]),
     "evaluate": (evaluate, []),
@@ -769,50 +623,42 @@ COMMANDS = {  # name: (function, flags that it needs)
 FLAGS = {  # as in common.py
     "out": ("", "file to write"),
     "dataset": ("", "data set, as make writes it"),
-    "split": ("", "as split writes it; teach asks only its training part"),
-    "completions": ("", "of teach; export without them: students learn answers alone"),
+    "split": ("", "as split writes it"),
+    "completions": ("", "of teach"),
     "seed": (0, "of what is drawn"),
+    "skip_malformed": (False, "drop rows that cannot be used"),
     # make
-    "n": (500, "questions, none twice"),
-    "names": (4, "people, or words, in a question"),
-    "rationale": (False, "with chains of thought"),
+    "n": (500, "questions"),
+    "names": (4, "people or words in each"),
     # split
     "kind": ("random", "template: no kind of question on both sides", "random", "template"),
-    "train_n": (0, "draw so many of the training part; 0: all"),
     # teach
     "method": ("zs_cot", "prompt", *PROMPTS),
     "server": ("", "its .../v1/[chat/]completions; key: OPENAI_API_KEY"),
     "model": ("", "its name at the server"),
-    "local": ("", "or what chat.py takes as --model_path"),
-    "chat": (False, "--local: prompts are messages; else text that is continued"),
-    "rationales": (False, "or the data set's own rationales"),
     "few_shot": ("", "solved questions for fs_cot"),
     "k": (1, "completions of each question"),
     "temperature": (0.0, "of sampling"),
-    "max_tokens": (128, "of a completion, or of a chain of thought"),
-    "workers": (4, "requests to a server at a time"),
-    # export
+    "max_tokens": (128, "of an answer, or a chain of thought"),
+    "workers": (4, "requests at a time"),
+    # export; without completions or rationales students learn answers alone
+    "rationales": (False, "the data set's own rationales"),
     "family": ("encoder_decoder", "of the student", *STUDENTS),
     "eval_fraction": (0.1, "share of the training part for eval"),
+    "tokenizer": ("", "lengths are shown in its tokens"),
     # evaluate
     "saved_dir": ("", "all completions in this folder"),
-    "best_on_eval": ("", "run folder: choose the step on eval, then score its test"),
 }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = common.Parser(__doc__, FLAGS, shared_flags={})
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("words", nargs="*", help="of make: the data set; of evaluate: files")
-    for name, spec in FLAGS.items():
-        common.add_flag(parser, name, *spec)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv or sys.argv[1:])
     command, needed = COMMANDS[args.command]
     missing = [f"--{name} is missing" for name in needed if not getattr(args, name)]
     args.out = pathlib.Path(args.out)
-    if command in (teach, filter_right) and args.out.suffix != ".jsonl":
-        missing.append("--out: expected a name that ends in .jsonl")
     if missing:
         common.fail(missing)
     try:

