@@ -269,7 +269,8 @@ class TrainingData:
     def __init__(self, args, data):
         self.args = args
         self.rows = data.rows["train"]
-        self.order = common.Order(args, data.sizes, data.amounts)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.order = common.Order(args.seed, batch, data.sizes, data.amounts)
 
     def forward_steps(self, step):
         """([batch] of this rank, examples of the whole step, share of padding on this rank)"""

@@ -906,11 +906,11 @@ class Order:
     """Which examples step k has: a function of (seed, k, batch), the same for any number of ranks.
     A batch is a cell of a random window of batches, so that little padding is needed."""
 
-    def __init__(self, args, sizes, amounts):
+    def __init__(self, seed, batch, sizes, amounts):
         """Of each data set its size and how much of it an epoch takes, see parse_data_spec."""
-        self.seed = args.seed
+        self.seed = seed
         self.epoch = None
-        self.batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.batch = batch
         self.sizes = sizes
         self.takes = []
         for size, amount in zip(sizes, amounts):

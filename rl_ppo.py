@@ -117,9 +117,9 @@ DEMO = (
 )
 # means over the reply tokens of an optimizer step
 METRICS = ("policy_loss", "value_loss", "entropy", "clip_fraction", "log_ratio")
-# the largest |log-ratio| before the first update of a rollout; the mean difference between the
-# log-probabilities while sampling and those of the whole text
+# the largest |log-ratio| before the first update of a rollout
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 0.02, "bf16-mixed": 0.02}
+# the mean difference between log-probabilities while sampling and those of the whole text
 SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
 MAX_LOGITS = 2**27 if torch.cuda.is_available() else 2**26  # of a forward step
 IGNORED = -100  # the label of a token that is no reply
@@ -265,22 +265,19 @@ class Plan:
         world = common.world_size()
         n_tokens = args.train_batch_size // world * args.max_new_tokens
         n_logits = n_tokens * config.get_text_config().vocab_size
-        # a forward step that could have too many logits is split: the mathematics is the same
+        # a forward step that would have too many logits is split: the mathematics is the same
         n_forward_steps = args.gradient_accumulation_steps * math.ceil(n_logits / MAX_LOGITS)
         self.n_pieces = world * n_forward_steps
         self.n_prompts = args.num_rollouts // args.n_samples
         # one by one: epochs follow each other without a gap, also in the middle of a rollout
-        one_by_one = copy.copy(args)
-        one_by_one.train_batch_size = 1
-        one_by_one.gradient_accumulation_steps = 1
-        self.order = common.Order(one_by_one, data.sizes, data.amounts)
+        self.order = common.Order(args.seed, 1, data.sizes, data.amounts)
         self.no_lengths = np.zeros((sum(data.sizes), 2))
         n_rollouts = max(1, round(self.order.steps_per_epoch / self.n_prompts))  # of an epoch
         self.steps_per_rollout = args.ppo_epochs * math.ceil(args.num_rollouts / self.batch)
         self.steps_per_epoch = self.steps_per_rollout * n_rollouts
         max_steps = args.max_steps or math.ceil(args.num_epochs * self.steps_per_epoch)
         self.max_steps = round_up(max_steps, self.steps_per_rollout)
-        for name in ("eval_steps", "save_steps", "logging_steps"):
+        for name in ("eval_steps", "save_steps", "logging_steps"):  # Run reads them
             setattr(args, name, round_up(getattr(args, name), self.steps_per_rollout))
 
     def prompts(self, rollout):
@@ -461,14 +458,16 @@ class Score(torch.nn.Module):
         super().__init__()
         self.model = model
         self.no_yes = no_yes
-        model.get_output_embeddings().forward = self.two_columns
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            common.fail(f"a {model.config.model_type} cannot be the reward: its head has a bias")
+        head.forward = self.two_columns
         if hasattr(model, "final_logits_bias"):  # BART
             model.final_logits_bias = model.final_logits_bias[:, no_yes]
 
     def two_columns(self, states):
         """(1, R, D) -> (1, R, 2), in fp32, for bf16 is too coarse to rank by."""
         head = self.model.get_output_embeddings()
-        assert getattr(head, "bias", None) is None, "a head with a bias: not written yet"
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.float(), head.weight[self.no_yes].float())
 
@@ -593,12 +592,12 @@ def sample(args, engine, prompts, examples, key, temperature):
                 rows += joining
             scores = torch.cat(logits) / max(temperature, GREEDY)  # (rows, V)
             tokens = choose(scores, [generators[i] for i in rows])
-            log_probs = scores.log_softmax(dim=1).gather(1, tokens[:, None])
+            log_probs = scores.log_softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
             goes_on = []
             for i, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist()):
                 input_ids, reply_log_probs = replies[i]
                 input_ids.append(token)
-                reply_log_probs += log_prob
+                reply_log_probs.append(log_prob)
                 has_room = len(input_ids) < args.max_new_tokens
                 goes_on.append(has_room and token not in prompts.stop_ids)
             if not all(goes_on):
@@ -615,7 +614,7 @@ def score_tokens(engine, reference, texts, is_reply, updates, start_id):
     """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; by the
     forward steps of `updates`, a pass over the rollout."""
     scored = torch.zeros(3, *is_reply.shape, dtype=torch.float64, device=engine.device)
-    for ids in itertools.chain(*[pieces for _, pieces in updates]):
+    for ids in [piece for _, pieces in updates for piece in pieces]:
         batch = collate(texts, ids, start_id, engine.device)
         log_probs, _, values = engine(batch)
         if reference:
@@ -643,7 +642,8 @@ def scale_scores(args, scores, sums):
     if args.reward_scaling == "norm":
         scores = scores - total / n
     if args.reward_scaling != "none":
-        scores = scores / (math.sqrt(max(0, variance)) + 1e-8)
+        deviation = math.sqrt(max(0, variance))
+        scores = scores / (deviation or 1.0)  # 0: all have been equal
     return scores.clip(-args.cliprange_reward, args.cliprange_reward)
 
 
@@ -793,6 +793,8 @@ def show_before_and_after(args, run):
     """Rank 0. Ten evaluation prompts with the first reply and that of the exported policy."""
     chosen = run.state["best_step"] or run.step
     paths = [run.dir / predictions_name(args, "eval", step) for step in (0, chosen)]
+    if not all(path.exists() for path in paths):  # deleted, or --eval_temperature has changed
+        return
     before, after = [json.loads(path.read_text()) for path in paths]
     for old, new in zip(before[:10], after):
         log(repr(old["prompt"][-200:]))
@@ -957,7 +959,7 @@ def main(args):
         table, kl = estimate_advantages(args, is_reply, scored, scores, beta)
         metrics.update(score=raw_scores.mean(), score_std=raw_scores.std(), kl=kl, beta=beta)
 
-        for n_updates, (ids, pieces) in enumerate(updates):
+        for k, (ids, pieces) in enumerate(updates):
             lr = common.set_lr(engine, run.step, args, max_steps)
             n_tokens = int(lengths[ids].sum())  # of the step, on all ranks
             loss_sum = 0.0
@@ -988,7 +990,7 @@ def main(args):
                 is_clipped = clipped_losses > unclipped_losses
                 found = (policy_losses, value_losses, entropies, is_clipped, log_ratio.abs())
                 metric_sums += torch.stack([column.detach().sum().double() for column in found])
-                if n_updates == 0:
+                if k == 0:
                     check_first_ratio(args, log_ratio)
             # one exchange: every rank learns the loss of the step, and whether any rank has to stop
             loss_sum, n_stop, grad_norm = common.step_totals(engine, loss_sum, run.must_stop())
@@ -1016,8 +1018,8 @@ def main(args):
         run.load_chosen(engine)
         run.log("test", evaluation("test"))
     if rank == 0:
-        show_before_and_after(args, run)
         common.export(run)
+        show_before_and_after(args, run)
     return 0
 
 
@@ -1026,8 +1028,9 @@ def parse_args(argv):
     for name, default in DEFAULTS.items():
         flags[name] = (default, *common.SHARED_FLAGS[name][1:])
     args = common.Parser(__doc__, flags, DEMO).parse_args(argv)
-    if args.policy:
-        name_model(args, args.policy)
+    policy = args.policy or (not args.model_init_path and args.model_init_name)
+    if policy:
+        name_model(args, policy)
     if args.learning_rate == 0:
         base = common.adapter_base(args.model_init_path)
         has_adapter = args.lora_rank or args.train_adapter or base

@@ -352,7 +352,8 @@ class TrainingData:
         self.args = args
         self.config = config
         self.rows = data.rows["train"]
-        self.order = common.Order(args, data.sizes, data.amounts)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.order = common.Order(args.seed, batch, data.sizes, data.amounts)
         self.epoch = None
         # the same all through a run: ZeRO-3 gathers the head for each chunk, and prefetches what it
         # gathered before

@@ -486,7 +486,8 @@ class TrainingData:
         self.pad_id = pad_id
         self.is_packed = False  # main finds out whether the model can
         self.rows = data.rows["train"]
-        self.order = common.Order(args, data.sizes, data.amounts)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.order = common.Order(args.seed, batch, data.sizes, data.amounts)
         self.epoch = None
         # the same all through a run: ZeRO-3 gathers the head for each chunk, and prefetches what it
         # gathered before

@@ -42,7 +42,7 @@ VERIFIER = (
     "--eval_temperature 1 --n_eval 100 --eval_batch_size 100 --logging_steps 8"
 )
 ARITHMETIC = (
-    "--reward_fn data/rewards.py:exact_answer --max_new_tokens 6 --max_steps 800 "
+    "--reward_fn data/rewards.py:last_number --max_new_tokens 6 --max_steps 800 "
     "--num_rollouts 256 --train_batch_size 64 --ppo_epochs 2 --init_kl_coef 0.01 --target_kl 0 "
     "--eval_steps 80 --n_eval 200 --eval_batch_size 200 --logging_steps 16"
 )

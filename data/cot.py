@@ -645,7 +645,6 @@ FLAGS = {  # as in common.py
     "rationales": (False, "the data set's own rationales"),
     "family": ("encoder_decoder", "of the student", *STUDENTS),
     "eval_fraction": (0.1, "share of the training part for eval"),
-    "tokenizer": ("", "lengths are shown in its tokens"),
     # evaluate
     "saved_dir": ("", "all completions in this folder"),
 }

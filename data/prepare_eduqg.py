@@ -1,11 +1,10 @@
 """Make task folders of question generation from textbook questions, for prepare_ni.py.
 
     python data/prepare_eduqg.py --eduqg qg_train_v0.json qg_valid_v0.json --out eduqg
-    python data/prepare_eduqg.py --sciq SciQ_valid.csv --out sciq
     python data/prepare_ni.py --task_dir eduqg/tasks --out data/eduqg.json
 
-EduQG (Hadifar et al. 2023) has chapters of books, in whose passages a sentence is marked. SciQ has
-a passage for each question; marked is the first sentence that has the answer. Three tasks:
+EduQG (Hadifar et al. 2023) has chapters of books, in whose passages a sentence is marked. Three
+tasks:
 
     Answer: nucleotides
     Passage: A gene is copied first. <hl> A frameshift mutation is ... of nucleotides. <hl> It ...
@@ -13,13 +12,12 @@ a passage for each question; marked is the first sentence that has the answer. T
     -> options  proteins | carotenoids | genes       (its input begins with "Question: ...")
     -> qog      What is inserted ... mutation? Options: proteins | carotenoids | genes
 
-splits/qg, options and qog list one of them each, splits/default all three. A book, of SciQ a
-passage, is whole in train, dev or test; dev and test get about a tenth of the questions each.
+splits/qg, options and qog list one of them each, splits/default all three. A book is whole in
+train, dev or test; dev and test get about a tenth of the questions each.
 """
 
 import argparse
 import collections
-import re
 
 import records  # first: it makes common.py importable
 
@@ -38,22 +36,20 @@ PRICE = (
     "the price rises until fewer people want to buy. <hl> In time, producers may offer more."
 )
 
-# group: the book or passage; why: of an example in the prompt
-Item = collections.namedtuple("Item", "question answer wrong passage group why", defaults=["", ""])
+# group: the book
+Item = collections.namedtuple("Item", "question answer wrong passage group", defaults=[""])
 EXAMPLES = [
     Item(
         "Which gas do plants take from the air for photosynthesis?",
         "carbon dioxide",
         ["oxygen", "nitrogen", "hydrogen"],
         LEAF,
-        why="The marked sentence says what the plant takes in.",
     ),
     Item(
         "What happens to a price when more people want a good whose supply stays the same?",
         "it rises",
         ["it falls", "it stays the same", "it becomes zero"],
         PRICE,
-        why="The marked sentence names the condition and its effect.",
     ),
 ]
 TASKS = {  # category and definition
@@ -91,16 +87,10 @@ def to_pair(task, item):
     return {"input": given, "output": f"{item.question} Options: {options}"}
 
 
-def sentences(text):
-    """Of running text: a sentence ends before a capital, a digit or a quotation mark."""
-    abbreviation = r"(?<!\b[A-Z]\.)(?<!\b[A-Z][a-z]\.)(?<!e\.g\.)(?<!i\.e\.)"
-    return re.split(rf"(?<=[.!?]){abbreviation}\s+(?=[\"'(A-Z0-9])", " ".join(text.split()))
-
-
-def around_marks(passage, max_words=MAX_WORDS):
-    """At most so many words of a passage: the marked sentence and what stands around it."""
+def around_marks(passage):
+    """At most MAX_WORDS of a passage: the marked sentence and what stands around it."""
     before, marked, after = [part.split() for part in passage.split("<hl>")]
-    room = max(0, max_words - len(marked))
+    room = max(0, MAX_WORDS - len(marked))
     n_before = min(len(before), max(room // 2, room - len(after)))
     before = before[len(before) - n_before :]
     after = after[: room - n_before]
@@ -128,18 +118,6 @@ def from_chapter(chapter):
     return items
 
 
-def from_sciq(row):
-    """[Item or None] of a row."""
-    answer, passage = row["correct_answer"].strip(), row["support"]
-    parts = sentences(passage)
-    for i, part in enumerate(parts):
-        if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", part, re.IGNORECASE):
-            parts[i] = f"<hl> {part} <hl>"
-            break
-    wrong = [row[f"distractor{i}"] for i in (1, 2, 3)]
-    return [make_item(passage, row["question"], answer, wrong, " ".join(parts))]
-
-
 def split_groups(items):
     """{group: split} of those that are held out, the smallest ones: several of few books."""
     sizes = collections.Counter(item.group for item in items)
@@ -154,17 +132,17 @@ def split_groups(items):
     return splits
 
 
-def write_tasks(folder, name, splits):
-    """<name>_<task>_<side>.json of each task and split, and the lists of them."""
+def write_tasks(folder, splits):
+    """eduqg_<task>_<side>.json of each task and split, and the lists of them."""
     (folder / "tasks").mkdir()
     lists = collections.defaultdict(str)
     for task, (category, definition) in TASKS.items():
-        examples = [{**to_pair(task, item), "explanation": item.why} for item in EXAMPLES]
+        examples = [to_pair(task, item) for item in EXAMPLES]
         for split, items in splits.items():
             instances = []
             for i, item in enumerate(items):
                 pair = to_pair(task, item)
-                instances.append({"id": f"{name}-{i}", **pair, "output": [pair["output"]]})
+                instances.append({"id": f"eduqg-{i}", **pair, "output": [pair["output"]]})
             about = {
                 "Categories": [category],
                 "Definition": [definition],
@@ -173,9 +151,10 @@ def write_tasks(folder, name, splits):
                 "Instances": instances,
             }
             side = "dev" if split == "eval" else split
-            common.write_json(folder / "tasks" / f"{name}_{task}_{side}.json", about)
+            name = f"eduqg_{task}_{side}"
+            common.write_json(folder / "tasks" / f"{name}.json", about)
             for kind in (task, "default"):
-                lists[folder / "splits" / kind / f"{side}_tasks.txt"] += f"{name}_{task}_{side}\n"
+                lists[folder / "splits" / kind / f"{side}_tasks.txt"] += f"{name}\n"
     for path, names in lists.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(names)
@@ -185,16 +164,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", required=True, metavar="FOLDER", help="to write")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--eduqg", nargs="+", metavar="FILE", help="chapters, .json")
-    source.add_argument("--sciq", nargs="+", metavar="FILE", help="a row a question, .csv, .json")
+    parser.add_argument("--eduqg", required=True, nargs="+", metavar="FILE", help="chapters, .json")
     records.add_skip(parser)
     args = parser.parse_args(argv)
     problems = []
-    to_items = from_chapter if args.eduqg else from_sciq
     found = []
-    for path in args.eduqg or args.sciq:
-        for _, items in records.convert(path, to_items, args, problems):
+    for path in args.eduqg:
+        for _, items in records.convert(path, from_chapter, args, problems):
             found += items
     items = [item for item in found if item]
     log(f"{len(found)} questions, of which {len(found) - len(items)} lack a mark or a choice")
@@ -206,9 +182,9 @@ def main(argv=None):
         splits[split_of.get(item.group, "train")].append(item)
     records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
     if not splits["train"]:
-        problems.append("too few books or passages: none is left to train on")
+        problems.append("too few books: none is left to train on")
     with records.new_folder(args.out, problems) as folder:
-        write_tasks(folder, "eduqg" if args.eduqg else "sciq", splits)
+        write_tasks(folder, splits)
     for split, found in splits.items():
         log(f"{args.out}: {len(found)} {split} questions")
 

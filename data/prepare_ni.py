@@ -250,6 +250,7 @@ def main(argv=None):
     records.add_fractions(parser)
     add = parser.add_argument
     add("--task_dir", required=True, metavar="FOLDER", help="with a <task>.json for each task")
+    add("--tokenizer", metavar="MODEL", help="folder or hub id: cut prompts in its tokens")
     add("--split_dir", metavar="FOLDER", help="default: splits/default beside --task_dir")
     for name, default, text in NUMBERS:
         add(f"--{name}", type=records.natural, default=default, metavar="N", help=text)

@@ -58,9 +58,8 @@ def make_parser(doc):
     """With the flags that all preparers have."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--out", required=True, type=new_file, metavar="FILE", help="the .json or .jsonl to write")
-    add("--tokenizer", metavar="MODEL", help="folder or hub id: show lengths in its tokens")
+    text = "the .json or .jsonl to write"
+    parser.add_argument("--out", required=True, type=new_file, metavar="FILE", help=text)
     return parser
 
 
@@ -275,8 +274,7 @@ def to_json(record):
 
 def write(path, splits):
     """Write {split: [record]}, a record a line: the whole file, or nothing."""
-    path = pathlib.Path(path)
-    is_lines = path.suffix == ".jsonl"
+    is_lines = str(path).endswith(".jsonl")
     parts = []
     for split, found in splits.items():
         if is_lines:
@@ -285,7 +283,7 @@ def write(path, splits):
             lines = ",\n".join(map(to_json, found))
             parts.append(f'"{split}": [\n{lines}\n]')
     text = "\n".join(parts) if is_lines else "{" + ",\n".join(parts) + "}"
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = pathlib.Path(f"{path}.tmp")
     aside.write_text(f"{text}\n", encoding="utf-8")
     os.replace(aside, path)
 
@@ -294,12 +292,11 @@ def write(path, splits):
 def new_folder(path, problems):
     """Yield a folder to write into, which becomes `path`: the whole of it, or nothing. Leave with
     exit code 2 if there are problems before or after."""
-    path = pathlib.Path(path)
-    if path.exists():
+    if os.path.exists(path):
         problems.append(f"{path} exists: move it away or choose another name")
     if problems:
         common.fail(problems)
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = pathlib.Path(f"{path}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of an attempt that was stopped
     aside.mkdir(parents=True)
     yield aside
@@ -311,12 +308,11 @@ def new_folder(path, problems):
 
 def finish(args, splits, problems):
     """Write and show {split: [record]}, or leave with exit code 2; splits without records go."""
-    tokenizer = load_tokenizer(args.tokenizer, problems)
     splits = {split: found for split, found in splits.items() if found}
     if problems or not splits:
         common.fail(problems or "no records to write: no file, an empty one, or all left out")
     write(args.out, splits)
-    show(args.out, splits, tokenizer)
+    show(args.out, splits)
 
 
 def as_list(value):
@@ -328,23 +324,10 @@ def texts_of(value):
     return [text for text in as_list(value) if isinstance(text, str)]
 
 
-def show(path, splits, tokenizer=None):
-    """Log the records of each split, how long their texts are in tokens, and two records. splits:
-    {split: [record]}, of which none is empty."""
+def show(path, splits):
+    """Log how many records each split has, and two of them. splits: {split: [record]}, of which
+    none is empty."""
     for split, found in splits.items():
         log(f"{path}: {len(found)} {split} records")
-        if tokenizer:
-            show_lengths(found, tokenizer)
     for record in next(iter(splits.values()))[:2]:
         log(to_json(record))
-
-
-def show_lengths(records, tokenizer):
-    for name in ("prompt", "completion", "input"):
-        texts = []
-        for record in records:
-            texts += texts_of(record.get(name))
-        lengths = sorted(map(len, common.tokenize(tokenizer, texts)))
-        if lengths:
-            middle = lengths[len(lengths) // 2]
-            log(f"    tokens of {name}: {middle} (median), {lengths[-1]} at most")

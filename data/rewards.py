@@ -28,14 +28,6 @@ def wish(prompts, replies, records):
     return rewards
 
 
-def exact_answer(prompts, replies, records):
-    """1.0 where the reply is record["answer"], blanks at the ends not counted, else 0.0."""
-    rewards = []
-    for reply, record in zip(replies, records):
-        rewards.append(float(reply.strip() == record["answer"].strip()))
-    return rewards
-
-
 def find_number(text):
     """The last number of a text without its thousands commas, or None."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))

@@ -134,10 +134,8 @@ def ragged_lengths(n):
     return lengths.astype(int) + 1
 
 
-def make_order(sizes, amounts=(None, None), batch=16, accumulation=1, seed=0):
-    args = types.SimpleNamespace(seed=seed, train_batch_size=batch // accumulation)
-    args.gradient_accumulation_steps = accumulation
-    return common.Order(args, sizes, amounts)
+def make_order(sizes, amounts=(None, None), batch=16, seed=0):
+    return common.Order(seed, batch, sizes, amounts)
 
 
 def epoch_steps(order, lengths, epoch):
@@ -171,7 +169,7 @@ def test_a_step_depends_on_seed_step_and_effective_batch_alone():
     lengths = ragged_lengths(200)
     order = make_order([200])
     steps = [order.step_ids(step, lengths) for step in range(40)]
-    resumed = make_order([200], accumulation=4)
+    resumed = make_order([200])
     assert np.array_equal(resumed.step_ids(31, lengths), steps[31])
     assert np.array_equal(resumed.step_ids(2, lengths), steps[2])
     assert not np.array_equal(make_order([200], seed=1).step_ids(31, lengths), steps[31])

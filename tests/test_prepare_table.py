@@ -112,7 +112,6 @@ def test_chats_are_kept_as_they_are_and_held_out_by_their_question():
         ([], PAIR, "no records to write: no file, an empty one"),
         (ROWS, ["prompt="], "invalid field value: 'prompt='"),
         ('[{"q": NaN}]', PAIR, "NaN is no JSON: write null or a number"),
-        (ROWS, [*PAIR, "--tokenizer", "models"], "--tokenizer models"),
         (ROWS, [*PAIR, "--eval", "none.csv"], "none.csv, behind row 0: [Errno 2]"),
     ],
 )

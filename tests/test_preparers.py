@@ -194,8 +194,6 @@ def test_rewards():
     wishes = [{"want": "digits"}] * 4 + [{"want": "vowels"}, {"want": "marks"}]
     replies = ["a1 2", "1 2 3 4 5", "", "abcdefgh12", "banana", "?!.,;"]
     assert rewards.wish([""] * 6, replies, wishes) == [0.4, 1, 0, 0.2, 0.5, 1]
-    replies = [" Paris\n", "paris", "Paris."]
-    assert rewards.exact_answer([""] * 3, replies, [{"answer": "Paris "}] * 3) == [1, 0, 0]
     replies = ["so 3, then 1,204.50", "1204.5 or 7", "none", "-1204.5", "= 1204.5."]
     answers = [{"answer": "It is 1,204.5"}] * 5
     assert rewards.last_number([""] * 5, replies, answers) == [1, 0, 0, 0, 1]
