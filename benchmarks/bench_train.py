@@ -14,7 +14,6 @@ timed. Figures: target tokens per second; of clf.py texts per second, trained an
     clf-t5, clf-llama  hf: Trainer and AutoModelForSequenceClassification; hf-grouped
     sft                a Llama; trl: SFTTrainer as it is; trl-packed: packed to rows of 1024
                        tokens, without gradient checkpointing
-    against            with --against FOLDER: the script of another checkout
 """
 
 import argparse
@@ -69,7 +68,7 @@ def write_t5(args, folder, texts):
     model = folder / "models" / "bench"
     (folder / "bench.txt").write_text("\n".join(texts))
     words = f"--input {folder}/bench.txt --out {model} --vocab_size 4000 --size tiny"
-    harness.run_script("data/prepare_tokenizer.py", words.split())
+    harness.run_script("data/prepare_tokenizer.py", words)
     config = transformers.T5Config.from_pretrained(model)
     config.update({"d_model": args.width, "d_ff": 4 * args.width, "num_heads": args.width // 32})
     config.update({"num_layers": args.layers, "num_decoder_layers": args.layers})
@@ -114,16 +113,16 @@ def prepare(args, folder):
     write(args, folder, texts)
 
 
-def run_script(args, folder, checkout):
+def run_ours(args, folder):
     script = TASKS[args.task][0]
     every = args.steps // 3
     words = (
         f"--mount_dir {folder} --model_init_name bench --training_run_name run --overwrite "
         f"--train_batch_size {args.batch} --gradient_accumulation_steps {args.accumulation} "
         f"--max_steps {3 * every} --logging_steps {every} --eval_steps 1000000 --save_steps 0 "
-        f"{SCRIPT_FLAGS[script]}"
-    ).split()
-    harness.run_script(checkout / script, [*words, "--data", "bench"])
+        f"--data bench {SCRIPT_FLAGS[script]}"
+    )
+    harness.run_script(script, words)
     rows = harness.metric_rows(folder / "models" / "run")[1:]
     speed = statistics.harmonic_mean(row["tokens_per_sec"] for row in rows)
     found = {"trained": speed, "peak_memory_gb": rows[-1]["peak_memory_gb"]}
@@ -254,7 +253,6 @@ def main():
     add("--accumulation", type=int, default=2)
     add("--steps", type=int, default=45)
     add("--examples", type=int, default=2000)
-    add("--against", type=pathlib.Path)
     harness.add_flags(parser)
     args = parser.parse_args()
     if args.child == "score":
@@ -263,25 +261,22 @@ def main():
         return run_trainer(args, pathlib.Path(args.folder), args.child)
     if harness.no_gpu(args):
         return None
-    checkouts = {"ours": harness.ROOT}
-    if args.against:
-        checkouts["against"] = args.against
 
     def run(peer):
-        if peer in checkouts:
-            return run_script(args, folder, checkouts[peer])
-        return harness.in_child(peer, folder)
+        return run_ours(args, folder) if peer == "ours" else harness.in_child(peer, folder)
 
     _, figures, peers = TASKS[args.task]
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         prepare(args, folder)
-        results = harness.alternate([*checkouts, *peers], args.rounds, run)
+        results = harness.alternate(["ours", *peers], args.rounds, run)
     ratios = {}
     for figure in figures:
-        print(figure)
-        ratios[figure] = harness.ratios(results, "ours", figure)
-    harness.write_summary(args, results, ratios=ratios)
+        ratios[figure] = harness.ratios(results, "ours", peers, figure)
+    memory = {}
+    for peer, runs in results.items():
+        memory[peer] = statistics.median(run["peak_memory_gb"] for run in runs)
+    harness.write_summary(args, ratios=ratios, peak_memory_gb=memory, runs=results)
     return None
 
 
