@@ -92,8 +92,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     harness.add_flags(parser)
     args = parser.parse_args()
-    if harness.no_gpu(args):
-        return
     torch.set_num_threads(1)
     ways = make_ways()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time

@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --tiny                # tiny models on a CPU: do the commands run?
 
 Each part is a process of its own with a time limit, and its figures are in --out as soon as it is
-done. The exit code is the number of parts that failed. Figures:
+done; tiny ones share a process until one fails. The exit code is the number of failures. Figures:
     tokens_per_sec   target tokens of training, written tokens of chat.py
     mfu              6 x weights x tokens (Kaplan et al. 2020, without attention) per second, as a
                      share of the GPU's dense bf16 peak
@@ -20,7 +20,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import random
@@ -42,39 +41,31 @@ import transformers
 TINY = "--tiny" in sys.argv  # of the processes of the parts too
 N_STEPS = 3 if TINY else 12
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-MINUTES, PART_MINUTES = 8, 4  # limits of all and of a part
-SMALL = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-SMALL.update(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-T5_LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
-T5_3B = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
-LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}  # 1.1 B weights
-LLAMA.update(num_attention_heads=32, num_key_value_heads=4)
+MINUTES, PART_MINUTES = (60, 30) if TINY else (8, 4)  # limits of all and of a process
 WORDS = "the of a number word reads three long letter under city when water".split()
-REWARD = """def variety(prompts, replies, records):
-    return [float(len(set(reply))) for reply in replies]
-"""
 
 # ------------------------------------------------------------------------------- models and data
 
 
 def write_models():
-    """models/: t5-large, t5-3b, llama; t5-small and llama-small for equalities. No weights but
-    those of start, a llama for scripts that make none."""
-    t5 = {"vocab_size": 32128, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
-    llama = {"vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-    sizes = {"t5-large": T5_LARGE, "t5-3b": T5_3B, "llama": LLAMA}
-    sizes.update({"t5-small": SMALL, "llama-small": SMALL})
-    for name, size in sizes.items():
-        size = SMALL if TINY else size
-        folder = pathlib.Path("models", name)
-        if name.startswith("t5"):
-            tokenizer = "tiny-t5"
-            config = transformers.T5Config(**t5, **size, dropout_rate=0.0)
-        else:
-            tokenizer = "tiny-llama"
-            config = transformers.LlamaConfig(**llama, **size)
-        shutil.copytree(harness.ROOT / "models" / tokenizer, folder)
-        config.save_pretrained(folder)
+    """models/: t5-large, t5-3b, llama (1.1 B weights); t5-small and llama-small for equalities. No
+    weights but those of start, a llama for scripts that make none."""
+    t5_small = harness.t5_config(64, 2, vocab_size=1024, dropout_rate=0.0)
+    llama_small = harness.llama_config(64, 2, vocab_size=1024)
+    llama = {"intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    configs = {
+        "t5-large": harness.t5_config(1024, 24, d_ff=2816, d_kv=64, num_heads=16),
+        "t5-3b": harness.t5_config(2048, 24, d_ff=5120, d_kv=64, num_heads=32),
+        "llama": harness.llama_config(2048, 22, **llama),
+        "t5-small": t5_small,
+        "llama-small": llama_small,
+    }
+    for name, config in configs.items():
+        kind = name.split("-")[0]
+        if TINY:
+            config = t5_small if kind == "t5" else llama_small
+        shutil.copytree(harness.ROOT / "models" / f"tiny-{kind}", f"models/{name}")
+        config.save_pretrained(f"models/{name}")
     shutil.copytree("models/llama", "models/start")
     config = transformers.AutoConfig.from_pretrained("models/llama")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -82,24 +73,25 @@ def write_models():
 
 
 def write_data():
-    """data/: words at random, of lengths as instructions have them."""
+    """data/: words at random; prompts are twice as long as completions."""
     rng = random.Random(0)
-    longest = 30 if TINY else 300
-
-    def text(share):
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, math.ceil(longest * share))))
-
-    lists = {"records": [], "scored": [], "prompts": []}
+    longest = 10 if TINY else 300
+    lists = {"records": [], "scored": []}
     for i in range(64 if TINY else 4000):
-        lists["records"].append({"prompt": text(1), "completion": text(0.4)})
-        lists["scored"].append({"input": text(1), "target": i % 2})
-        lists["prompts"].append({"prompt": text(0.1)})
+        prompt = " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+        completion = " ".join(rng.choices(WORDS, k=rng.randint(1, longest // 2)))
+        record = {"prompt": prompt, "completion": completion, "want": "digits"}
+        lists["records"].append(record)
+        lists["scored"].append({"input": prompt, "target": i % 2})
     for name, records in lists.items():
-        splits = {"train": records, "eval": records[:8]}
-        harness.write_json(f"data/{name}.json", splits)
-    lines = [json.dumps(record) for record in lists["prompts"][:64]]
-    pathlib.Path("chats.jsonl").write_text("\n".join(lines) + "\n")
-    pathlib.Path("reward.py").write_text(REWARD)
+        harness.write_json(f"data/{name}.json", {"train": records, "eval": records[:8]})
+
+
+def write_lines(path, n, prompt, completion):
+    """The first n records as JSON lines, with these names of the keys."""
+    records = json.loads(pathlib.Path("data/records.json").read_text())["train"][:n]
+    lines = [{prompt: record["prompt"], completion: record["completion"]} for record in records]
+    pathlib.Path(path).write_text("\n".join(map(json.dumps, lines)))
 
 
 # ---------------------------------------------------------------------------------- running scripts
@@ -108,7 +100,6 @@ def write_data():
 def run(name, words, code=0):
     """A script in this process; it must end with this exit code."""
     script = importlib.import_module(name.removesuffix(".py"))
-    common.adopt_launcher()
     try:
         found = script.main(script.parse_args(words.split())) or 0
     except SystemExit as stop:
@@ -163,13 +154,10 @@ def count_weights(name, beginning=""):
 
 
 def train_t5(name, batch):
-    records = json.loads(pathlib.Path("data/records.json").read_text())["train"]
-    n_source = sum(len(record["prompt"].split()) for record in records)
-    n_target = sum(len(record["completion"].split()) for record in records)
-    encoder = count_weights(name, "encoder") * n_source / n_target
-    flops = 6 * (count_weights(name, "decoder") + encoder)  # for each target token
     words = f"--model_init_name {name} --data records --max_new_tokens 1"
-    return speed(train("seq2seq.py", f"{words} --train_batch_size {batch}"), flops)
+    weights = count_weights(name, "decoder") + 2 * count_weights(name, "encoder")
+    rows = train("seq2seq.py", f"{words} --train_batch_size {batch}")
+    return speed(rows, 6 * weights)  # for each target token
 
 
 def t5_large():
@@ -194,7 +182,7 @@ def sft():
 
 def ppo():
     """It stops by itself unless the first ratio is 1 and sampler and scorer agree."""
-    words = "--policy start --data prompts --reward_fn reward.py:variety --lora_rank 16 "
+    words = "--policy start --data records --reward_fn data/rewards.py:wish --lora_rank 16 "
     words += "--num_rollouts 64 --rollout_batch_size 64 --train_batch_size 32 --n_eval 8"
     row = train("rl_ppo.py", words)[-1]
     return {name: value for name, value in row.items() if isinstance(value, float)}
@@ -203,6 +191,7 @@ def ppo():
 def chat():
     """64 replies, 32 at a time; the seconds include loading."""
     start = time.perf_counter()
+    write_lines("chats.jsonl", 64, "prompt", "answer")
     words = "--model_path start --input chats.jsonl --output replies.jsonl --max_batch 32"
     run("chat.py", f"{words} --max_new_tokens {16 if TINY else 128}")
     return {"seconds": time.perf_counter() - start}
@@ -229,16 +218,14 @@ def generate():
 
 
 def hf():
-    """The ratio to Seq2SeqTrainer."""
+    """The ratio to transformers' Trainer."""
     if not importlib.util.find_spec("accelerate"):
         return {"not run": "the package accelerate is missing"}
-    size = "--width 64 --layers 1 --batch 4 --steps 3" if TINY else "--width 768 --layers 12"
-    if not TINY:
-        size += " --batch 64 --steps 30"
-    records = json.loads(pathlib.Path("data/records.json").read_text())["train"]
-    lines = [json.dumps({"question": r["prompt"], "answer": r["completion"]}) for r in records]
-    pathlib.Path("questions.jsonl").write_text("\n".join(lines))
-    words = f"--task seq2seq --data questions.jsonl --accumulation 1 {size}"
+    write_lines("questions.jsonl", 4000, "question", "answer")
+    size = "--width 768 --layers 12 --batch 64 --steps 30"
+    if TINY:
+        size = "--width 64 --layers 1 --batch 4 --steps 3"
+    words = f"--task seq2seq --data questions.jsonl --vocab_size 100 --accumulation 1 {size}"
     return peers("bench_train.py", words)
 
 
@@ -355,21 +342,23 @@ PARTS = (kernels, stages, resume, t5_large, t5_3b, clf, sft, ppo, chat, collect)
 PARTS += (adapters, out_of_memory, generate, hf)
 
 
-def in_process(name, folder, minutes):
-    """The figures of a part, or why there are none."""
+def in_process(names, folder, minutes):
+    """{part: figures} of a process of these parts, up to one that fails."""
     if minutes <= 0:
-        return {"failed": f"not begun: {MINUTES} minutes are over"}
-    start = time.perf_counter()
-    command = [sys.executable, *sys.argv, "--child", name, "--folder", str(folder)]
-    log = folder / f"{name}.log"
+        return {names[0]: {"failed": f"not begun: {MINUTES} minutes are over"}}
+    command = [sys.executable, *sys.argv, "--child", ",".join(names), "--folder", str(folder)]
+    log = folder / f"{names[0]}.log"
     with open(log, "w") as file:
         code = harness.run_limited(command, minutes, stdout=file, stderr=file)
-    if code == 0:
-        found = json.loads((folder / f"{name}.json").read_text())
-    else:
-        reason = f"exit code {code}" if code else f"longer than {minutes:.1f} minutes"
-        found = {"failed": f"{reason}: {log.read_text()[-4000:]}"}
-    return {**found, "part_seconds": time.perf_counter() - start}
+    results = {}
+    for name in names:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            reason = f"longer than {minutes:.1f} minutes" if code is None else f"exit code {code}"
+            results[name] = {"failed": f"{reason}: {log.read_text()[-4000:]}"}
+            break
+        results[name] = json.loads(path.read_text())
+    return results
 
 
 def main():
@@ -381,9 +370,13 @@ def main():
     args = parser.parse_args()
     if args.child:
         os.chdir(args.folder)
-        found = parts[args.child]()
-        harness.write_json(f"{args.child}.json", found)
-        return 0
+        common.adopt_launcher()
+        for name in args.child.split(","):
+            start = time.perf_counter()
+            found = parts[name]()
+            seconds = time.perf_counter() - start
+            harness.write_json(f"{name}.json", {**found, "part_seconds": seconds})
+        os._exit(0)  # as common.launch ends, which says why
     if not TINY and not torch.cuda.is_available():
         print("not run: no GPU here")
         return 0
@@ -397,10 +390,12 @@ def main():
         with contextlib.chdir(folder):
             write_models()
             write_data()
-        for name in args.only:
+        while len(results) < len(args.only):
+            names = args.only[len(results) :]
             left = MINUTES - (time.perf_counter() - start) / 60
-            results[name] = in_process(name, folder, min(left, PART_MINUTES))
-            print(name, json.dumps(results[name], indent=1), flush=True)
+            done = in_process(names if TINY else names[:1], folder, min(left, PART_MINUTES))
+            print(json.dumps(done, indent=1), flush=True)
+            results.update(done)
             harness.write_summary(args, parts=results)
     return sum("failed" in found for found in results.values())
 

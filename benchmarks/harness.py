@@ -1,4 +1,4 @@
-"""What all share here: flags, processes, runs in turn, the clock of a peer, the summary."""
+"""What all share here: flags, models, processes, runs in turn, a peer's clock, the summary."""
 
 import argparse
 import importlib.metadata
@@ -25,7 +25,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def add_flags(parser):
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gpu-only", action="store_true", help="do nothing without a GPU")
     parser.add_argument("--out", help="write the figures to this JSON file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -37,12 +36,19 @@ def device_name():
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
 
-def no_gpu(args):
-    """Whether a GPU is asked for and missing; says so."""
-    is_missing = args.gpu_only and not torch.cuda.is_available()
-    if is_missing:
-        print("not run: no GPU here")
-    return is_missing
+def t5_config(width, layers, **more):
+    options = {"d_model": width, "d_ff": 4 * width, "d_kv": 32, "num_heads": width // 32}
+    options.update(num_layers=layers, vocab_size=32128, decoder_start_token_id=0)
+    options.update(feed_forward_proj="gated-gelu")
+    options.update(more)
+    return transformers.T5Config(**options)
+
+
+def llama_config(width, layers, **more):
+    options = {"hidden_size": width, "num_hidden_layers": layers, "max_position_embeddings": 8192}
+    options.update(intermediate_size=4 * width, num_attention_heads=width // 32)
+    options.update(more)
+    return transformers.LlamaConfig(**options)
 
 
 def run_script(name, words, folder=None):
@@ -161,11 +167,5 @@ def trainer_options(folder, args, every):
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu,
         "use_cpu": not has_gpu,
+        "bf16": has_gpu,
     }
-
-
-def by_length(arguments):
-    """The length grouping of TrainingArguments, whose name changed in transformers 5."""
-    if "train_sampling_strategy" in arguments.__dataclass_fields__:
-        return {"train_sampling_strategy": "group_by_length"}
-    return {"group_by_length": True}

@@ -108,13 +108,12 @@ def draw(rows):
     """A bar for each ratio up to 20: what is above has nothing to do with the others."""
     rows = [row for row in rows if row[1][0] <= 20]
     figure, axes = pyplot.subplots(figsize=(10, 1 + len(rows) / 3), layout="constrained")
-    for i, (_, (median, lowest, highest), _) in enumerate(rows):
-        axes.barh(i, median, height=0.6, color="#3b6ea8")
-        axes.plot([lowest, highest], [i, i], color="#222222")
-        axes.annotate(f" {shown(median)}", (highest, i), va="center")
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.invert_yaxis()
+    for what, (median, lowest, highest), _ in rows:
+        bars = axes.barh(what, median, color="#3b6ea8")
+        axes.bar_label(bars, [f"   {shown(median)}"])
+        axes.plot([lowest, highest], [what, what], color="#222222")
     axes.axvline(1, color="#222222", linestyle="dotted")
+    axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("faster by; line: range of the rounds; dotted: as fast as the peer")
     PICTURE.parent.mkdir(exist_ok=True)
