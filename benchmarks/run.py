@@ -37,12 +37,12 @@ PARTS = {  # label, benchmark, flags
 }
 PEERS = {
     "hf": "Trainer",
-    "hf-grouped": "Trainer with length grouping",
+    "hf-grouped": "Trainer, length grouping",
     "trl": "SFTTrainer",
-    "trl-packed": "SFTTrainer with packing",
+    "trl-packed": "SFTTrainer, packing",
     "generate": "generate",
-    "step": "the passes of a training step",
-    "trak": "a pass a row and BasicProjector",
+    "step": "passes of a training step",
+    "trak": "a pass a row, BasicProjector",
 }
 
 
@@ -78,12 +78,11 @@ def read_rows():
         versions.add(f"torch {found['torch']}, transformers {found['transformers']}")
         for figure, ratios in found["ratios"].items():
             for peer, ratio in ratios.items():
-                what = f"{label}, {figure}, against {PEERS[peer]}"
                 memory = ""
-                if "peak_memory_gb" in found:
+                if figure == "trained":
                     gigabytes = found["peak_memory_gb"]
                     memory = f"{gigabytes['ours']:.2f} against {gigabytes[peer]:.2f} GB"
-                rows.append((what, ratio, memory))
+                rows.append((f"{label}, {figure} / {PEERS[peer]}", ratio, memory))
     return rows, versions
 
 
