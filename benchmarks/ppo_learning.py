@@ -83,7 +83,7 @@ def share_of_the_way(mount, family, seed):
     best -= np.log(np.exp(best).sum(axis=1, keepdims=True))
     lowest = worth(reference, reference, reward)
     way = worth(best, reference, reward) - lowest
-    return (worth(policy, reference, reward) - lowest) / way
+    return float((worth(policy, reference, reward) - lowest) / way)
 
 
 def main():
