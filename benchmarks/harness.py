@@ -1,11 +1,13 @@
-"""What the benchmarks share: flags, runs in turn, clock and memory of a peer, the summary."""
+"""What all share here: flags, models, processes, runs in turn, a peer's clock, the summary."""
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def add_flags(parser):
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--gpu-only", action="store_true", help="do nothing without a GPU")
     parser.add_argument("--out", help="write the figures to this JSON file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -35,20 +36,40 @@ def device_name():
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
 
-def no_gpu(args):
-    """Whether a GPU is asked for and missing; says so."""
-    is_missing = args.gpu_only and not torch.cuda.is_available()
-    if is_missing:
-        print("not run: no GPU here")
-    return is_missing
+def t5_config(width, layers, **more):
+    options = {"d_model": width, "d_ff": 4 * width, "d_kv": 32, "num_heads": width // 32}
+    options.update(num_layers=layers, vocab_size=32128, decoder_start_token_id=0)
+    options.update(feed_forward_proj="gated-gelu")
+    options.update(more)
+    return transformers.T5Config(**options)
 
 
-def run_script(name, words):
-    """One of the scripts as users run it; ends the benchmark with what it said if it fails."""
-    command = [sys.executable, str(ROOT / name), *words]
-    result = subprocess.run(command, capture_output=True, text=True)
+def llama_config(width, layers, **more):
+    options = {"hidden_size": width, "num_hidden_layers": layers, "max_position_embeddings": 8192}
+    options.update(intermediate_size=4 * width, num_attention_heads=width // 32)
+    options.update(more)
+    return transformers.LlamaConfig(**options)
+
+
+def run_script(name, words, folder=None):
+    """What one of the scripts prints, run in a folder; ends the benchmark with it if it fails."""
+    command = [sys.executable, str(ROOT / name), *words.split()]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stdout[-2000:] + result.stderr[-4000:])
+    return result.stdout
+
+
+def run_limited(command, minutes, **streams):
+    """Exit code of a command; None if it took longer: then all that it started is killed."""
+    process = subprocess.Popen(command, start_new_session=True, **streams)
+    try:
+        return process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:  # Ctrl-C too does not reach another session
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def metric_rows(run_dir, split="train"):
@@ -79,46 +100,35 @@ def alternate(peers, rounds, run):
     return results
 
 
-def medians(results):
-    """{peer: {figure: its median over the rounds}}"""
-    found = {}
-    for peer, runs in results.items():
-        found[peer] = {}
-        for name in runs[0]:
-            found[peer][name] = statistics.median(figures[name] for figures in runs)
-    return found
-
-
-def ratios(results, ours, name):
+def ratios(results, ours, peers, figure):
     """{peer: [median, lowest, highest]} of our figure / the peer's in the same round; printed."""
     found = {}
-    for peer in results.keys() - {ours}:
+    for peer in peers:
         rounds = zip(results[ours], results[peer])
-        values = sorted(mine[name] / theirs[name] for mine, theirs in rounds)
-        median, lowest, highest = statistics.median(values), values[0], values[-1]
-        found[peer] = [median, lowest, highest]
-        print(f"{ours} / {peer} = {median:.2f} (rounds: {lowest:.2f} to {highest:.2f})")
+        values = sorted(mine[figure] / theirs[figure] for mine, theirs in rounds)
+        found[peer] = [statistics.median(values), values[0], values[-1]]
+        median, lowest, highest = found[peer]
+        print(f"{figure}: {ours} / {peer} = {median:.2f} (rounds: {lowest:.2f} to {highest:.2f})")
     return found
 
 
-def write_summary(args, results, **figures):
-    """Every run, the medians and how to get them again, to --out."""
-    import deepspeed
+def write_json(path, value):
+    pathlib.Path(path).write_text(json.dumps(value, indent=1) + "\n")
 
+
+def write_summary(args, **figures):
+    """What was measured, on what, and how to get it again, to --out."""
+    if not args.out:
+        return
+    packages = ("torch", "transformers", "deepspeed")
     script = pathlib.Path(sys.argv[0]).name
-    summary = {
+    about = {
         "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
         "device": device_name(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "deepspeed": deepspeed.__version__,
-        "median": medians(results),
-        "runs": results,
-        **figures,
+        **{name: importlib.metadata.version(name) for name in packages},
     }
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(args.out, {**about, **figures})
 
 
 def peak_memory_gb():
@@ -157,11 +167,5 @@ def trainer_options(folder, args, every):
         "disable_tqdm": True,
         "dataloader_pin_memory": has_gpu,
         "use_cpu": not has_gpu,
+        "bf16": has_gpu,
     }
-
-
-def by_length(arguments):
-    """The length grouping of TrainingArguments, whose name changed in transformers 5."""
-    if "train_sampling_strategy" in arguments.__dataclass_fields__:
-        return {"train_sampling_strategy": "group_by_length"}
-    return {"group_by_length": True}

@@ -78,9 +78,8 @@ def test_files_have_flags_of_seq2seq(path, monkeypatch, folder):
     assert sweep["metric"]["name"] == f"eval/{task.metrics[0]}" and len(FILES) == 8
     study = sweeps.optuna.create_study()
     trial = study.ask()
-    parameters = sweep["parameters"].items()
-    params = {name: sweeps.suggest(trial, name, spec) for name, spec in parameters}
-    command = sweeps.command_line(sweep, params, "")
+    params = sweeps.choose(trial, sweep)
+    command = sweeps.command_line(sweep, params)
     args = seq2seq.parse_args(command[3:])
     assert command[2] == "seq2seq.py" and 1e-5 <= args.learning_rate <= 1e-3
     assert args.metrics == task.metrics and args.labels == list(task.answers.values())
@@ -151,6 +150,11 @@ def test_two_agents_of_which_one_is_killed():
         ({"parameters": {"x": {"min": 2.0, "max": 1.0}}}, "ValueError"),
         ({"parameters": {"x": {"min": 0, "max": 9, "distribution": "normal"}}}, "not supported"),
         ({"command": ["${program}", "${args_json}"]}, "${args_json}"),
+        ({"parameters": {"x": {"value": 1}, "mount_dir": {"value": ["a"]}}}, "mount_dir: expected"),
+        (
+            {"parameters": {"x": {"value": 1}, "mount_dir": {"values": ["a"]}}},
+            "mount_dir: expected",
+        ),
     ],
 )
 def test_mistakes(changes, message, capsys):

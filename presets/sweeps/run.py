@@ -1,8 +1,7 @@
 """Search with a W&B sweep file, without the service. Needs the packages optuna and pyyaml.
 
     python presets/sweeps/run.py presets/sweeps/glue_sst2_sweep.yaml --trials 8
-    python presets/sweeps/run.py presets/sweeps/glue_sst2_sweep.yaml --trials 8 \\
-        --launcher "deepspeed --num_gpus 4" --set num_epochs=1
+    python presets/sweeps/run.py presets/sweeps/glue_sst2_sweep.yaml --trials 8 --set num_epochs=1
 
 --trials counts the trials of all agents, past ones too: the same command goes on with what is
 unfinished, then does nothing. Agents (the same command, also on machines that share the folder)
@@ -58,18 +57,23 @@ def suggest(trial, name, spec):
     kind = spec.get("distribution", "int_uniform" if is_int else "uniform")
     if kind == "int_uniform":
         return trial.suggest_int(name, low, high)
-    if kind not in ("uniform", "log_uniform", "log_uniform_values"):
-        raise ValueError(f"{name}: distribution {kind} is not supported; list its values")
-    low, high = float(low), float(high)  # PyYAML takes 1e-5 for a text
-    if kind == "log_uniform":  # the bounds are exponents of e
-        low, high = math.exp(low), math.exp(high)
-    return trial.suggest_float(name, low, high, log=kind != "uniform")
+    if kind not in ("uniform", "log_uniform_values"):
+        raise ValueError(f"{name}: {kind} is not supported; list values")
+    # PyYAML takes 1e-5 for a text
+    return trial.suggest_float(name, float(low), float(high), log=kind != "uniform")
+
+
+def choose(trial, sweep):
+    """{name: value} of a trial of optuna."""
+    if "points" in sweep:
+        return sweep["points"][trial.number]
+    return {name: suggest(trial, name, spec) for name, spec in sweep["parameters"].items()}
 
 
 def read_sweep(args):
-    """The sweep file, with --set in it, and "points" of a grid: [parameters]."""
-    sweep = {"name": pathlib.Path(args.sweep).stem, "command": COMMAND, "run_cap": math.inf}
-    sweep.update(yaml.safe_load(pathlib.Path(args.sweep).read_text("utf-8")))
+    """The sweep file, with --set in it and "points" of a grid: [parameters]; its folder."""
+    sweep = {"name": args.sweep.stem, "command": COMMAND, "run_cap": math.inf}
+    sweep.update(yaml.safe_load(args.sweep.read_text("utf-8")))
     sweep["metric"] = {"goal": "minimize", **sweep["metric"]}
     parameters = sweep["parameters"]
     parameters.pop("wandb_project", None)  # no service takes part, unless --set says so
@@ -82,19 +86,21 @@ def read_sweep(args):
         sweep["run_cap"] = min(sweep["run_cap"], len(sweep["points"]))
     # what would fail in a trial fails here
     trial = optuna.create_study(direction=sweep["metric"]["goal"]).ask()
-    for name, spec in parameters.items():
-        suggest(trial, name, spec)
-    command_line(sweep, {}, args.launcher)
+    command_line(sweep, choose(trial, sweep))
     if sweep["method"] not in ("grid", "random", "bayes") or "name" not in sweep["metric"]:
         raise ValueError("expected method grid, random or bayes, and a metric with its name")
+    mount = "mount" if os.path.isdir("mount") else "."
+    if "mount_dir" in parameters:
+        mount = parameters["mount_dir"].get("value")
+    if not isinstance(mount, str):
+        raise ValueError("mount_dir: expected {value: FOLDER}")
     if not os.path.isfile(sweep["program"]):
         raise ValueError(f"no {sweep['program']} here: start in the repository root")
-    return sweep
+    return sweep, pathlib.Path(mount, "models", "sweeps", sweep["name"])
 
 
-def command_line(sweep, params, launcher):
-    """The words of a trial's command: a flag that is true has no value. A launcher takes the place
-    of all before ${program}."""
+def command_line(sweep, params):
+    """The words of a trial's command: a flag that is true has no value."""
     flags = []
     for name, value in params.items():
         if value is True:
@@ -105,13 +111,11 @@ def command_line(sweep, params, launcher):
         "${env}": ["/usr/bin/env"],
         "${interpreter}": [sys.executable],
         "${program}": [sweep["program"]],
-        **dict.fromkeys(["${args}", "${args_no_boolean_flags}"], flags),
+        "${args}": flags,
+        "${args_no_boolean_flags}": flags,
     }
-    words = sweep["command"]
-    if launcher:
-        words = shlex.split(launcher) + words[words.index("${program}") :]
     command = []
-    for word in map(str, words):
+    for word in map(str, sweep["command"]):
         command += macros[word] if word.startswith("${") else [word]
     return command
 
@@ -122,7 +126,7 @@ def command_line(sweep, params, launcher):
 def lock(path, flags=0):
     """The open file, locked until it is closed here and in the processes that have inherited it;
     None if another one has it and flags say not to wait."""
-    file = open(path, "a", encoding="utf-8")
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
         return file
@@ -141,37 +145,34 @@ def open_study(folder, sweep):
         direction=sweep["metric"]["goal"],
         load_if_exists=True,
     )
-    if "sweep" not in study.user_attrs:
-        study.set_user_attr("sweep", sweep)
-    if study.user_attrs["sweep"] != sweep:
-        fail(f"{folder} has another search, or another --set: rename it, or this one")
+    if study.user_attrs.get("sweep", sweep) != sweep:
+        fail(f"{folder} has another search or --set: rename one")
+    study.set_user_attr("sweep", sweep)
     seed = len(study.trials)
     study.sampler = optuna.samplers.RandomSampler(seed)
     if sweep["method"] == "bayes":
-        # constant_liar: running trials count, so that agents do not search at the same place;
-        # optuna's 10 random trials first would be all of a short search
-        options = {"constant_liar": True, "n_startup_trials": 4}
-        study.sampler = optuna.samplers.TPESampler(seed=seed, **options)
+        # running trials count too, so that agents do not search at the same place; optuna's 10
+        # random trials first would be all of a short search
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed, constant_liar=True, n_startup_trials=4
+        )
     return study
 
 
-def next_trial(study, sweep, folder, total):
+def next_trial(folder, sweep, n_trials):
     """(number, parameters, its locked log) of an interrupted trial, else of a new one; None when
     all are done or run elsewhere. Call it with the folder locked."""
+    study = open_study(folder, sweep)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         log = lock(folder / f"trial-{trial.number:03d}.log", fcntl.LOCK_NB)
         if log and "params" in trial.user_attrs:
             return trial.number, trial.user_attrs["params"], log
         if log:  # its agent was killed before it had all parameters
             study.tell(trial.number, state=TrialState.FAIL)
-    if len(study.trials) >= total:
+    if len(study.trials) >= min(n_trials, sweep["run_cap"]):
         return None
     trial = study.ask()
-    if sweep["method"] == "grid":
-        params = sweep["points"][trial.number]
-    else:
-        specs = sweep["parameters"].items()
-        params = {name: suggest(trial, name, spec) for name, spec in specs}
+    params = choose(trial, sweep)
     trial.set_user_attr("params", params)
     return trial.number, params, lock(folder / f"trial-{trial.number:03d}.log")
 
@@ -179,77 +180,64 @@ def next_trial(study, sweep, folder, total):
 def best_value(path, name, goal):
     """The best finite value of a metric in a metrics.jsonl, or None."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+    values = [json.loads(line).get(name, math.nan) for line in lines]
     best = max if goal == "maximize" else min
-    return best(values, default=None)
+    return best(filter(math.isfinite, values), default=None)
 
 
 def report(study):
     """Print the trials, the best last."""
-    trials = [trial for trial in study.trials if trial.value is not None]
+    trials = study.get_trials(states=[TrialState.COMPLETE])
     trials.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MINIMIZE")
     for trial in trials:
         print(f"trial-{trial.number:03d}  {trial.value:.5g}  {trial.user_attrs['params']}")
     print(f"{len(study.trials) - len(trials)} trials failed, or run elsewhere")
 
 
-def run_trial(command, log):
-    """The exit code. The trial writes to its log itself, so that it outlives a killed agent."""
-    print(f"{shlex.join(command)} > {log.name}", flush=True)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:  # which the trial has got too
-        child.wait()
-        return EXIT_SAVED
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("sweep", help="the sweep file, YAML")
-    add("--trials", type=int, required=True, help="of all agents and restarts together")
-    add("--launcher", default="", help='in place of all before ${program}: "torchrun ..."')
-    add(
-        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="for all trials"
-    )
+    parser.add_argument("sweep", type=pathlib.Path)
+    parser.add_argument("--trials", type=int, required=True)
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE in all trials")
     args = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        sweep = read_sweep(args)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        sweep, folder = read_sweep(args)
+    except Exception as error:
         fail(f"{args.sweep}: {type(error).__name__}: {error}")
     if "early_terminate" in sweep:
-        print("WARNING there is no early_terminate here: every trial runs to its end")
-    mount = "mount" if os.path.isdir("mount") else "."
-    mount = sweep["parameters"].get("mount_dir", {"value": mount})["value"]
-    folder = pathlib.Path(mount, "models", "sweeps", sweep["name"])
+        print("WARNING no early_terminate here: every trial runs to its end")
     folder.mkdir(parents=True, exist_ok=True)
-    total = min(args.trials, sweep["run_cap"])
     n_failed = 0
     while n_failed < 3:
         with lock(folder / "lock"):
-            found = next_trial(open_study(folder, sweep), sweep, folder, total)
+            found = next_trial(folder, sweep, args.trials)
         if not found:
             break
         trial, params, log = found
-        run_name = f"trial-{trial:03d}"
-        flags = {**params, "training_run_name": f"sweeps/{sweep['name']}/{run_name}"}
-        code = run_trial(command_line(sweep, flags, args.launcher), log)
+        name = f"trial-{trial:03d}"
+        flags = {**params, "training_run_name": f"sweeps/{sweep['name']}/{name}"}
+        command = command_line(sweep, flags)
+        print(f"{shlex.join(command)} > {log.name}", flush=True)
+        # it writes to its log itself, and so outlives a killed agent
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # which the trial has got too
+            child.wait()
+            code = EXIT_SAVED
         if code == EXIT_SAVED:
             print("stopped: the same command goes on")
-            return EXIT_SAVED
-        metrics_path = folder / run_name / "metrics.jsonl"
-        value = None if code else best_value(metrics_path, **sweep["metric"])
+            return code
+        value = best_value(folder / name / "metrics.jsonl", **sweep["metric"])
+        state = TrialState.COMPLETE
         n_failed += 1
-        state = TrialState.FAIL
-        if value is None:
-            print(f"exit code {code}, or no finite {sweep['metric']['name']}: see {log.name}")
+        if code or value is None:
+            value, state = None, TrialState.FAIL
+            print(f"exit code {code}, or no finite metric: see {log.name}")
         else:
             n_failed = 0
-            state = TrialState.COMPLETE
         with lock(folder / "lock"):
             open_study(folder, sweep).tell(trial, value, state=state)
         log.close()  # not before: another agent would take the trial up
