@@ -440,9 +440,9 @@ def point_metrics(args, logits, targets):
     }
     if 0 < is_positive.mean() < 1:
         metrics["auc"] = roc_auc(logits, is_positive)
-    if np.ptp(targets) and np.ptp(scores):
-        metrics["pearson"] = np.corrcoef(scores, targets)[0, 1]
-        metrics["spearman"] = np.corrcoef(ranks(logits), ranks(targets))[0, 1]
+    if np.ptp(targets):  # of scores that are all the same: nan, counted as 0
+        metrics["pearson"] = np.nan_to_num(np.corrcoef(scores, targets)[0, 1])
+        metrics["spearman"] = np.nan_to_num(np.corrcoef(ranks(logits), ranks(targets))[0, 1])
     if args.threshold is not None:  # chosen on other texts: an honest figure
         is_predicted = low + span * scores >= args.threshold
         metrics["accuracy_at_threshold"] = np.mean(is_predicted == is_positive)
@@ -466,19 +466,19 @@ def pair_metrics(logits, bounds):
 
 
 @torch.no_grad()
-def score(args, engine, input_ids, device):
+def score(args, engine, input_ids):
     """Collective. (texts,) logits of a Ragged, on every rank."""
     found = {}
     engine.eval()
     for ids in common.my_batches(input_ids.lengths, args.eval_batch_size):
         batch = collate([input_ids[i] for i in ids])
-        logits = engine(common.to_device(batch, device))
+        logits = engine(common.to_device(batch, engine.device))
         found.update(zip(ids, logits.tolist()))
     engine.train()
     found = common.gather(found)
     logits = np.array([found[i] for i in sorted(found)])
     if not np.isfinite(logits).all():
-        common.fail("scores are not finite: the weights or --precision are at fault; try fp32")
+        common.fail("scores are not finite: try --precision fp32")
     return logits
 
 
@@ -501,10 +501,10 @@ def write_predictions(args, examples, rows, logits, name, run):
     common.write_json(run.dir / name, predictions)
 
 
-def evaluate(args, engine, data, split, run, device):
+def evaluate(args, engine, data, split, run):
     """Collective. Metrics over all examples of `split`, each counted once; the predictions file."""
     rows = data.rows[split]
-    logits = score(args, engine, rows.input_ids, device)
+    logits = score(args, engine, rows.input_ids)
     if args.loss == "pairwise":
         metrics = pair_metrics(logits, rows.bounds)
     else:
@@ -592,7 +592,7 @@ def main(args):
     run.resume(engine)
 
     def evaluation(split):
-        return evaluate(args, engine, data, split, run, device)
+        return evaluate(args, engine, data, split, run)
 
     if args.no_train:
         for split in ("eval", "test"):
@@ -670,7 +670,7 @@ def main(args):
     state = json.loads((chosen / "state.json").read_text())
     args.threshold = state["metrics"].get("optimal_threshold")
     if data.examples["test"]:
-        run.load_chosen(engine)
+        common.load_checkpoint(engine, run.chosen())
         run.log("test", evaluation("test"))
     if rank == 0:
         about["threshold"] = args.threshold

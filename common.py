@@ -5,7 +5,6 @@ A step is an optimizer step. Collective: every rank must call it.
 """
 
 import argparse
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -52,6 +51,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
+STARTED = time.monotonic()
 HERE = pathlib.Path(__file__).resolve().parent
 COMPLETE = "COMPLETE"  # written last: a folder without this file is unfinished
 EXIT_SAVED = 75  # saved after a signal or --max_hours: the same command continues
@@ -68,8 +68,9 @@ PRECISION_ALIASES = {
     "32": "fp32",
     "32-true": "fp32",
     "bf16-true": "bf16",
+    # both with fp32 masters and a loss scale
     "16-true": "fp16",
-    "16-mixed": "fp16",  # with fp32 masters and a loss scale
+    "16-mixed": "fp16",
 }
 
 # ------------------------------------------------------------------------------------- processes
@@ -109,7 +110,7 @@ def adopt_launcher():
     if "RANK" not in os.environ or world_size() == 1:
         # port 0 means a free one, so that two runs on one machine do not meet
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(address, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(address, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own port is not used
 
 
@@ -126,17 +127,11 @@ def launch(main, args):
             dist.destroy_process_group()
     except SystemExit as error:
         code = error.code
-    except Exception as error:
+    except Exception:
         traceback.print_exc()
         code = 1
-        # cuBLAS, NCCL and the CPU's allocator have errors of their own for it
-        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
-            code = 2
-            print_error(
-                "out of memory: halve --train_batch_size and double --gradient_accumulation_steps, "
-                "or --gradient_checkpointing, a higher ZeRO stage, a lower --eval_batch_size"
-            )
-    atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
+    if "wandb" in sys.modules:  # os._exit leaves out what it does at the end
+        sys.modules["wandb"].finish(exit_code=code)
     sys.stdout.flush()
     os._exit(code)  # the interpreter's own end may abort in a thread of gloo (pytorch#190489)
 
@@ -146,8 +141,7 @@ def setup_distributed(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    # torchrun sets 1 thread, with which an optimizer that is offloaded to the CPU crawls
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets 1, with which offloading crawls
         torch.set_num_threads(max(1, os.cpu_count() // local_world_size()))
     patience = datetime.timedelta(hours=2)  # rank 0 alone writes checkpoints
     if torch.cuda.is_available():
@@ -192,9 +186,10 @@ def on_one_process(build):
     is_first = gather({host: rank()})[host] == rank()
     paths = {}
     if is_first:
-        _, paths[host] = tempfile.mkstemp(prefix="rawtune-")
-        arrays = build().items()
-        torch.save({name: torch.as_tensor(array) for name, array in arrays}, paths[host])
+        tensors = {name: torch.as_tensor(array) for name, array in build().items()}
+        with tempfile.NamedTemporaryFile(prefix="rawtune-", delete=False) as file:
+            torch.save(tensors, file)
+        paths[host] = file.name
     path = gather(paths)[host]
     tensors = torch.load(path, mmap=True)
     dist.barrier()
@@ -216,8 +211,8 @@ def log(text):
 
 def progress(items, text, **options):
     """The items; on a terminal with a bar where it takes long."""
-    is_hidden = rank() > 0 or None  # None: unless this is a terminal
-    return tqdm(items, text, delay=5, disable=is_hidden, leave=False, **options)
+    is_off = rank() > 0 or None  # None: unless this is a terminal
+    return tqdm(items, text, delay=5, disable=is_off, leave=False, **options)
 
 
 def print_error(text):
@@ -253,8 +248,8 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "model_init_path": ("", "folder or hub id; wins over --model_init_name"),
     "data_name": (
         ["data"],
-        "or --data: files under data/, or paths; NAME:0.05 draws that share anew each epoch, "
-        "NAME:500 so many examples",
+        "or --data: files under data/, or paths; NAME:0.05 and NAME:500 draw so much of one anew "
+        "each epoch",
     ),
     "training_run_name": ("", "folder under models/ to write; else <model>_<data>_<seed>"),
     "train_batch_size": (16, "examples in one forward step of all processes together"),
@@ -263,7 +258,7 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "learning_rate": (5e-5, "peak, reached after warm-up"),
     # training
     "mount_dir": ("", "where models/ and data/ are; else ./mount if it exists, else ."),
-    "eval_fraction": (0.0, "share of the training prompts held out for evaluation"),
+    "eval_fraction": (0.0, "share of the training prompts for evaluation"),
     "gradient_accumulation_steps": (1, "forward steps per optimizer step"),
     "max_hours": (0.0, f"save and leave with exit code {EXIT_SAVED} after this time"),
     "seed": (0, "of data order, dropout, sampling and new weights"),
@@ -290,7 +285,7 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "lora_alpha": (0.0, "the update counts alpha / rank; 0: 2 x rank"),
     "lora_dropout": (0.0, "on the input of LoRA and of bottlenecks"),
     "lora_targets": ([], "ends of layer names, or all-linear; none: by family"),
-    "train_adapter": (False, "train bottleneck adapters (Houlsby et al. 2019), freeze the rest"),
+    "train_adapter": (False, "train bottlenecks (Houlsby et al. 2019), freeze the rest"),
     "reduction_factor": (128, "hidden size / width of a bottleneck"),
     "adapter_parts": (
         ["mh_adapter", "output_adapter"],
@@ -302,7 +297,7 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     # evaluation and output
     "eval_steps": (0, "evaluation interval; 0: once per epoch"),
     "eval_batch_size": (32, "rows of one evaluation batch of one process"),
-    "metric_for_best": ("", "keep and export the checkpoint that is best by this metric"),
+    "metric_for_best": ("", "keep and export the best checkpoint by this metric"),
     "early_stopping_patience": (0, "stop after so many evaluations without a better one"),
     "no_train": (False, "evaluate only"),
     "save_steps": (-1, "checkpoint interval; -1: once per epoch, 0: only at the end"),
@@ -386,7 +381,10 @@ class Parser(argparse.ArgumentParser):
         if self.demo and not any(word.startswith(names) for word in argv):
             log(f"demo: python {self.prog} {self.demo}")
             argv = [*self.demo.split(), *argv]
-        args, unknown = self.parse_known_args(argv)
+        try:
+            args, unknown = self.parse_known_args(argv)
+        except (ValueError, RecursionError) as error:  # no UTF-8; an open quotation mark; itself
+            self.error(f"a preset cannot be read: {error}")
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 3, 0.0)
@@ -483,7 +481,7 @@ class Run:
         self.tracker = None
         self.resume_from = None
         self.signal = None
-        self.deadline = time.monotonic() + 3600 * (args.max_hours or math.inf)
+        self.deadline = STARTED + 3600 * (args.max_hours or math.inf)
         self.state = {
             "step": 0,
             "last_eval": -1,
@@ -542,18 +540,17 @@ class Run:
         """Collective. Make the folder and write down what runs; leave if it is finished."""
         self.max_steps = max_steps
         self.steps_per_epoch = steps_per_epoch
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if not self.args.no_train:  # there is nothing to save
+        if not self.args.no_train:  # else there is nothing to save
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, self.on_signal)
         is_exported = self.resume_from and (self.dir / COMPLETE).exists()
         dist.barrier()  # nobody is still looking at what an earlier run has left
         if is_exported and self.finished():
-            log(f"{self.dir} is finished: a larger --max_steps or --num_epochs goes on")
+            log(f"{self.dir} is finished: a larger --max_steps goes on")
             raise SystemExit(0)
         if rank() == 0:
             self.prepare_folder(script)
         dist.barrier()
-        self.restart_clock()
 
     def prepare_folder(self, script):
         """Rank 0."""
@@ -584,21 +581,17 @@ class Run:
         """Collective. The weights and the optimizer of the last checkpoint, if there is one."""
         if self.resume_from:
             load_checkpoint(engine, self.resume_from)
-        stage = engine.zero_optimization_stage()
         log(
-            f"{self.dir}: from step {self.step} to {self.max_steps}, {self.args.precision}, "
-            f"ZeRO stage {stage}, {world_size()} process(es) on {engine.device.type}"
+            f"{self.dir}: from step {self.step} to {self.max_steps}, {self.args.precision}, ZeRO "
+            f"stage {engine.zero_optimization_stage()}, {world_size()} x {engine.device.type}"
         )
-
-    def load_chosen(self, engine):
-        """Collective. The weights that are exported: of the best checkpoint, or the last."""
-        if self.chosen() != self.dir / f"checkpoint-{self.step}":
-            load_checkpoint(engine, self.chosen(), weights_only=True)
+        self.restart_clock()
 
     def start_wandb(self):
         import wandb  # optional package; WANDB_ENTITY and the like are its own business
 
-        os.environ.setdefault("WANDB_RUN_ID", self.dir.name.replace(":", "-"))
+        run_id = self.state.setdefault("wandb_id", str(time.time_ns()))
+        os.environ.setdefault("WANDB_RUN_ID", run_id)
         self.tracker = wandb.init(
             project=self.args.wandb_project,
             name=self.dir.name,
@@ -915,7 +908,7 @@ class Order:
         self.takes = []
         for size, amount in zip(sizes, amounts):
             if isinstance(amount, float):
-                amount = max(1, round(amount * size))
+                amount = min(size, max(1, round(amount * size)))
             self.takes.append(size if amount is None else amount)
         self.steps_per_epoch = max(1, math.ceil(sum(self.takes) / self.batch))
 
@@ -1148,7 +1141,7 @@ def open_model(args, problems):
 
 
 def untie_head(auto_class, config):
-    """transformers 5 ties every T5's head to its embedding, though v1.1 (Flan-T5) and mT5 have one
+    """transformers ties every T5's head to its embedding, though v1.1 (Flan-T5) and mT5 have one
     of their own, which ZeRO-3 would lose. Before a model is made. Returns whether it has one."""
     is_v1_1 = getattr(config, "scale_decoder_outputs", True) is False
     has_own_head = config.model_type == "mt5" or is_v1_1
@@ -1179,7 +1172,7 @@ def load_weights(auto_class, base, config, args, ds_config):
     torch.manual_seed(derive_seed(args.seed, "new weights"))
     dtype = DTYPES[args.precision]
     if not has_weights(base):
-        log(f"{base} has no weights: training from scratch (seed {args.seed})")
+        log(f"{base} has no weights: training from scratch")
         model = auto_class.from_config(config).to(dtype)
         if has_own_head:  # transformers starts it with a deviation of 1; t5x: variance 1 / fan-in
             model.lm_head.weight.data.mul_(config.d_model**-0.5)
@@ -1208,7 +1201,7 @@ def load_model(auto_class, source, config, args, ds_config, tokenizer):
         ds_config = None
     model = load_weights(auto_class, base, config, args, ds_config)
     if is_grown:
-        log(f"the embedding grows to the {n_tokens} tokens of the tokenizer")
+        log(f"the embedding grows to {n_tokens} tokens")
         model.resize_token_embeddings(n_tokens)
     if args.lora_rank or args.train_adapter or args.quantize or base != source:
         import adapters
@@ -1304,6 +1297,10 @@ def make_ds_config(args, auto_class, model_config, problems):
     )
     if args.precision == "bf16":  # or gradients are rounded to bf16 where ranks add theirs
         config.setdefault("communication_data_type", "fp32")
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except Exception as error:  # of many types
+        problems.append(f"--ds_config {name}: {error}")
     return config
 
 
@@ -1330,7 +1327,7 @@ def choose_stage(args, auto_class, config, problems):
             return f"zero{stage}"
     problems.append(
         f"{n_params / 1e9:.2f} G parameters in {args.precision} do not fit {n} x "
-        f"{memory / 1e9:.1f} GB: more processes, or on GPUs --ds_config zero3_offload"
+        f"{memory / 1e9:.1f} GB: more processes, or --ds_config zero3_offload"
     )
     return "zero3"
 
@@ -1382,7 +1379,7 @@ def step_totals(engine, loss_sum, wants_stop):
     totals[0] = loss_sum
     totals[1] = wants_stop
     dist.all_reduce(totals)
-    has_own_norm = engine.zero_optimization() or engine.fp16_enabled()  # after the step
+    has_own_norm = engine.zero_optimization()  # after the step
     if not has_own_norm:
         grads = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
         totals[2] = torch.nn.utils.get_total_norm(grads)
@@ -1391,15 +1388,12 @@ def step_totals(engine, loss_sum, wants_stop):
 
 
 def check_step(engine, args, step, loss, norm):
-    """The gradient's norm. Stops where a step has spoiled the weights, or was silently skipped;
-    fp16 skips on purpose."""
+    """The gradient's norm. Stops where a step has spoiled the weights, or was skipped; fp16 skips
+    steps on purpose, to find its loss scale."""
     if norm is None:
         norm = float(engine.get_global_grad_norm())
-    is_applied = engine.was_step_applied()
-    if args.precision == "fp16":
-        if not is_applied:
-            log(f"step {step + 1}: skipped, fp16 has overflowed; its loss scale is halved")
-    elif not (math.isfinite(loss) and math.isfinite(norm) and is_applied):
+    is_right = math.isfinite(loss) and math.isfinite(norm) and engine.was_step_applied()
+    if not is_right and args.precision != "fp16":
         fail(
             f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}: start from an "
             "earlier checkpoint with a lower --learning_rate or --precision fp32"
@@ -1425,6 +1419,10 @@ def full_state_dict(model):
             with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
                 if rank() == 0:
                     state[name] = weight.detach().to("cpu", copy=True)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():  # such as the bias of Marian's logits
+        if rank() == 0 and name in saved and not hasattr(model, "adapter"):
+            state[name] = buffer.to("cpu", copy=True)
     return state
 
 
@@ -1481,16 +1479,15 @@ def save_checkpoint(engine, model, tokenizer, run, about):
     dist.barrier()  # nobody trains on before it is certain that the checkpoint is there
 
 
-def load_checkpoint(engine, checkpoint, weights_only=False):
-    """Collective. Weights, and to train on optimizer and masters, into a fresh engine."""
+def load_checkpoint(engine, checkpoint):
+    """Collective. Weights and optimizer; ZeRO-3 has the weights with the optimizer alone."""
     path, _ = engine.load_checkpoint(
         str(checkpoint / "engine"),
         tag="state",
         load_module_strict=False,  # the frozen base of adapters is not there
-        load_module_only=weights_only,
     )
     if path is None:
-        fail(f"DeepSpeed loaded nothing from {checkpoint}: delete that folder and try again")
+        fail(f"nothing could be loaded from {checkpoint}: delete it and try again")
 
 
 def export(run):

@@ -1015,7 +1015,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if data.examples["test"]:
-        run.load_chosen(engine)
+        common.load_checkpoint(engine, run.chosen())
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)

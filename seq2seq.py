@@ -315,8 +315,8 @@ def collate(rows, sources, targets, config):
     """
     start = config.decoder_start_token_id
     columns = collections.defaultdict(list)
-    is_empty = not rows  # a rank without examples computes one padding token along
-    for row in [[]] if is_empty else rows:
+    is_empty = not rows
+    for row in rows or [[]]:  # a rank without examples computes one padding token along
         row_sources = [sources[i] for i in row]
         row_targets = [targets[i] for i in row]
         shifted = [[start, *target[:-1]] for target in row_targets]
@@ -341,7 +341,7 @@ def collate(rows, sources, targets, config):
 
 
 def count_chunks(n_targets, config):
-    """Chunks into which the targets are cut, so that at most MAX_LOGITS logits exist at once."""
+    """Chunks into which the targets are cut, so that about MAX_LOGITS logits exist at once."""
     return max(1, math.ceil(n_targets * config.vocab_size / MAX_LOGITS))
 
 
@@ -566,7 +566,8 @@ def masked_bias(stack, query_segment, key_segment):
 
 class TargetLosses(torch.nn.Module):
     """What the engine wraps: forward(batch) -> (N,) fp32 loss of every target token; without
-    gradients (2, N), with whether it is the likeliest. No logits where there is no target."""
+    gradients (2, N), with whether it is the likeliest. Of a T5 no logits where there is no target.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -753,7 +754,7 @@ def generation_settings(args, config, tokenizer):
     )
 
 
-def generate(args, engine, tokenizer, rows, device):
+def generate(args, engine, tokenizer, rows):
     """Collective. {example: [answers]} of this rank's share of the Rows."""
     answers = {}
     n = args.n_samples
@@ -765,7 +766,7 @@ def generate(args, engine, tokenizer, rows, device):
             if not ids:
                 continue
             batch = collate([[i] for i in ids], *rows.fetch(ids), config)
-            batch = common.to_device(batch, device)
+            batch = common.to_device(batch, engine.device)
             # a batch is the same for any number of ranks, and so are its samples
             torch.manual_seed(common.derive_seed(args.seed, "sample", ids))
             output_ids = model.generate(
@@ -779,17 +780,17 @@ def generate(args, engine, tokenizer, rows, device):
 
 
 @torch.no_grad()
-def row_losses(args, engine, rows, device):
+def row_losses(args, engine, rows):
     """Collective. {example: (summed loss, right tokens, target tokens)} of Rows or Spans."""
     config = engine.module.model.config
     lengths = rows.lengths
     n_chunks = count_chunks(lengths[:, 1].max() * args.eval_batch_size, config)
     sums = {}
+    of_example = torch.zeros(2, len(lengths), dtype=torch.float64)
     engine.eval()
     for ids in common.my_batches(lengths.sum(axis=1), args.eval_batch_size):
         batch = collate([[i] for i in ids], *rows.fetch(ids), config)
-        losses = engine(common.to_device(batch, device), n_chunks)  # (2, N)
-        of_example = torch.zeros(2, len(lengths), dtype=torch.float64)
+        losses = engine(common.to_device(batch, engine.device), n_chunks)  # (2, N)
         of_example.index_add_(1, batch["label_example"], losses.double().cpu())
         for i in ids:
             sums[i] = (*of_example[:, i].tolist(), int(lengths[i, 1]))
@@ -821,14 +822,14 @@ def write_predictions(args, examples, answers, split, run):
     common.write_json(run.dir / f"{prefix}{settings}_step={step}.json", predictions)
 
 
-def evaluate(args, engine, tokenizer, data, split, run, device):
+def evaluate(args, engine, tokenizer, data, split, run):
     """Collective. Metrics over all examples of `split`, each counted once; the predictions file."""
     rows = data.rows[split]
-    sums = row_losses(args, engine, rows, device)
+    sums = row_losses(args, engine, rows)
     if args.objective == "span_corruption":
         return mean_losses(sums, sums)
     examples = data.examples[split]
-    answers = common.gather(generate(args, engine, tokenizer, rows, device))
+    answers = common.gather(generate(args, engine, tokenizer, rows))
     references = []
     for example in examples:
         # as the model would spell them: blanks beside added tokens are no difference
@@ -907,10 +908,11 @@ def prepare(args):
 def make_optimizer(args, model):
     if args.no_train:
         return None
-    if args.optimizer == "adafactor":  # Shazeer & Stern 2018; the learning rate is ours
+    if args.optimizer == "adafactor":  # Shazeer & Stern 2018; the rate counts per RMS of a weight
         from transformers import Adafactor  # takes seconds to import
 
-        return Adafactor(model.parameters(), lr=args.learning_rate, relative_step=False)
+        options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        return Adafactor(model.parameters(), **options, relative_step=False)
     return common.make_adamw(model, args)
 
 
@@ -936,7 +938,7 @@ def main(args):
     run.resume(engine)
 
     def evaluation(split):
-        return evaluate(args, engine, tokenizer, data, split, run, device)
+        return evaluate(args, engine, tokenizer, data, split, run)
 
     if args.no_train:
         for split in ("eval", "test"):
@@ -994,7 +996,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if len(data.rows["test"].lengths):
-        run.load_chosen(engine)
+        common.load_checkpoint(engine, run.chosen())
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)

@@ -473,8 +473,8 @@ def collate(rows, input_ids, labels, pad_id):
 
 
 def count_chunks(n_targets, config):
-    """Chunks into which the targets are cut, so that at most MAX_LOGITS logits exist at once."""
-    return max(1, math.ceil(n_targets * config.vocab_size / MAX_LOGITS))
+    """Chunks into which the targets are cut, so that about MAX_LOGITS logits exist at once."""
+    return max(1, math.ceil(n_targets * config.get_text_config().vocab_size / MAX_LOGITS))
 
 
 class TrainingData:
@@ -515,7 +515,7 @@ class TrainingData:
     def make_batch(self, ids):
         rows = [[i] for i in ids.tolist()]
         if self.is_packed and rows:
-            rows = pack(ids, self.rows.lengths[:, 0], self.config.hidden_size)
+            rows = pack(ids, self.rows.lengths[:, 0], self.config.get_text_config().hidden_size)
         return collate(rows, *self.rows.fetch(ids.tolist()), self.pad_id)
 
 
@@ -572,7 +572,7 @@ class TargetLosses(torch.nn.Module):
 
 
 @torch.no_grad()
-def check_model(args, engine, pad_id, device):
+def can_pack(args, engine, pad_id):
     """Collective. Whether rows may hold several examples: not in a family that lets one see the
     other, or that counts positions on. Fails where our logits are not the model's own."""
     model = engine.module.model
@@ -585,11 +585,11 @@ def check_model(args, engine, pad_id, device):
     def losses(row):
         """Of example 1, the last of the row."""
         batch = collate([row], examples, examples, pad_id)
-        return engine(common.to_device(batch, device))[0, -n_targets:]
+        return engine(common.to_device(batch, engine.device))[0, -n_targets:]
 
     engine.eval()
     alone = losses([1])
-    input_ids = torch.as_tensor(examples[1], device=device)
+    input_ids = torch.as_tensor(examples[1], device=engine.device)
     logits = model(input_ids=input_ids[None], use_cache=False).logits[0].float()
     expected = F.cross_entropy(logits[:-1], input_ids[1:], reduction="none")
     if not torch.allclose(alone, expected, tolerance, tolerance):
@@ -624,7 +624,7 @@ def generation_settings(args, prompts):
     )
 
 
-def generate(args, engine, prompts, rows, asked, device):
+def generate(args, engine, prompts, rows, asked):
     """Collective. {example: [answers]} of this rank's share of the examples `asked`."""
     answers = {}
     n = args.n_samples
@@ -647,7 +647,7 @@ def generate(args, engine, prompts, rows, asked, device):
             settings.max_new_tokens = min(args.max_new_tokens, n_positions - longest)
             # a batch is the same for any number of ranks, and so are its samples
             torch.manual_seed(common.derive_seed(args.seed, "sample", ids))
-            output_ids = model.generate(**batch.to(device))[:, longest:].tolist()
+            output_ids = model.generate(**batch.to(engine.device))[:, longest:].tolist()
             for k, i in enumerate(ids):
                 samples = output_ids[k * n : k * n + n]
                 answers[i] = [prompts.decode(sample) for sample in samples]
@@ -655,17 +655,17 @@ def generate(args, engine, prompts, rows, asked, device):
 
 
 @torch.no_grad()
-def row_losses(args, engine, rows, pad_id, device):
+def row_losses(args, engine, rows, pad_id):
     """Collective. {example: (summed loss, right tokens, target tokens)} of Rows."""
     config = engine.module.model.config
     lengths = rows.lengths
     n_chunks = count_chunks(lengths[:, 1].max() * args.eval_batch_size, config)
     sums = {}
+    of_example = torch.zeros(2, len(lengths), dtype=torch.float64)
     engine.eval()
     for ids in common.my_batches(lengths[:, 0], args.eval_batch_size):
         batch = collate([[i] for i in ids], *rows.fetch(ids), pad_id)
-        losses = engine(common.to_device(batch, device), n_chunks)  # (2, N)
-        of_example = torch.zeros(2, len(lengths), dtype=torch.float64)
+        losses = engine(common.to_device(batch, engine.device), n_chunks)  # (2, N)
         of_example.index_add_(1, batch["label_example"], losses.double().cpu())
         for i in ids:
             sums[i] = (*of_example[:, i].tolist(), int(lengths[i, 1]))
@@ -703,19 +703,19 @@ def write_predictions(args, examples, answers, split, run):
     common.write_json(run.dir / f"{prefix}{settings}_step={step}.json", predictions)
 
 
-def evaluate(args, engine, prompts, data, split, run, device):
+def evaluate(args, engine, prompts, data, split, run):
     """Collective. Loss over all examples of `split`, each counted once; exact match of the answers
     to --n_generate of each data set; the predictions file."""
     rows = data.rows[split]
     examples = data.examples[split]
-    sums = row_losses(args, engine, rows, prompts.tokenizer.pad_token_id, device)
+    sums = row_losses(args, engine, rows, prompts.tokenizer.pad_token_id)
     groups = collections.defaultdict(list)
     for i, example in enumerate(examples):
         groups[f"{example.data_set}/"].append(i)
     asked = []
     for ids in groups.values():
         asked += [i for i in ids if len(rows.question(i))][: args.n_generate]
-    answers = common.gather(generate(args, engine, prompts, rows, asked, device))
+    answers = common.gather(generate(args, engine, prompts, rows, asked))
     scores = {}
     for i in asked:
         scores[i] = max(exact_match(answers[i][0], text) for text in examples[i].references)
@@ -743,7 +743,7 @@ def check_args(args, problems):
         problems.append("--n_samples: greedy decoding gives the same each time: --temperature 0.8")
 
 
-def check_model_folder(args, source, config, data, problems):
+def check_lengths(args, source, config, data, problems):
     n_positions = common.count_positions(config)
     longest = max(data.rows[split].input_ids.lengths.max(initial=0) for split in SPLITS)
     if longest > n_positions:
@@ -751,8 +751,6 @@ def check_model_folder(args, source, config, data, problems):
             f"--max_length {args.max_length}: there are examples of {longest} tokens, and "
             f"{source} has {n_positions} positions"
         )
-    if common.read_about(source).get("bidirectional_prompt"):
-        problems.append(f"{source} was trained with --bidirectional_prompt, which is gone")
 
 
 def prepare(args):
@@ -768,7 +766,7 @@ def prepare(args):
         prompts = open_prompts(args, source, tokenizer, problems)
     data = load_records(args, prompts, problems)
     if data:
-        check_model_folder(args, source, config, data, problems)
+        check_lengths(args, source, config, data, problems)
     run = common.Run(args, FREE_FLAGS, ds_config, data and data.sha256, problems)
     if problems:
         common.fail(problems)
@@ -795,14 +793,14 @@ def main(args):
     engine, *_ = deepspeed.initialize(
         model=TargetLosses(model), optimizer=optimizer, config=ds_config
     )
-    train_data.is_packed = check_model(args, engine, tokenizer.pad_token_id, device)
+    train_data.is_packed = can_pack(args, engine, tokenizer.pad_token_id)
     if not train_data.is_packed:
         log("WARNING this family would mix the examples of a row: one example per row")
     run.resume(engine)
     log(f"template {args.template}, replies end with {prompts.end_token!r}")
 
     def evaluation(split):
-        return evaluate(args, engine, prompts, data, split, run, device)
+        return evaluate(args, engine, prompts, data, split, run)
 
     if args.no_train:
         for split in ("eval", "test"):
@@ -863,7 +861,7 @@ def main(args):
 
     # 4 export: the best checkpoint or the last one, tested once
     if len(data.rows["test"].lengths):
-        run.load_chosen(engine)
+        common.load_checkpoint(engine, run.chosen())
         run.log("test", evaluation("test"))
     if rank == 0:
         common.export(run)

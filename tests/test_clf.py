@@ -301,6 +301,7 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
     assert found["calibration_error"] == pytest.approx(sum(gaps) / 300)
     one_side = clf.point_metrics(args, logits, np.ones(300))
     assert "auc" not in one_side and "pearson" not in one_side
+    assert clf.point_metrics(args, np.full(300, 60.0), targets)["spearman"] == 0
     assert clf.point_metrics(args, logits, np.full(300, np.nan)) == {}
 
 

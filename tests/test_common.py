@@ -10,6 +10,7 @@ import conftest
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 import common
 import seq2seq
@@ -175,6 +176,10 @@ def test_a_step_depends_on_seed_step_and_effective_batch_alone():
     assert not np.array_equal(make_order([200], seed=1).step_ids(31, lengths), steps[31])
 
 
+def test_a_data_set_without_training_records_takes_no_part():
+    assert make_order([8, 0], [None, 0.1], batch=4).steps_per_epoch == 2
+
+
 @pytest.mark.parametrize("amount, n_drawn", [(0.05, 50), (30, 30), (1.0, 1000)])
 def test_data_sets_are_mixed_and_drawn_anew_each_epoch(amount, n_drawn):
     lengths = ragged_lengths(1100)
@@ -244,6 +249,13 @@ def test_learning_rates(kind, expected):
     assert common.lr_at(0, args, 10**6) == pytest.approx(3e-4 / 2000)
 
 
+def test_buffers_that_belong_to_the_weights_are_saved():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("logits_bias", torch.ones(2))
+    model.register_buffer("cache", torch.ones(2), persistent=False)
+    assert set(common.full_state_dict(model)) == {"weight", "bias", "logits_bias"}
+
+
 # -------------------------------------------------------------------------------------- bookkeeping
 
 
@@ -254,6 +266,7 @@ def start_run(flags=""):
     common.setup_distributed(args)
     run = common.Run(args, set(), None, None, [])
     run.start(conftest.__file__, max_steps=5)
+    run.restart_clock()
     return run
 
 

@@ -489,22 +489,24 @@ def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
     assert rows["whole"] == rows["stopped"]
 
 
-def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
+def test_the_best_checkpoint_is_kept_tested_and_exported(stage, monkeypatch):
     conftest.make_model("t5")
     records = conftest.pairs(8)
     conftest.write_data("d", records, records, test=records)
     qualities = {0: 0.9, 2: 0.5, 4: 0.2, 6: 0.1}
     tested = {}
 
-    def evaluate(args, engine, tokenizer, data, split, run, device):
+    def evaluate(args, engine, tokenizer, data, split, run):
         if split == "test":
-            for name, weight in engine.module.model.named_parameters():
-                tested[name] = weight.clone()
+            tested.update(common.full_state_dict(engine.module.model))
         seq2seq.write_predictions(args, [], {}, split, run)
         return {"loss": 1.0, "quality": qualities[run.step]}
 
     monkeypatch.setattr(seq2seq, "evaluate", evaluate)
-    flags = "--metric_for_best quality --early_stopping_patience 2 --eval_steps 2"
+    flags = (
+        f"--metric_for_best quality --early_stopping_patience 2 --eval_steps 2 --ds_config {stage}"
+    )
     assert train("run", f"{flags} --max_steps 20 --save_total_limit 1") == 0
     checkpoints = pathlib.Path("models/run").glob("checkpoint-*")
     assert {path.name for path in checkpoints} == {"checkpoint-2", "checkpoint-6"}
