@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -17,6 +18,7 @@ import common  # first: it prepares the import of DeepSpeed
 
 # isort: split
 import pytest
+import ranks
 import safetensors.torch
 import torch
 import transformers
@@ -150,18 +152,19 @@ def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", launcher=None, environm
 
 
 def start_many(runs, n_ranks, module=seq2seq):
-    """Several runs of a script, one after the other, in one start of torchrun."""
+    """Several runs of a script, one after the other, in processes that fork."""
     runs = [[str(word) for word in words] for words in runs]
-    script = pathlib.Path(__file__).with_name("many.py")
-    return start(module.__name__, json.dumps(runs), n_ranks=n_ranks, script=script)
+    return ranks.Ranks(runs, n_ranks, module)
 
 
 def finish(process, code=0, timeout=300):
     """The output of a process, which must leave with this exit code."""
-    process.wait(timeout)
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.output.seek(0)
     output = process.output.read()
-    assert process.returncode == code, output[-3000:]
+    assert process.poll() == code, output[-3000:]
     return output
 
 

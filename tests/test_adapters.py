@@ -10,7 +10,9 @@ import torch
 import transformers
 
 import adapters
+import chat
 import common
+import project_grads
 import seq2seq
 
 TOKEN_IDS = torch.arange(3, 63).view(4, 15)
@@ -257,7 +259,7 @@ def test_a_base_in_few_bits(kind, capsys):
 
 
 @pytest.mark.slow
-def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
+def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
     """The weights of one process, also after a stop; chat.py gives our answers."""
     write_base("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--lora_rank", 4, "--lr_scheduler_type"]
@@ -280,9 +282,8 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
     for name in ("zero3", "bottleneck"):
         files = ["--input", "prompts.jsonl", "--output", f"{name}.jsonl"]
         sampling = ["--temperature", 0, "--max_new_tokens", 4]
-        chat = conftest.ROOT / "chat.py"
         model = ["--model_path", f"models/{name}"]
-        conftest.finish(conftest.start(*model, *files, *sampling, script=chat))
+        assert conftest.run(*model, *files, *sampling, module=chat) == 0
         path = pathlib.Path(f"models/{name}/temperature=0.00_n=1_step=4.json")
         ours = [row["generations"][0]["lm_postprocess"] for row in json.loads(path.read_text())]
         lines = pathlib.Path(f"{name}.jsonl").read_text().splitlines()
@@ -290,5 +291,7 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
         assert replies == ours
         assert len(set(replies)) > 1
     grads = ["collect", "--model_init_name", "zero3", "--data_name", "d", "--out", "grads"]
-    output = conftest.finish(conftest.start(*grads, script=conftest.ROOT / "project_grads.py"))
-    assert "lora adapters in" in output and "grads: 40 rows" in output
+    capsys.readouterr()
+    conftest.run(*grads, module=project_grads)
+    output = capsys.readouterr()
+    assert "lora adapters in" in output.err + output.out and "grads: 40 rows" in output.out

@@ -7,6 +7,7 @@ import pathlib
 import conftest
 import numpy as np
 import pytest
+import test_runs
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_model, metrics, run, write_data
@@ -377,9 +378,6 @@ def test_adapters_train_scores_too():
     assert [row["pred_score"] for row in predictions(folder="s")] == pytest.approx(before)
 
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, loss", [("t5", "cross_entropy"), ("llama", "pairwise")])
 def test_ranks_and_stages_agree_and_a_killed_run_continues_to_the_bit(kind, loss):
@@ -391,10 +389,10 @@ def test_ranks_and_stages_agree_and_a_killed_run_continues_to_the_bit(kind, loss
     words += ["--logging_steps", 1, "--max_steps", 5, "--eval_steps", 2]
     words += ["--gradient_accumulation_steps", 2]
     halves = [*words, "--train_batch_size", 4]
-    runs = [[*halves, "--ds_config", s, "--training_run_name", s] for s in STAGES]
+    runs = test_runs.at_stages(halves)
     conftest.finish(conftest.start_many(runs, 2, clf))
     run(*halves, "--training_run_name", "one", module=clf)
-    for stage in STAGES:
+    for stage in test_runs.STAGES:
         for key in ("loss", "grad_norm"):
             found = [row[key] for row in metrics(stage, "train")]
             assert found == pytest.approx([row[key] for row in metrics("one", "train")], rel=1e-5)
@@ -411,7 +409,7 @@ def test_ranks_and_stages_agree_and_a_killed_run_continues_to_the_bit(kind, loss
         folder.joinpath("before").write_bytes(whole)
         folder.joinpath("lines").write_text(json.dumps(lines))
     conftest.finish(conftest.start_many(runs, 2, clf))
-    for stage in STAGES:
+    for stage in test_runs.STAGES:
         folder = pathlib.Path("models", stage)
         assert folder.joinpath("model.safetensors").read_bytes() == (folder / "before").read_bytes()
         rows = [(row["step"], row["split"]) for row in metrics(stage)]

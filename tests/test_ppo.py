@@ -17,7 +17,6 @@ import clf
 import common
 import rl_ppo
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
 KINDS = ("llama", "t5")
 REWARD = """
 def length(prompts, replies, records):
@@ -539,21 +538,16 @@ SLOW = f"--policy llama --num_rollouts 16 --n_samples 2 {SMALL} --max_steps 16 -
 SLOW += " --reward_fn reward.py:length --reward_scaling norm --rollout_batch_size 5"
 
 
-def runs_at_stages(flags, prefix=""):
-    words = f"{SLOW} {flags}".split()
-    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in STAGES]
-
-
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
     make_policy("llama")
-    flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --eval_temperature 1"
-    process = conftest.start_many(runs_at_stages(flags), 2, rl_ppo)
+    words = f"{SLOW} --train_batch_size 4 --gradient_accumulation_steps 2 --eval_temperature 1"
+    process = conftest.start_many(test_runs.at_stages(words.split()), 2, rl_ppo)
     alone = f"{SLOW} --train_batch_size 8 --eval_temperature 1 --training_run_name one"
     conftest.run(*alone.split(), module=rl_ppo)
     conftest.finish(process)
     expected = predictions("one/temperature=1.00_n=1_step=16.json")
-    for name in STAGES:
+    for name in test_runs.STAGES:
         assert conftest.distance("one", name) < 1e-5, name
         found = predictions(f"{name}/temperature=1.00_n=1_step=16.json")
         for row, other in zip(found, expected):
@@ -566,18 +560,14 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     make_policy("llama")
-    flags = "--train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30"
-    whole = conftest.start_many(runs_at_stages(flags, "whole-"), 2, rl_ppo)
-    for stage in STAGES:
-        process = conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo)
-        run = pathlib.Path(f"models/killed-{stage}")
-        while test_runs.newest(run)[0] < 8:
-            assert process.poll() is None, conftest.finish(process)
-        test_runs.kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo))
+    words = f"{SLOW} --train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30".split()
+    whole = conftest.start_many(test_runs.at_stages(words, "whole-"), 2, rl_ppo)
+    for run in test_runs.at_stages(words, "killed-"):
+        process = conftest.start_many([run], 2, rl_ppo)
+        test_runs.kill_at(8, run[-1], process)
+        conftest.finish(conftest.start_many([run], 2, rl_ppo))
     conftest.finish(whole)
-    for stage in STAGES:
+    for stage in test_runs.STAGES:
         assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
         keys = ("beta", "score_sums")
         states = [predictions(f"{n}-{stage}/checkpoint-16/state.json") for n in ("whole", "killed")]

@@ -12,7 +12,6 @@ import sys
 import time
 
 import conftest
-import psutil
 import pytest
 
 import common
@@ -36,6 +35,11 @@ def predictions(name):
     return {path.name: path.read_bytes() for path in paths}
 
 
+def at_stages(words, prefix=""):
+    """Words of a run at each stage, whose name comes last."""
+    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in STAGES]
+
+
 def losses(name, key="loss"):
     return [row[key] for row in conftest.metrics(name, "train")]
 
@@ -47,9 +51,7 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     words = ["--model_init_name", "t5v1.1", *SHORT, "--temperature", "1", "--n_samples", "2"]
     words += ["--eval_batch_size", "8"]  # the ranks share three batches
     two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    process = conftest.start_many(
-        [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES], 2
-    )
+    process = conftest.start_many(at_stages(two_ranks), 2)
     conftest.run(*words, "--train_batch_size", 16, "--training_run_name", "one")
     four = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
     conftest.run(*words, *four, "--training_run_name", "four")
@@ -111,14 +113,6 @@ def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys):
     assert not list(pathlib.Path("models/gradient").glob("checkpoint-*"))
 
 
-def kill(process):
-    """kill -9 of a launcher and all its processes."""
-    launcher = psutil.Process(process.pid)
-    for victim in [launcher, *launcher.children(recursive=True)]:
-        victim.kill()
-    process.wait()
-
-
 def newest(run):
     """(step, whether it is being written) of the newest checkpoint of a run."""
     found = [(0, False)]
@@ -126,6 +120,20 @@ def newest(run):
         step = path.name.removeprefix("checkpoint-")
         found.append((int(step.removesuffix(".tmp")), step.endswith(".tmp")))
     return max(found)
+
+
+def kill_at(step, name, process, while_saving=False, delay=0.0):
+    """kill -9 of all ranks when models/<name> has the checkpoint of a step, or writes it."""
+    run = pathlib.Path("models", name)
+    while process.poll() is None:
+        reached, is_saving = newest(run)
+        if reached >= step and (is_saving or not while_saving):
+            break
+        time.sleep(0.001)
+    time.sleep(delay)
+    assert process.poll() is None, conftest.finish(process)
+    process.kill()
+    assert not (run / common.COMPLETE).exists()
 
 
 def bits(name):
@@ -143,32 +151,17 @@ def bits(name):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    """Four runs one after the other, killed in each: while saving, or a moment later."""
+    """At each stage, while saving or a moment later."""
     conftest.make_model("t5v1.1", dropout_rate=0.1)
     words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
     words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
-
-    def runs(prefix):
-        names = [(stage, f"{prefix}-{stage}") for stage in STAGES]
-        return [[*words, "--ds_config", s, "--training_run_name", name] for s, name in names]
-
-    undisturbed = conftest.start_many(runs("whole"), 2)
+    undisturbed = conftest.start_many(at_stages(words, "whole-"), 2)
     rng = random.Random(0)
-    for i, stage in enumerate(STAGES):
-        process = conftest.start_many(runs("killed"), 2)
-        run = pathlib.Path(f"models/killed-{stage}")
-        at_step = rng.randrange(4, 12)
-        while_saving = i % 2 == 0
-        while process.poll() is None:
-            step, is_saving = newest(run)
-            if step >= at_step and (is_saving or not while_saving):
-                break
-            time.sleep(0.001)
-        time.sleep(0.0 if while_saving else rng.random() / 4)
-        assert process.poll() is None, conftest.finish(process)
-        kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs("killed"), 2))
+    for i, run in enumerate(at_stages(words, "killed-")):
+        process = conftest.start_many([run], 2)
+        step, moment = rng.randrange(4, 12), (i % 2 == 0, i % 2 * rng.random() / 4)
+        kill_at(step, run[-1], process, *moment)
+        conftest.finish(conftest.start_many([run], 2))
     conftest.finish(undisturbed)
     for stage in STAGES:
         assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
@@ -189,16 +182,17 @@ def test_a_signal_saves_and_leaves(capsys):
     words += ["--eval_steps", 300, "--training_run_name"]
     signals = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
     for name, number in signals.items():
-        process = conftest.start(*words, name)
+        process = conftest.start_many([[*words, name]], 1)
         wait_for_training(process, name)
         process.send_signal(number)
         output = conftest.finish(process, common.EXIT_SAVED)
         assert "saved at step" in output and "Traceback" not in output
     assert conftest.run(*words, "time", "--max_hours", 1e-9) == common.EXIT_SAVED
     assert newest(pathlib.Path("models/time")) == (1, False)
-    for name in ("TERM", "time", "undisturbed"):
+    for name in ("TERM", "undisturbed"):
         assert conftest.run(*words, name) == 0
-        assert bits(name)[1] == bits("TERM")[1] and conftest.distance(name, "TERM") == 0
+    assert bits("TERM")[1] == bits("undisturbed")[1]
+    assert conftest.distance("TERM", "undisturbed") == 0
     # torchrun hands SIGTERM on, and leaves with 1 whatever its processes say
     process = conftest.start(*words, "ranks", n_ranks=2)
     wait_for_training(process, "ranks")

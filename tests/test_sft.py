@@ -21,7 +21,6 @@ import sft_causal
 
 PACKED = ["llama", "qwen2", "gemma", "gemma2", "granite", "pythia", "gpt2"]
 KINDS = [*PACKED, "opt"]
-STAGES = ("zero0", "zero1", "zero2", "zero3")
 WEIGHTED = [*CHAT[:2], {**CHAT[2], "weight": 0}, *CHAT[3:]]
 
 # --------------------------------------------------------------------------------------------- data
@@ -547,13 +546,12 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     conftest.write_data("d", chats(100), chats(10, 100))
     words = [*SHORT, "llama", "--temperature", "1", "--n_samples", "2", "--eval_batch_size", "8"]
     two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    runs = [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES]
-    process = conftest.start_many(runs, 2, sft_causal)
+    process = conftest.start_many(test_runs.at_stages(two_ranks), 2, sft_causal)
     alone = ["--train_batch_size", 16, "--training_run_name", "one"]
     conftest.run(*words, *alone, module=sft_causal)
     conftest.finish(process)
     assert len(test_runs.predictions("one")) == 2
-    for name in STAGES:
+    for name in test_runs.STAGES:
         assert conftest.distance("one", name) < 1e-6, name
         assert test_runs.predictions(name) == test_runs.predictions("one"), name
         for key in ("loss", "grad_norm"):
@@ -566,20 +564,11 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     conftest.make_causal("gpt2", resid_pdrop=0.1)
     conftest.write_data("d", chats(100), chats(10, 100))
     words = [*SHORT, "gpt2", "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
-
-    def runs(prefix):
-        names = [(stage, f"{prefix}-{stage}") for stage in ("zero0", "zero3")]
-        return [[*words, "--ds_config", s, "--training_run_name", name] for s, name in names]
-
-    undisturbed = conftest.start_many(runs("whole"), 2, sft_causal)
-    for stage in ("zero0", "zero3"):
-        process = conftest.start_many(runs("killed"), 2, sft_causal)
-        run = pathlib.Path(f"models/killed-{stage}")
-        while test_runs.newest(run)[0] < 6:
-            assert process.poll() is None, conftest.finish(process)
-        test_runs.kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs("killed"), 2, sft_causal))
+    undisturbed = conftest.start_many(test_runs.at_stages(words, "whole-")[::3], 2, sft_causal)
+    for run in test_runs.at_stages(words, "killed-")[::3]:  # ZeRO 0 and 3
+        process = conftest.start_many([run], 2, sft_causal)
+        test_runs.kill_at(6, run[-1], process)
+        conftest.finish(conftest.start_many([run], 2, sft_causal))
     conftest.finish(undisturbed)
     for stage in ("zero0", "zero3"):
         assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
