@@ -94,6 +94,10 @@ def make_model(kind, weights=True, **changes):
     return str(path)
 
 
+def read_json(path):
+    return json.loads(pathlib.Path(path).read_text())
+
+
 def run(*words, module=seq2seq):
     """A run in this process; returns its exit code. Mistakes raise SystemExit(2)."""
     args = module.parse_args([str(word) for word in words])
@@ -179,14 +183,17 @@ CAUSAL = {  # transformers' configuration, and what is not SMALL_CAUSAL about it
     "opt": (transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 SMALL_CAUSAL = {
-    **{"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-    },
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 

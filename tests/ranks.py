@@ -14,6 +14,7 @@ import common
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["common", "clf", "project_grads", "rl_ppo", "seq2seq", "sft_causal", "ranks"]
+    + ["matplotlib.figure", "setuptools"]  # which DeepSpeed and the curves need
 )
 
 

@@ -108,9 +108,7 @@ def test_peft_reads_what_training_wrote(words):
     losses = [conftest.metrics(name, "eval") for name in "ab"]
     assert losses[1][0]["eval/loss"] == pytest.approx(losses[0][-1]["eval/loss"])
     assert losses[1][-1]["eval/loss"] < losses[1][0]["eval/loss"] < losses[0][0]["eval/loss"]
-    configs = [
-        json.loads(pathlib.Path(f"models/{x}/adapter_config.json").read_text()) for x in "ab"
-    ]
+    configs = [conftest.read_json(f"models/{x}/adapter_config.json") for x in "ab"]
     assert configs[0] == configs[1] and configs[0]["base_model_name_or_path"] == str(base)
 
 
@@ -213,7 +211,7 @@ def test_bottlenecks_are_trained_saved_and_read():
     assert {name: weight.shape for name, weight in weights.items()} == expected
     assert saved_names(pathlib.Path("models/a/checkpoint-4")) >= set(expected)
     assert len(safetensors.torch.load_file("models/one/bottleneck.safetensors")) == 16
-    config = json.loads(pathlib.Path("models/a/bottleneck_config.json").read_text())
+    config = conftest.read_json("models/a/bottleneck_config.json")
     assert config == {
         "base_model_name_or_path": "models/t5",
         "reduction_factor": 8,
@@ -245,7 +243,7 @@ def test_a_base_in_few_bits(kind, capsys):
     assert full[0]["eval/loss"] > full[-1]["eval/loss"] + 1
     names = saved_names(pathlib.Path("models/few/checkpoint-4"))
     assert names and all(".lora_" in name for name in names)
-    about = json.loads(pathlib.Path("models/few/rawtune.json").read_text())
+    about = conftest.read_json("models/few/rawtune.json")
     assert (about["adapter"], about["quantize"]) == ("lora", kind)
     # a run, and a plain base, are evaluated as they were
     words = ["--no_train", "--data", "d", "--quantize", kind, "--max_new_tokens", 4]
@@ -285,7 +283,7 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
         model = ["--model_path", f"models/{name}"]
         assert conftest.run(*model, *files, *sampling, module=chat) == 0
         path = pathlib.Path(f"models/{name}/temperature=0.00_n=1_step=4.json")
-        ours = [row["generations"][0]["lm_postprocess"] for row in json.loads(path.read_text())]
+        ours = [row["generations"][0]["lm_postprocess"] for row in conftest.read_json(path)]
         lines = pathlib.Path(f"{name}.jsonl").read_text().splitlines()
         replies = [json.loads(line)["replies"][0] for line in lines]
         assert replies == ours

@@ -78,7 +78,8 @@ WORDS = [
     ("--ds_config lamb.json", "lamb.json: remove optimizer and scheduler"),
     ("--train_batch_size 0", "--train_batch_size 0: expected a positive number"),
     ("--lr 1", "unknown argument --lr: did you mean --learning_rate?"),
-    ("--batch_size 1", "did you mean --train_batch_size?"),
+    ("--batch_size=8", "did you mean --train_batch_size?"),
+    ("--max_step 8", "did you mean --max_steps?"),  # no abbreviations
     ("--data_format ni", "did you mean records? data/prepare_ni.py makes them"),
     ("@presets/flan", ", flan-t5-xl, "),
     ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter exclude each other"),
@@ -106,7 +107,7 @@ FILES = [  # name, content, message
     (
         "twice.json",
         DATA.replace("completion", "prompt"),
-        "data/twice.json: a key is repeated among prompt, prompt",
+        "data/twice.json: a key is repeated among prompt, prompt: rename or delete one",
     ),
     (
         "validation.json",

@@ -55,10 +55,6 @@ def train(name, flags="", kind="llama", reward="--reward_fn reward.py:length"):
     return conftest.run(*words.split(), module=rl_ppo)
 
 
-def predictions(path):
-    return json.loads(pathlib.Path("models", path).read_text())
-
-
 def tensor(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -272,7 +268,9 @@ def test_a_reply_depends_on_its_key_and_not_on_the_rows_beside_it(kind):
     for name, n_rows in (("few", 3), ("all", 32)):
         flags = f"--no_train --eval_temperature 1 --max_new_tokens 12 --rollout_batch_size {n_rows}"
         assert train(name, flags, kind) == 0
-    few, every = (predictions(f"{n}/temperature=1.00_n=1_step=0.json") for n in ("few", "all"))
+    few, every = (
+        conftest.read_json(f"models/{n}/temperature=1.00_n=1_step=0.json") for n in ("few", "all")
+    )
     assert few == every
     texts = [row["generations"][0]["lm_postprocess"] for row in few]
     assert len(set(texts)) == len(texts) and len(set(map(len, texts))) > 3
@@ -351,7 +349,7 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     make_policy(kind)
     make_judge(kind, "judge")
     assert train("run", "--no_train --eval_temperature 1", kind, "--reward_model judge") == 0
-    rows = predictions("run/temperature=1.00_n=1_step=0.json")
+    rows = conftest.read_json("models/run/temperature=1.00_n=1_step=0.json")
     replies = [row["generations"][0] for row in rows]
     texts = []
     for row, reply in zip(rows, replies):
@@ -359,7 +357,7 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     conftest.write_data("texts", [], texts)
     words = ["--no_train", "--model_init_name", "judge", "--data", "texts"]
     conftest.run(*words, "--training_run_name", "scored", module=clf)
-    expected = [row["reward"] for row in predictions("scored/preds.json")]
+    expected = [row["reward"] for row in conftest.read_json("models/scored/preds.json")]
     found = [reply["reward"] for reply in replies if reply["lm_postprocess"]]
     assert len(found) > 2 and max(found) > min(found)
     pairs = zip(expected, texts)
@@ -422,16 +420,16 @@ def test_a_run_leaves_what_the_contract_names_and_the_best_by_the_held_out_rewar
     held_out = {row["step"]: row["eval/heldout_reward"] for row in rows[1:]}
     best = max(held_out, key=lambda step: (held_out[step], step))
     folder = pathlib.Path("models/run")
-    state = json.loads((folder / "checkpoint-16/state.json").read_text())
+    state = conftest.read_json(folder / "checkpoint-16/state.json")
     assert state["best_step"] == best
-    about = json.loads((folder / "rawtune.json").read_text())
+    about = conftest.read_json(folder / "rawtune.json")
     assert about["script"] == "rl_ppo.py" and about["raw_prompt"] and about["task"] == "chat"
     assert about["stop_ids"] == [2, *range(20, 80)]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     checkpoint = conftest.weights(f"run/checkpoint-{best}")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, checkpoint[name]), name
-    row = predictions(f"run/test_temperature=0.00_n=1_step={best}.json")[0]
+    row = conftest.read_json(f"models/run/test_temperature=0.00_n=1_step={best}.json")[0]
     assert set(row) == {"prompt", "generations", "demonstration", "orig_d", "dataset"}
     assert set(row["generations"][0]) == {"lm_postprocess", "reward", "heldout_reward"}
     output = model.generate(
@@ -546,10 +544,10 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     alone = f"{SLOW} --train_batch_size 8 --eval_temperature 1 --training_run_name one"
     conftest.run(*alone.split(), module=rl_ppo)
     conftest.finish(process)
-    expected = predictions("one/temperature=1.00_n=1_step=16.json")
+    expected = conftest.read_json("models/one/temperature=1.00_n=1_step=16.json")
     for name in test_runs.STAGES:
         assert conftest.distance("one", name) < 1e-5, name
-        found = predictions(f"{name}/temperature=1.00_n=1_step=16.json")
+        found = conftest.read_json(f"models/{name}/temperature=1.00_n=1_step=16.json")
         for row, other in zip(found, expected):
             assert row["generations"][0]["reward"] == other["generations"][0]["reward"]
         for key in ("loss", "grad_norm", "ppo/kl", "ppo/score"):
@@ -570,7 +568,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     for stage in test_runs.STAGES:
         assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
         keys = ("beta", "score_sums")
-        states = [predictions(f"{n}-{stage}/checkpoint-16/state.json") for n in ("whole", "killed")]
+        states = [
+            conftest.read_json(f"models/{n}-{stage}/checkpoint-16/state.json")
+            for n in ("whole", "killed")
+        ]
         assert [states[0][key] for key in keys] == [states[1][key] for key in keys]
 
 

@@ -1,7 +1,6 @@
 """project_grads.py: gradients against autograd, sketches, stores, estimates against slow ones."""
 
 import collections
-import json
 import pathlib
 import re
 import shutil
@@ -407,7 +406,7 @@ def test_the_logistic_fit_is_at_its_minimum(stores):
 
 def test_the_first_order_error_is_that_of_a_slow_reference(stores):
     assert not run("linerr", "--grads", "E", "--scale", 0.003)
-    errors = json.loads(pathlib.Path("E/linerr.json").read_text())
+    errors = conftest.read_json("E/linerr.json")
     opened = open_model("models/llama", "--split", "eval")
     weights = list(opened.model.parameters())
     before, gradients = [], []
@@ -457,7 +456,7 @@ def test_agreement_and_baselines():
     estimates = [("estimate", (g,), losses) for g, losses in enumerate(true)]
     grads.write_table("e.csv", ["a", "b"], estimates)
     run("compare", "--estimates", "e.csv", "--truth", "truth.csv")
-    table = json.loads(pathlib.Path("e.csv.compare.json").read_text())
+    table = conftest.read_json("e.csv.compare.json")
     assert table["estimate"]["pearson"] == pytest.approx(1)
     changes = np.square(true + 0.05 - base).sum()
     assert table["estimate"]["r2"] == pytest.approx(1 - 8 * 0.05**2 / changes)
@@ -468,8 +467,8 @@ def select(method, *words):
     """(data file, {name: score})"""
     flags = ["--grads", "G", "--target_grads", "E", "--method", method, "--out", f"{method}.json"]
     assert not run("select", *flags, *words)
-    scored = json.loads(pathlib.Path(f"{method}.json.scores.json").read_text())
-    return json.loads(pathlib.Path(f"{method}.json").read_text()), dict(scored)
+    scored = conftest.read_json(f"{method}.json.scores.json")
+    return conftest.read_json(f"{method}.json"), dict(scored)
 
 
 def test_select_keeps_what_helps(stores):
@@ -480,7 +479,7 @@ def test_select_keeps_what_helps(stores):
         cosines = target.rows @ row / np.linalg.norm(target.rows, axis=1) / np.linalg.norm(row)
         scores.append(max(np.mean(cosines[target.group == g]) for g in range(3)))
     best = np.argsort(scores)[:-6:-1]
-    records = json.loads(pathlib.Path("data/mix.json").read_text())
+    records = conftest.read_json("data/mix.json")
     assert chosen["train"] == [records["train"][i] for i in sorted(best)]
     assert chosen["eval"] == records["eval"]
     assert list(scored) == best.tolist()
@@ -620,9 +619,9 @@ def test_the_demo_ranks_subsets_as_fine_tuning_does(monkeypatch):
     runners = iter([grads.run_trainer])  # the first in a process of its own, as all of a user's
     monkeypatch.setattr(grads, "run_trainer", lambda words: next(runners, run_here)(words))
     assert not run("demo", "--limit", 8)  # which goes into its folder
-    table = json.loads(pathlib.Path("anchor.csv.compare.json").read_text())
+    table = conftest.read_json("anchor.csv.compare.json")
     assert table["estimate"]["pearson"] > 0.7
     nothing = table["baseline: nothing changes"]
     assert table["estimate"]["relative_error"] < nothing["relative_error"]
-    kept = [name for name, _ in json.loads(pathlib.Path("best.json.scores.json").read_text())]
+    kept = [name for name, _ in conftest.read_json("best.json.scores.json")]
     assert not [name for name in kept[:4] if "noisy" in name]

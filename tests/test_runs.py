@@ -1,7 +1,6 @@
 """Ranks, ZeRO stages, kills, signals, launchers: what only whole runs show (pytest -m slow)."""
 
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -243,6 +242,6 @@ def test_copied_files_run_under_every_launcher(folder):
     for process in processes:
         conftest.finish(process)
     for name in ("deepspeed", "srun"):
-        assert json.loads(pathlib.Path(f"models/{name}/args.json").read_text())["world_size"] == 2
+        assert conftest.read_json(f"models/{name}/args.json")["world_size"] == 2
         assert conftest.distance("0216syn_explain", name) < 1e-6
         assert predictions("0216syn_explain") == predictions(name)
