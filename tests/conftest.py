@@ -47,6 +47,19 @@ def folder(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def refused(capsys):
+    """A function that calls another one, which must leave with 2, and returns what it says."""
+
+    def refused(function, *arguments, **others):
+        with pytest.raises(SystemExit) as error:
+            function(*arguments, **others)
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
 def write_data(name, train, evaluation, **others):
     """data/<name>.json of lists of records."""
     lists = {"train": train, "eval": evaluation, **others}
@@ -116,12 +129,11 @@ def weights(name):
 
 def distance(name, other):
     """Norm of the difference of the weights, as a share of their norm."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    others = weights(other)
-    for key, weight in weights(name).items():
-        weight = weight.double()
-        squares += torch.stack([(weight - others[key]).square().sum(), weight.square().sum()])
-    return float((squares[0] / squares[1]).sqrt())
+    vectors = []
+    for run_name in (name, other):
+        of_run = sorted(weights(run_name).items())
+        vectors.append(torch.cat([weight.double().flatten() for _, weight in of_run]))
+    return float((vectors[0] - vectors[1]).norm() / vectors[0].norm())
 
 
 def gradients(model):

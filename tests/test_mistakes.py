@@ -226,7 +226,7 @@ def test_prompts_that_are_longer_than_the_positions(capsys):
         assert refusal(capsys, *words) == f"{flag} 129: models/bart has 128 positions"
 
 
-def test_variables_that_an_earlier_launcher_has_left(capsys, monkeypatch):
+def test_variables_that_an_earlier_launcher_has_left(refused, monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for left in ({"WORLD_SIZE": "2"}, {"LOCAL_RANK": "3"}, {"RANK": "0", "WORLD_SIZE": "1"}):
         for name in names:
@@ -238,26 +238,7 @@ def test_variables_that_an_earlier_launcher_has_left(capsys, monkeypatch):
         assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(SystemExit):
-        common.adopt_launcher()
-    assert "RANK is set but not LOCAL_RANK" in capsys.readouterr().err
-
-
-def test_answers_with_sentinels_are_no_mistake():
-    """../shared/cases/01: they are learned, scored and kept like any other."""
-    words = {"The red": "fox", "Two plus": "three", "A day has": "many", "We sail on": "sea"}
-    infill, plain = [], []
-    for prompt, word in words.items():
-        infill.append({"prompt": prompt, "completion": f"<extra_id_0> {word} <extra_id_1>"})
-        plain.append({"prompt": prompt, "completion": word})
-    training = ["--model_init_name", "t5", "--max_steps", 100, "--learning_rate", 0.01]
-    training += ["--train_batch_size", 8, "--max_new_tokens", 8, "--save_steps", 0]
-    for name, records in {"infill": infill, "plain": plain}.items():
-        conftest.write_data(name, records * 4, records)
-        conftest.run(*training, "--eval_steps", 100, "--data", name, "--training_run_name", name)
-        assert conftest.metrics(name, "eval")[-1]["eval/exact_match"] == 1
-    predictions = pathlib.Path("models/infill/temperature=0.00_n=1_step=100.json").read_text()
-    assert predictions.count('lm_postprocess": "<extra_id_0>') == 4
+    assert "RANK is set but not LOCAL_RANK" in refused(common.adopt_launcher)
 
 
 def test_training_adds_rows_for_tokens_beyond_the_embedding():

@@ -481,13 +481,11 @@ def sharper(model, batch, run_model=rl_ppo.run_model):
         ("switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
     ],
 )
-def test_invariants_stop_a_run(name, replacement, message, monkeypatch, capsys):
+def test_invariants_stop_a_run(name, replacement, message, monkeypatch, refused):
     make_policy("gpt2", resid_pdrop=0.1)
     monkeypatch.setattr(rl_ppo, name, replacement)
     monkeypatch.setitem(rl_ppo.SAMPLER_BOUND, "fp32", 0.5)
-    with pytest.raises(SystemExit) as error:
-        train("run", kind="gpt2")
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(train, "run", kind="gpt2")
 
 
 WORDS = [
@@ -517,7 +515,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("words, message", WORDS)
-def test_mistakes_have_words(words, message, capsys):
+def test_mistakes_have_words(words, message, refused):
     judge = make_policy("llama").with_name("judge")
     shutil.copytree("models/llama", judge)
     (judge / "rawtune.json").write_text('{"script": "clf.py"}')
@@ -525,9 +523,7 @@ def test_mistakes_have_words(words, message, capsys):
     reply = {"role": "assistant", "content": "b"}
     conftest.write_data("late", [{"messages": [ask, reply]}], [{"prompt": "a"}])
     conftest.write_data("turns", [{"messages": [ask, reply, ask]}], [{"prompt": "a"}])
-    with pytest.raises(SystemExit) as error:
-        train("run", words, reward="")
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(train, "run", words, reward="")
 
 
 # -------------------------------------------------------------------------------------- slow tests

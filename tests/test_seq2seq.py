@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+import test_runs
 import torch
 import torch.nn.functional as F
 import transformers
@@ -363,11 +364,9 @@ def test_the_same_command_says_that_it_is_finished_and_more_steps_extend_it(fini
     assert pathlib.Path("models/run/COMPLETE").exists()
 
 
-def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finished, capsys):
+def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finished, refused):
     conftest.write_data("d", BY_HEART[:-1], BY_HEART)
-    with pytest.raises(SystemExit):
-        train_by_heart("--weight_decay 0.1 --eval_batch_size 3")
-    errors = capsys.readouterr().err
+    errors = refused(train_by_heart, "--weight_decay 0.1 --eval_batch_size 3")
     assert "weight_decay was 0.0" in errors
     assert "data_sha256 was" in errors
     assert "eval_batch_size" not in errors
@@ -449,16 +448,10 @@ def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
     with pytest.raises(SystemExit):
         train("stopped", f"{flags} --max_steps 8")  # only a finished run can be extended
     assert train("stopped", flags) == 0
+    (whole, whole_rows), (stopped, rows) = map(test_runs.bits, ("whole", "stopped"))
     for file in ("model.safetensors", "temperature=0.00_n=1_step=7.json"):
-        whole = pathlib.Path("models/whole", file).read_bytes()
-        assert pathlib.Path("models/stopped", file).read_bytes() == whole
-    rows = {}
-    for name in ("whole", "stopped"):
-        rows[name] = conftest.metrics(name)
-        for row in rows[name]:
-            row.pop("tokens_per_sec", None)
-            row.pop("peak_memory_gb", None)
-    assert rows["whole"] == rows["stopped"]
+        assert whole[file] == stopped[file]
+    assert whole_rows == rows
 
 
 def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):

@@ -133,7 +133,7 @@ def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     assert data.examples["eval"][0].references == ["1", "I"]
 
 
-def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys):
+def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys, refused):
     short = {"prompt": "a", "completion": "b"}  # 5 tokens
     long = {"prompt": "a b c d e", "completion": "one two three four five six"}
     conftest.write_data("d", [long], [short, long])
@@ -142,14 +142,12 @@ def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys):
     assert len(input_ids[0]) == len(labels[0]) == 12
     assert labels[0][-1] not in (sft_causal.IGNORED, prompts.tokenizer.eos_token_id)
     assert "2 of 3 examples are cut to --max_length 12" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        load("--template plain --max_length 5")
-    assert "2 of 3 examples have no target token" in capsys.readouterr().err
+    assert "2 of 3 examples have no target token" in refused(
+        load, "--template plain --max_length 5"
+    )
     zero = {"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}
     conftest.write_data("d", [zero], [short])
-    with pytest.raises(SystemExit):
-        load()
-    assert "1 of 2 examples have no target token" in capsys.readouterr().err
+    assert "1 of 2 examples have no target token" in refused(load)
 
 
 TEMPLATE = (
@@ -159,20 +157,19 @@ TEMPLATE = (
 )
 
 
-def test_what_a_chat_would_not_see_is_refused_with_a_way_out(capsys):
+def test_what_a_chat_would_not_see_is_refused_with_a_way_out(refused):
     rewrites = {"chat_template": TEMPLATE}  # the last reply gets a star
-    with pytest.raises(SystemExit):
-        load_one({"messages": CHAT}, change=rewrites)
-    message = capsys.readouterr().err
+    message = refused(load_one, {"messages": CHAT}, change=rewrites)
     assert "2 records, first data/d.json, train[0]: a chat would see other tokens" in message
     _, labels, _, prompts = load_one({"messages": CHAT}, "--targets last", rewrites)
     assert trained(labels, prompts) == ["*no</s>"]
     blank = {"chat_template": TEMPLATE.replace("*", "").replace(":'", ": '")}
     _, labels, *_ = load_one({"prompt": "a", "completion": "-yes"}, change=blank)
     assert trained(labels, prompts) == ["-yes</s>"]
-    with pytest.raises(SystemExit):  # " yes" is one token: the blank of the prompt goes into it
-        load_one({"prompt": "a", "completion": "yes"}, change=blank)
-    assert "no blanks or newlines where a reply begins" in capsys.readouterr().err
+    # " yes" is one token: the blank of the prompt goes into it
+    assert "no blanks or newlines where a reply begins" in refused(
+        load_one, {"prompt": "a", "completion": "yes"}, change=blank
+    )
 
 
 def test_eval_fraction_keeps_the_same_question_on_one_side():
@@ -275,7 +272,7 @@ def test_losses_and_gradients_are_those_of_single_examples_packed_or_not(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypatch, capsys):
+def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypatch, refused):
     losses_of, _, _ = make_losses(kind)
     engine = types.SimpleNamespace(module=losses_of, eval=losses_of.eval, train=losses_of.train)
     engine_class = type(
@@ -287,9 +284,7 @@ def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypat
         assert sft_causal.check_model(*arguments) == (kind in PACKED)
     logits = losses_of.logits
     monkeypatch.setattr(losses_of, "logits", lambda states: 2 * logits(states))
-    with pytest.raises(SystemExit):
-        sft_causal.check_model(*arguments)
-    assert "changes its logits" in capsys.readouterr().err
+    assert "changes its logits" in refused(sft_causal.check_model, *arguments)
 
 
 def test_a_rank_without_examples_has_a_loss_of_zero_and_no_gradient():
@@ -323,7 +318,7 @@ def chats(n, start=0):
     return found
 
 
-def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(capsys):
+def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
     conftest.make_causal("llama")
     records = chats(6)
     records.append({"prompt": "nine", "completion": "9", "references": ["IX", "9"]})
@@ -371,13 +366,6 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(ca
     pathlib.Path("models/run/generation_config.json").write_text(json.dumps(settings))
     assert train("again", "--no_train --max_new_tokens 30", "run") == 0
     assert conftest.read_json("models/again/temperature=0.00_n=1_step=0.json")[3] == answer
-
-    assert train("run", flags) == 0
-    assert "models/run is finished" in capsys.readouterr().out
-    conftest.write_data("d", records[1:], records)
-    with pytest.raises(SystemExit):
-        train("run", flags)
-    assert "data_sha256 was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
