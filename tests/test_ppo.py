@@ -130,14 +130,6 @@ def value_loss(new, old, returns, cliprange):
     return 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
 
 
-def test_the_losses_of_the_reference_by_hand():
-    new, old = tensor(-1, -0.5, -2, -0.3), tensor(-1.2, -0.5, -1.5, -0.9)
-    loss = policy_loss(new, old, tensor(1, -0.5, -1, 2), 0.2).mean()
-    assert loss == pytest.approx(-0.575)
-    loss = value_loss(tensor(0.5, 1.2, -0.3), tensor(0.1, 1, 0), tensor(1, 1.1, -0.5), 0.2).mean()
-    assert loss == pytest.approx(0.098333, abs=1e-6)
-
-
 def plain_scores(model, head, prompt, reply, temperature):
     """(log-probabilities, values) (n,) of one reply alone, by the model's own forward."""
     reply = torch.tensor(reply)
@@ -432,17 +424,11 @@ def test_a_run_leaves_what_the_contract_names_and_the_best_by_the_held_out_rewar
     row = conftest.read_json(f"models/run/test_temperature=0.00_n=1_step={best}.json")[0]
     assert set(row) == {"prompt", "generations", "demonstration", "orig_d", "dataset"}
     assert set(row["generations"][0]) == {"lm_postprocess", "reward", "heldout_reward"}
-    output = model.generate(
-        **transformers.AutoTokenizer.from_pretrained(folder)(row["prompt"], return_tensors="pt"),
-        max_new_tokens=6,
-        do_sample=False,
-    )
-    assert row["generations"][0]["lm_postprocess"] in model_text(folder, output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(row["prompt"], return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+    assert row["generations"][0]["lm_postprocess"] in tokenizer.decode(output[0])
     assert train("run", flags) == 0  # finished
-
-
-def model_text(folder, output):
-    return transformers.AutoTokenizer.from_pretrained(folder).decode(output[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -555,14 +541,8 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     make_policy("llama")
     words = f"{SLOW} --train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30".split()
-    whole = conftest.start_many(test_runs.at_stages(words, "whole-"), 2, rl_ppo)
-    for run in test_runs.at_stages(words, "killed-"):
-        process = conftest.start_many([run], 2, rl_ppo)
-        test_runs.kill_at(8, run[-1], process)
-        conftest.finish(conftest.start_many([run], 2, rl_ppo))
-    conftest.finish(whole)
+    test_runs.check_kills(words, rl_ppo)
     for stage in test_runs.STAGES:
-        assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
         keys = ("beta", "score_sums")
         states = [
             conftest.read_json(f"models/{n}-{stage}/checkpoint-16/state.json")

@@ -34,18 +34,26 @@ def predictions(name):
     return {path.name: path.read_bytes() for path in paths}
 
 
-def at_stages(words, prefix=""):
+def at_stages(words, prefix="", stages=STAGES):
     """Words of a run at each stage, whose name comes last."""
-    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in STAGES]
+    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in stages]
 
 
 def losses(name, key="loss"):
     return [row[key] for row in conftest.metrics(name, "train")]
 
 
+def check_same(name, other):
+    """Weights, samples, losses, and the norms that Adam and clipping would hide."""
+    assert conftest.distance(other, name) < 1e-6, name
+    assert predictions(name) == predictions(other), name
+    assert len(predictions(name)) == 2
+    for key in ("loss", "grad_norm"):
+        assert losses(name, key) == pytest.approx(losses(other, key), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
-    """And the same norms, which Adam and clipping would hide, and the same samples."""
     conftest.make_model("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--temperature", "1", "--n_samples", "2"]
     words += ["--eval_batch_size", "8"]  # the ranks share three batches
@@ -55,12 +63,8 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     four = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
     conftest.run(*words, *four, "--training_run_name", "four")
     conftest.finish(process)
-    assert len(predictions("one")) == 2
     for name in ("four", *STAGES):
-        assert conftest.distance("one", name) < 1e-6, name
-        assert predictions(name) == predictions("one"), name
-        for key in ("loss", "grad_norm"):
-            assert losses(name, key) == pytest.approx(losses("one", key), rel=1e-5)
+        check_same(name, "one")
     assert conftest.distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
 
 
@@ -148,23 +152,26 @@ def bits(name):
     return found, rows
 
 
+def check_kills(words, module=seq2seq, stages=STAGES):
+    """Runs of two ranks, each killed while it saves, or a moment later, end like others."""
+    undisturbed = conftest.start_many(at_stages(words, "whole-", stages), 2, module)
+    rng = random.Random(0)
+    for i, run in enumerate(at_stages(words, "killed-", stages)):
+        process = conftest.start_many([run], 2, module)
+        kill_at(rng.randrange(3, 10), run[-1], process, i % 2 == 0, i % 2 * rng.random() / 8)
+        conftest.finish(conftest.start_many([run], 2, module))
+    conftest.finish(undisturbed)
+    for stage in stages:
+        assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
+        assert len(bits(f"killed-{stage}")[0]) > 4
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    """At each stage, while saving or a moment later."""
     conftest.make_model("t5v1.1", dropout_rate=0.1)
     words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
     words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
-    undisturbed = conftest.start_many(at_stages(words, "whole-"), 2)
-    rng = random.Random(0)
-    for i, run in enumerate(at_stages(words, "killed-")):
-        process = conftest.start_many([run], 2)
-        step, moment = rng.randrange(4, 12), (i % 2 == 0, i % 2 * rng.random() / 4)
-        kill_at(step, run[-1], process, *moment)
-        conftest.finish(conftest.start_many([run], 2))
-    conftest.finish(undisturbed)
-    for stage in STAGES:
-        assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
-        assert len(bits(f"killed-{stage}")[0]) > 4
+    check_kills(words)
 
 
 def wait_for_training(process, name):

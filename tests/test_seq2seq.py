@@ -506,15 +506,3 @@ def test_nothing_is_kept_on_disk_so_that_an_edit_of_the_data_code_takes_effect(f
     assert train("run", "--max_steps 1") == 0
     for path in set(folder.rglob("*")) - before:
         assert path.is_relative_to(folder / "models" / "run")
-    to_example = seq2seq.to_example
-
-    def edited(data_set, record, where, problems):
-        record = {**record, "completion": "nine"}
-        return to_example(data_set, record, where, problems)
-
-    monkeypatch.setattr(seq2seq, "to_example", edited)
-    assert train("edited", "--max_steps 1") == 0
-    losses = [conftest.metrics(name, "train")[0]["loss"] for name in ("run", "edited")]
-    assert losses[0] != losses[1]
-    for answer in conftest.read_json("models/edited/temperature=0.00_n=1_step=1.json"):
-        assert answer["demonstration"] == "nine"

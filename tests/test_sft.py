@@ -502,13 +502,8 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
     alone = ["--train_batch_size", 16, "--training_run_name", "one"]
     conftest.run(*words, *alone, module=sft_causal)
     conftest.finish(process)
-    assert len(test_runs.predictions("one")) == 2
     for name in test_runs.STAGES:
-        assert conftest.distance("one", name) < 1e-6, name
-        assert test_runs.predictions(name) == test_runs.predictions("one"), name
-        for key in ("loss", "grad_norm"):
-            one = test_runs.losses("one", key)
-            assert test_runs.losses(name, key) == pytest.approx(one, rel=1e-5)
+        test_runs.check_same(name, "one")
 
 
 @pytest.mark.slow
@@ -518,14 +513,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     conftest.write_data("d", [*chats(100), lists, lists], chats(10, 100))
     words = [*SHORT, "gpt2", "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
     words += ["--max_new_tokens", "500"]  # answers end at the last position
-    undisturbed = conftest.start_many(test_runs.at_stages(words, "whole-")[::3], 2, sft_causal)
-    for run in test_runs.at_stages(words, "killed-")[::3]:  # ZeRO 0 and 3
-        process = conftest.start_many([run], 2, sft_causal)
-        test_runs.kill_at(6, run[-1], process)
-        conftest.finish(conftest.start_many([run], 2, sft_causal))
-    conftest.finish(undisturbed)
-    for stage in ("zero0", "zero3"):
-        assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
+    test_runs.check_kills(words, sft_causal, ("zero0", "zero3"))
 
 
 @pytest.mark.slow
