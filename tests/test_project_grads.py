@@ -305,7 +305,6 @@ def test_stores_that_do_not_belong_together_are_refused(stores, refused):
         ([*pair, "tied"], "another parameters"),
         ([*pair, "tuned"], "another model_sha256"),
         ([*pair, "E", "--anchor_grads", "longer", "tuned"], "another data_sha256"),
-        ([*pair, "nowhere"], "'nowhere' is no finished store"),
     ]:
         assert message in refused(
             run, "estimate", *words, "--subsets", "subsets.txt", "--out", "e.csv"

@@ -457,7 +457,7 @@ MISTAKES = [  # words, content of data/d.json, message
     ("", '[{"messages": [{"role": "user", "content": "a"}]}]', "no message of the role 'assist"),
     ("--raw_prompt", CHATS, "--raw_prompt takes prompt and completion, or text"),
     ("--eval_fraction 0.5", '[{"text": " "}]', "'text' is ' ', expected text"),
-    ("--max_length 300", CHATS, "--max_length 300: models/llama has 64 positions"),
+    ("--max_length 300", CHATS, "examples of 73 tokens, and models/llama has 64 positions"),
     ("--model_init_name prefix", CHATS, "was trained with --bidirectional_prompt, which is gone"),
 ]
 
