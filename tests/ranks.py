@@ -16,6 +16,7 @@ FORKED.set_forkserver_preload(
     ["common", "clf", "project_grads", "rl_ppo", "seq2seq", "sft_causal", "ranks"]
     + ["matplotlib.figure", "setuptools"]  # which DeepSpeed and the curves need
 )
+OF_SERVER = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # or a fork could not use the GPUs
 
 
 def run_all(module, runs, environment, output):
@@ -51,7 +52,7 @@ class Ranks:
             of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
             arguments = (module.__name__, runs, of_rank, self.output.name)
             process = FORKED.Process(target=run_all, args=arguments, daemon=True)
-            with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            with mock.patch.dict(os.environ, OF_SERVER, PYTHONPATH=os.pathsep.join(sys.path)):
                 process.start()  # the first one starts the process from which all fork
             self.processes.append(process)
 
