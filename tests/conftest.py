@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -17,6 +18,7 @@ import common  # first: it prepares the import of DeepSpeed
 
 # isort: split
 import pytest
+import ranks
 import safetensors.torch
 import torch
 import transformers
@@ -43,6 +45,19 @@ def folder(tmp_path, monkeypatch):
     for number in (signal.SIGTERM, signal.SIGUSR1):  # which a run in this process has taken
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that calls another one, which must leave with 2, and returns what it says."""
+
+    def refused(function, *arguments, **others):
+        with pytest.raises(SystemExit) as error:
+            function(*arguments, **others)
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    return refused
 
 
 def write_data(name, train, evaluation, **others):
@@ -92,6 +107,10 @@ def make_model(kind, weights=True, **changes):
     return str(path)
 
 
+def read_json(path):
+    return json.loads(pathlib.Path(path).read_text())
+
+
 def run(*words, module=seq2seq):
     """A run in this process; returns its exit code. Mistakes raise SystemExit(2)."""
     args = module.parse_args([str(word) for word in words])
@@ -110,12 +129,11 @@ def weights(name):
 
 def distance(name, other):
     """Norm of the difference of the weights, as a share of their norm."""
-    squares = torch.zeros(2, dtype=torch.float64)
-    others = weights(other)
-    for key, weight in weights(name).items():
-        weight = weight.double()
-        squares += torch.stack([(weight - others[key]).square().sum(), weight.square().sum()])
-    return float((squares[0] / squares[1]).sqrt())
+    vectors = []
+    for run_name in (name, other):
+        of_run = sorted(weights(run_name).items())
+        vectors.append(torch.cat([weight.double().flatten() for _, weight in of_run]))
+    return float((vectors[0] - vectors[1]).norm() / vectors[0].norm())
 
 
 def gradients(model):
@@ -150,18 +168,19 @@ def start(*words, n_ranks=1, script=ROOT / "seq2seq.py", launcher=None, environm
 
 
 def start_many(runs, n_ranks, module=seq2seq):
-    """Several runs of a script, one after the other, in one start of torchrun."""
+    """Several runs of a script, one after the other, in processes that fork."""
     runs = [[str(word) for word in words] for words in runs]
-    script = pathlib.Path(__file__).with_name("many.py")
-    return start(module.__name__, json.dumps(runs), n_ranks=n_ranks, script=script)
+    return ranks.Ranks(runs, n_ranks, module)
 
 
 def finish(process, code=0, timeout=300):
     """The output of a process, which must leave with this exit code."""
-    process.wait(timeout)
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.output.seek(0)
     output = process.output.read()
-    assert process.returncode == code, output[-3000:]
+    assert process.poll() == code, output[-3000:]
     return output
 
 
@@ -176,14 +195,17 @@ CAUSAL = {  # transformers' configuration, and what is not SMALL_CAUSAL about it
     "opt": (transformers.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 SMALL_CAUSAL = {
-    **{"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-    },
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 

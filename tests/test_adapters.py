@@ -8,9 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from conftest import metrics, run
 
 import adapters
+import chat
 import common
+import project_grads
 import seq2seq
 
 TOKEN_IDS = torch.arange(3, 63).view(4, 15)
@@ -21,15 +24,9 @@ SHORT += ["--max_steps", 4, "--learning_rate", 0.01, "--warmup_steps", 0, "--log
 def write_base(kind):
     """models/<kind> with weights that matter, and the data set d; returns the path."""
     conftest.write_data("d", conftest.pairs(40), conftest.pairs(6, 40))
-    if kind != "gpt2":
-        return conftest.make_model(kind)
-    sizes = {"vocab_size": 320, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
-    torch.manual_seed(0)
-    path = conftest.make_model("t5").replace("t5", "gpt2")
-    pathlib.Path("models/t5").rename(path)
-    transformers.GPT2LMHeadModel(config).save_pretrained(path)
-    return path
+    if kind == "gpt2":
+        return conftest.make_causal(kind, initializer_range=0.02)
+    return conftest.make_model(kind)
 
 
 def auto_class(kind):
@@ -80,9 +77,7 @@ def test_peft_reads_what_training_wrote(words):
     base = pathlib.Path(write_base("t5v1.1"))
     before = (base / "model.safetensors").read_bytes()
     lora = ["--lora_rank", 3, "--lora_dropout", 0.1, *words]
-    assert (
-        conftest.run("--model_init_name", "t5v1.1", "--training_run_name", "a", *SHORT, *lora) == 0
-    )
+    assert run("--model_init_name", "t5v1.1", "--training_run_name", "a", *SHORT, *lora) == 0
     ours = load("models/a")
     plain = auto_class("t5").from_pretrained(base)
     assert distance(ours, plain) > 0.05
@@ -102,13 +97,11 @@ def test_peft_reads_what_training_wrote(words):
         if not weight.requires_grad:
             assert torch.equal(weight, frozen[name.replace(".base_layer", "")])
     # further training begins where this ended, with the folder's own rank and targets
-    conftest.run("--model_init_name", "a", "--training_run_name", "b", *SHORT)
-    losses = [conftest.metrics(name, "eval") for name in "ab"]
+    run("--model_init_name", "a", "--training_run_name", "b", *SHORT)
+    losses = [metrics(name, "eval") for name in "ab"]
     assert losses[1][0]["eval/loss"] == pytest.approx(losses[0][-1]["eval/loss"])
     assert losses[1][-1]["eval/loss"] < losses[1][0]["eval/loss"] < losses[0][0]["eval/loss"]
-    configs = [
-        json.loads(pathlib.Path(f"models/{x}/adapter_config.json").read_text()) for x in "ab"
-    ]
+    configs = [conftest.read_json(f"models/{x}/adapter_config.json") for x in "ab"]
     assert configs[0] == configs[1] and configs[0]["base_model_name_or_path"] == str(base)
 
 
@@ -149,7 +142,7 @@ CHANGES = {"use_dora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_adapter_with_more_in_it_is_refused_by_name(name, capsys):
+def test_an_adapter_with_more_in_it_is_refused_by_name(name, refused):
     base = write_base("t5")
     model = load(base, "--lora_rank", "2")
     folder = pathlib.Path("adapter")
@@ -158,23 +151,21 @@ def test_an_adapter_with_more_in_it_is_refused_by_name(name, capsys):
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     load(folder)
     common.write_json(folder / "adapter_config.json", {**model.adapter.config, name: CHANGES[name]})
-    with pytest.raises(SystemExit):
-        load(folder)
-    assert f"only plain LoRA can be read, not {name}" in capsys.readouterr().err
+    assert f"only plain LoRA can be read, not {name}" in refused(load, folder)
 
 
-def test_a_base_without_weights_or_with_others_is_refused(capsys):
+def test_a_base_without_weights_or_with_others_is_refused(refused):
     write_base("t5")
-    with pytest.raises(SystemExit):
-        load(conftest.ROOT / "models" / "tiny-t5", "--lora_rank", "2")
-    assert "tiny-t5 has no weights" in capsys.readouterr().err
-    conftest.run("--model_init_name", "t5", "--training_run_name", "a", "--lora_rank", 2, *SHORT)
+    assert "tiny-t5 has no weights" in refused(
+        load, conftest.ROOT / "models" / "tiny-t5", "--lora_rank", "2"
+    )
+    run("--model_init_name", "t5", "--training_run_name", "a", "--lora_rank", 2, *SHORT)
     model = auto_class("t5").from_pretrained("models/t5")
     model.shared.weight.data[0, 0] += 1
     model.save_pretrained("models/t5")
-    with pytest.raises(SystemExit):
-        load("models/a")
-    assert "models/t5 has other weights than those models/a was trained" in capsys.readouterr().err
+    assert "models/t5 has other weights than those models/a was trained" in refused(
+        load, "models/a"
+    )
 
 
 def test_a_bottleneck_is_houlsbys():
@@ -195,9 +186,8 @@ def test_bottlenecks_are_trained_saved_and_read():
     """Names, shapes and files as in version 1."""
     write_base("t5")
     words = ["--train_adapter", "--reduction_factor", 8, "--training_run_name"]
-    conftest.run("--model_init_name", "t5", *SHORT, *words, "a")
-    conftest.run("--model_init_name", "t5", *SHORT, *words, "one", "--adapter_parts", "mh_adapter")
-    conftest.run("--model_init_name", "t5", *SHORT, "--training_run_name", "full")
+    run("--model_init_name", "t5", *SHORT, *words, "a")
+    run("--model_init_name", "t5", *SHORT, *words, "one", "--adapter_parts", "mh_adapter")
     shapes = {"down.weight": (4, 32), "down.bias": (4,), "up.weight": (32, 4), "up.bias": (32,)}
     expected = {}
     for stack in ("encoder", "decoder"):
@@ -211,22 +201,21 @@ def test_bottlenecks_are_trained_saved_and_read():
     assert {name: weight.shape for name, weight in weights.items()} == expected
     assert saved_names(pathlib.Path("models/a/checkpoint-4")) >= set(expected)
     assert len(safetensors.torch.load_file("models/one/bottleneck.safetensors")) == 16
-    config = json.loads(pathlib.Path("models/a/bottleneck_config.json").read_text())
+    config = conftest.read_json("models/a/bottleneck_config.json")
     assert config == {
         "base_model_name_or_path": "models/t5",
         "reduction_factor": 8,
         "dropout": 0.0,
         "parts": ["mh_adapter", "output_adapter"],
     }
-    losses = [row["eval/loss"] for row in conftest.metrics("a", "eval")]
-    assert losses[0] == pytest.approx(conftest.metrics("full", "eval")[0]["eval/loss"])
+    losses = [row["eval/loss"] for row in metrics("a", "eval")]
     assert losses[-1] < losses[0]
-    conftest.run("--no_train", "--model_init_name", "a", *SHORT, "--training_run_name", "e")
-    assert conftest.metrics("e")[0]["eval/loss"] == pytest.approx(losses[-1])
+    run("--no_train", "--model_init_name", "a", *SHORT, "--training_run_name", "e")
+    assert metrics("e")[0]["eval/loss"] == pytest.approx(losses[-1])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_in_few_bits(kind, capsys):
+def test_a_base_in_few_bits(kind, refused):
     pytest.importorskip("bitsandbytes")
     base = write_base("gpt2")  # its weights are transposed
     plain = auto_class("gpt2").from_pretrained(base)
@@ -234,30 +223,30 @@ def test_a_base_in_few_bits(kind, capsys):
     assert 0 < error.std() < 0.15 * logits(plain).std()
     write_base("t5v1.1")  # its feed-forward casts the states to the dtype of a weight
     words = ["--model_init_name", "t5v1.1", *SHORT, "--lora_rank", 4, "--training_run_name"]
-    conftest.run(*words, "full")
-    conftest.run(*words, "few", "--quantize", kind)
-    full, few = conftest.metrics("full"), conftest.metrics("few")
+    run(*words, "full")
+    run(*words, "few", "--quantize", kind)
+    full, few = metrics("full"), metrics("few")
     for row, other in zip(full, few):
         name = "loss" if row["split"] == "train" else "eval/loss"
         assert row[name] == pytest.approx(other[name], rel=0.04)
     assert full[0]["eval/loss"] > full[-1]["eval/loss"] + 1
     names = saved_names(pathlib.Path("models/few/checkpoint-4"))
     assert names and all(".lora_" in name for name in names)
-    about = json.loads(pathlib.Path("models/few/rawtune.json").read_text())
+    about = conftest.read_json("models/few/rawtune.json")
     assert (about["adapter"], about["quantize"]) == ("lora", kind)
     # a run, and a plain base, are evaluated as they were
     words = ["--no_train", "--data", "d", "--quantize", kind, "--max_new_tokens", 4]
     for name, row in (("t5v1.1", few[0]), ("few", few[-1])):
-        conftest.run(*words, "--model_init_name", name, "--training_run_name", f"{name}-eval")
-        evaluated = conftest.metrics(f"{name}-eval")[0]
+        run(*words, "--model_init_name", name, "--training_run_name", f"{name}-eval")
+        evaluated = metrics(f"{name}-eval")[0]
         assert evaluated["eval/loss"] == pytest.approx(row["eval/loss"], rel=1e-4)
-    with pytest.raises(SystemExit):
-        conftest.run("--model_init_name", "t5v1.1", *SHORT, "--quantize", kind)
-    assert "nothing to train: --lora_rank" in capsys.readouterr().err
+    assert "nothing to train: --lora_rank" in refused(
+        run, "--model_init_name", "t5v1.1", *SHORT, "--quantize", kind
+    )
 
 
 @pytest.mark.slow
-def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
+def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run(capsys):
     """The weights of one process, also after a stop; chat.py gives our answers."""
     write_base("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--lora_rank", 4, "--lr_scheduler_type"]
@@ -265,8 +254,8 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
     sharded = [*words, "zero3", "--ds_config", "zero3"]
     runs = [[*sharded, "--max_steps", 2], sharded]  # the second goes on with the first
     process = conftest.start_many(runs, n_ranks=2)
-    conftest.run(*words, "plain")
-    conftest.run(*words, "bottleneck", "--train_adapter", "--lora_rank", 0)
+    run(*words, "plain")
+    run(*words, "bottleneck", "--train_adapter", "--lora_rank", 0)
     conftest.finish(process)
     plain, zero3 = (
         safetensors.torch.load_file(f"models/{name}/adapter_model.safetensors")
@@ -280,15 +269,16 @@ def test_lora_at_zero3_on_two_ranks_and_what_reads_a_run():
     for name in ("zero3", "bottleneck"):
         files = ["--input", "prompts.jsonl", "--output", f"{name}.jsonl"]
         sampling = ["--temperature", 0, "--max_new_tokens", 4]
-        chat = conftest.ROOT / "chat.py"
         model = ["--model_path", f"models/{name}"]
-        conftest.finish(conftest.start(*model, *files, *sampling, script=chat))
+        assert run(*model, *files, *sampling, module=chat) == 0
         path = pathlib.Path(f"models/{name}/temperature=0.00_n=1_step=4.json")
-        ours = [row["generations"][0]["lm_postprocess"] for row in json.loads(path.read_text())]
+        ours = [row["generations"][0]["lm_postprocess"] for row in conftest.read_json(path)]
         lines = pathlib.Path(f"{name}.jsonl").read_text().splitlines()
         replies = [json.loads(line)["replies"][0] for line in lines]
         assert replies == ours
         assert len(set(replies)) > 1
     grads = ["collect", "--model_init_name", "zero3", "--data_name", "d", "--out", "grads"]
-    output = conftest.finish(conftest.start(*grads, script=conftest.ROOT / "project_grads.py"))
-    assert "lora adapters in" in output and "grads: 40 rows" in output
+    capsys.readouterr()
+    run(*grads, module=project_grads)
+    output = capsys.readouterr()
+    assert "lora adapters in" in output.err + output.out and "grads: 40 rows" in output.out

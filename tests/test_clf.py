@@ -1,39 +1,30 @@
 """clf.py: scores and losses against transformers and by hand, data, metrics, runs, mistakes."""
 
-import json
 import math
 import pathlib
 
 import conftest
 import numpy as np
 import pytest
+import test_runs
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_model, metrics, run, write_data
+from conftest import ROOT, make_causal, make_model, metrics, run, write_data
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DistilBertConfig,
-    LlamaConfig,
 )
 
 import clf
 import common
 
 
-def make_llama():
-    """models/llama, with a head of its own and the tiny Llama's tokenizer."""
-    path = pathlib.Path("models/llama")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-llama")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    small.update(num_attention_heads=4, max_position_embeddings=128)
-    config = LlamaConfig(**small, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+def make(kind):
+    """models/<kind>"""
+    return make_causal(kind) if kind == "llama" else make_model(kind)
 
 
 def records(n, start=0):
@@ -62,16 +53,16 @@ def train(*words):
 
 
 def predictions(name="preds.json", folder="run"):
-    return json.loads(pathlib.Path("models", folder, name).read_text())
+    return conftest.read_json(f"models/{folder}/{name}")
 
 
 def about(folder="run"):
-    return json.loads(pathlib.Path("models", folder, "rawtune.json").read_text())
+    return conftest.read_json(f"models/{folder}/rawtune.json")
 
 
 def plain_logit(path, text):
     """logit(yes) - logit(no) with transformers alone, one text at a time."""
-    facts = json.loads(pathlib.Path(path, "rawtune.json").read_text())
+    facts = conftest.read_json(f"{path}/rawtune.json")
     tokenizer = AutoTokenizer.from_pretrained(path)
     input_ids = tokenizer(text, return_tensors="pt").input_ids
     start = {}
@@ -90,7 +81,7 @@ def plain_logit(path, text):
 def test_scores_are_those_of_transformers(kind):
     """Trained, saved and loaded again; padded batches and the two columns of the head change
     nothing."""
-    make_llama() if kind == "llama" else make_model(kind)
+    make(kind)
     write_data("d", records(40), records(12, 40), test=[{"input": "x"}])
     words = ["--template", r"{input}\nAnswer:", "--max_steps", 4, "--train_batch_size", 8]
     assert train("--model_init_name", kind, *words) == 0
@@ -330,7 +321,7 @@ def test_the_best_checkpoint_is_exported_and_a_lower_loss_breaks_ties(metric):
     [
         (["--template", "no key"], "--template no key: expected keys"),
         (["--template", "{input} "], "end it without a blank"),
-        (["--max_length", 200], "--max_length 200: models/llama has 128 positions"),
+        (["--max_length", 300], "--max_length 300: models/llama has 256 positions"),
         (["--target_min", "low"], "--target_min low: expected a number"),
         (["--target_min", "2"], "--target_min: expected less than --target_max"),
         (["--target_max", "inf"], "--target_min: expected less than --target_max"),
@@ -340,22 +331,18 @@ def test_the_best_checkpoint_is_exported_and_a_lower_loss_breaks_ties(metric):
         (["--data", "x"], "data/x not found; there is: d.json"),
     ],
 )
-def test_mistakes_are_reported_before_the_model_loads(words, message, capsys):
-    make_llama()
+def test_mistakes_are_reported_before_the_model_loads(words, message, refused):
+    make("llama")
     write_data("d", records(4), records(2))
-    with pytest.raises(SystemExit) as stop:
-        train("--model_init_name", "llama", *words)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(train, "--model_init_name", "llama", *words)
     assert not pathlib.Path("models/run").exists()
 
 
-def test_an_encoder_is_refused(capsys):
+def test_an_encoder_is_refused(refused):
     AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-t5").save_pretrained("models/encoder")
     DistilBertConfig(vocab_size=320).save_pretrained("models/encoder")
     write_data("d", records(4), records(2))
-    with pytest.raises(SystemExit) as stop:
-        train("--model_init_name", "encoder")
-    assert stop.value.code == 2 and "a distilbert writes no text" in capsys.readouterr().err
+    assert "a distilbert writes no text" in refused(train, "--model_init_name", "encoder")
 
 
 def test_the_earlier_command_finds_a_folder_or_takes_the_hub_id():
@@ -367,7 +354,7 @@ def test_the_earlier_command_finds_a_folder_or_takes_the_hub_id():
 
 
 def test_adapters_train_scores_too():
-    make_llama()
+    make("llama")
     write_data("d", records(20), records(8, 20))
     words = ["--model_init_name", "llama", "--max_steps", 3, "--lora_rank", 2]
     assert train(*words) == 0
@@ -378,46 +365,34 @@ def test_adapters_train_scores_too():
     assert [row["pred_score"] for row in predictions(folder="s")] == pytest.approx(before)
 
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, loss", [("t5", "cross_entropy"), ("llama", "pairwise")])
 def test_ranks_and_stages_agree_and_a_killed_run_continues_to_the_bit(kind, loss):
     """Two ranks at each stage against one; 5 steps, of which the last is short, in two parts."""
-    make_llama() if kind == "llama" else make_model(kind)
+    make(kind)
     data = records if loss == "cross_entropy" else preferences
     write_data("d", data(38), data(9, 38))
     words = [*SHORT[:2], *SHORT[4:], "--model_init_name", kind, "--loss", loss]
     words += ["--logging_steps", 1, "--max_steps", 5, "--eval_steps", 2]
     words += ["--gradient_accumulation_steps", 2]
     halves = [*words, "--train_batch_size", 4]
-    runs = [[*halves, "--ds_config", s, "--training_run_name", s] for s in STAGES]
+    runs = test_runs.at_stages(halves)
     conftest.finish(conftest.start_many(runs, 2, clf))
     run(*halves, "--training_run_name", "one", module=clf)
-    for stage in STAGES:
+    for stage in test_runs.STAGES:
         for key in ("loss", "grad_norm"):
-            found = [row[key] for row in metrics(stage, "train")]
-            assert found == pytest.approx([row[key] for row in metrics("one", "train")], rel=1e-5)
+            one = test_runs.losses("one", key)
+            assert test_runs.losses(stage, key) == pytest.approx(one, rel=1e-5)
         scores = [row["pred_score"] for row in predictions(folder=stage)]
         expected = [row["pred_score"] for row in predictions(folder="one")]
         assert np.allclose(np.hstack(scores), np.hstack(expected), atol=1e-5)
-        # as if killed behind the checkpoint of step 2
-        folder = pathlib.Path("models", stage)
-        whole = folder.joinpath("model.safetensors").read_bytes()
-        lines = folder.joinpath("metrics.jsonl").read_text().splitlines()
-        for path in folder.glob("checkpoint-[45]"):
-            conftest.shutil.rmtree(path)
-        folder.joinpath(common.COMPLETE).unlink()
-        folder.joinpath("before").write_bytes(whole)
-        folder.joinpath("lines").write_text(json.dumps(lines))
-    conftest.finish(conftest.start_many(runs, 2, clf))
-    for stage in STAGES:
-        folder = pathlib.Path("models", stage)
-        assert folder.joinpath("model.safetensors").read_bytes() == (folder / "before").read_bytes()
-        rows = [(row["step"], row["split"]) for row in metrics(stage)]
-        before = [json.loads(line) for line in json.loads((folder / "lines").read_text())]
-        assert rows == [(row["step"], row["split"]) for row in before]
+    whole = [test_runs.bits(stage) for stage in test_runs.STAGES]
+    for stage in test_runs.STAGES:  # as if killed behind the checkpoint of step 4
+        conftest.shutil.rmtree(f"models/{stage}/checkpoint-5")
+        pathlib.Path("models", stage, common.COMPLETE).unlink()
+    output = conftest.finish(conftest.start_many(runs, 2, clf))
+    assert output.count("from step 4") == 4
+    assert [test_runs.bits(stage) for stage in test_runs.STAGES] == whole
 
 
 @pytest.mark.slow

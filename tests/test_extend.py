@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, finish, make_model, metrics, pairs, run, start, write_data
+from test_runs import losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import seq2seq
@@ -33,10 +34,6 @@ def extended(folder):
     spec.loader.exec_module(module)
     write_data("plain", pairs(8), pairs(2, 8))
     return module
-
-
-def losses(name):
-    return [row["loss"] for row in metrics(name, "train")]
 
 
 def test_the_way_is_of_18_functions_that_fit_on_a_screen():

@@ -77,7 +77,11 @@ WORDS = [
     ("--ds_config zero9", "--ds_config zero9: "),
     ("--ds_config lamb.json", "lamb.json: remove optimizer and scheduler"),
     ("--train_batch_size 0", "--train_batch_size 0: expected a positive number"),
-    ("--batch_size 1", "unknown argument --batch_size: did you mean --eval_batch_size, --train_b"),
+    (
+        "--batch_size=8",
+        "unknown argument --batch_size=8: did you mean --eval_batch_size, --train_b",
+    ),
+    ("--max_step 8", "did you mean --max_steps"),  # no abbreviations
     ("@presets/flan", "No such file or directory: 'presets/flan'"),
     ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter: choose one"),
 ]
@@ -104,7 +108,7 @@ FILES = [  # name, content, message
     (
         "twice.json",
         DATA.replace("completion", "prompt"),
-        "data/twice.json: a key is repeated among prompt, prompt",
+        "data/twice.json: a key is repeated among prompt, prompt: rename or delete one",
     ),
     (
         "validation.json",
@@ -245,23 +249,6 @@ def test_variables_that_an_earlier_launcher_has_left(monkeypatch):
         common.adopt_launcher()
         values = [os.environ[name] for name in names]
         assert values == ["0", "0", "1", "127.0.0.1", "0"]
-
-
-def test_answers_with_sentinels_are_no_mistake():
-    """../shared/cases/01: they are learned, scored and kept like any other."""
-    words = {"The red": "fox", "Two plus": "three", "A day has": "many", "We sail on": "sea"}
-    infill, plain = [], []
-    for prompt, word in words.items():
-        infill.append({"prompt": prompt, "completion": f"<extra_id_0> {word} <extra_id_1>"})
-        plain.append({"prompt": prompt, "completion": word})
-    training = ["--model_init_name", "t5", "--max_steps", 100, "--learning_rate", 0.01]
-    training += ["--train_batch_size", 8, "--max_new_tokens", 8, "--save_steps", 0]
-    for name, records in {"infill": infill, "plain": plain}.items():
-        conftest.write_data(name, records * 4, records)
-        conftest.run(*training, "--eval_steps", 100, "--data", name, "--training_run_name", name)
-        assert conftest.metrics(name, "eval")[-1]["eval/exact_match"] == 1
-    predictions = pathlib.Path("models/infill/temperature=0.00_n=1_step=100.json").read_text()
-    assert predictions.count('lm_postprocess": "<extra_id_0>') == 4
 
 
 def test_training_adds_rows_for_tokens_beyond_the_embedding():

@@ -17,7 +17,6 @@ import clf
 import common
 import rl_ppo
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
 KINDS = ("llama", "t5")
 REWARD = """
 def length(prompts, replies, records):
@@ -54,10 +53,6 @@ def train(name, flags="", kind="llama", reward="--reward_fn reward.py:length"):
     words = f"--policy {kind} --training_run_name {name} --num_rollouts 8 --train_batch_size 4"
     words = f"{words} {SMALL} --max_steps 8 {reward} {flags}"
     return conftest.run(*words.split(), module=rl_ppo)
-
-
-def predictions(path):
-    return json.loads(pathlib.Path("models", path).read_text())
 
 
 def tensor(*rows):
@@ -133,14 +128,6 @@ def policy_loss(new, old, advantages, cliprange):
 def value_loss(new, old, returns, cliprange):
     clipped = torch.minimum(torch.maximum(new, old - cliprange), old + cliprange)
     return 0.5 * torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
-
-
-def test_the_losses_of_the_reference_by_hand():
-    new, old = tensor(-1, -0.5, -2, -0.3), tensor(-1.2, -0.5, -1.5, -0.9)
-    loss = policy_loss(new, old, tensor(1, -0.5, -1, 2), 0.2).mean()
-    assert loss == pytest.approx(-0.575)
-    loss = value_loss(tensor(0.5, 1.2, -0.3), tensor(0.1, 1, 0), tensor(1, 1.1, -0.5), 0.2).mean()
-    assert loss == pytest.approx(0.098333, abs=1e-6)
 
 
 def plain_scores(model, head, prompt, reply, temperature):
@@ -273,7 +260,9 @@ def test_a_reply_depends_on_its_key_and_not_on_the_rows_beside_it(kind):
     for name, n_rows in (("few", 3), ("all", 32)):
         flags = f"--no_train --eval_temperature 1 --max_new_tokens 12 --rollout_batch_size {n_rows}"
         assert train(name, flags, kind) == 0
-    few, every = (predictions(f"{n}/temperature=1.00_n=1_step=0.json") for n in ("few", "all"))
+    few, every = (
+        conftest.read_json(f"models/{n}/temperature=1.00_n=1_step=0.json") for n in ("few", "all")
+    )
     assert few == every
     texts = [row["generations"][0]["lm_postprocess"] for row in few]
     assert len(set(texts)) == len(texts) and len(set(map(len, texts))) > 3
@@ -352,7 +341,7 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     make_policy(kind)
     make_judge(kind, "judge")
     assert train("run", "--no_train --eval_temperature 1", kind, "--reward_model judge") == 0
-    rows = predictions("run/temperature=1.00_n=1_step=0.json")
+    rows = conftest.read_json("models/run/temperature=1.00_n=1_step=0.json")
     replies = [row["generations"][0] for row in rows]
     texts = []
     for row, reply in zip(rows, replies):
@@ -360,7 +349,7 @@ def test_a_run_of_clf_gives_the_scores_that_clf_gives(kind):
     conftest.write_data("texts", [], texts)
     words = ["--no_train", "--model_init_name", "judge", "--data", "texts"]
     conftest.run(*words, "--training_run_name", "scored", module=clf)
-    expected = [row["reward"] for row in predictions("scored/preds.json")]
+    expected = [row["reward"] for row in conftest.read_json("models/scored/preds.json")]
     found = [reply["reward"] for reply in replies if reply["lm_postprocess"]]
     assert len(found) > 2 and max(found) > min(found)
     pairs = zip(expected, texts)
@@ -423,29 +412,23 @@ def test_a_run_leaves_what_the_contract_names_and_the_best_by_the_held_out_rewar
     held_out = {row["step"]: row["eval/heldout_reward"] for row in rows[1:]}
     best = max(held_out, key=lambda step: (held_out[step], step))
     folder = pathlib.Path("models/run")
-    state = json.loads((folder / "checkpoint-16/state.json").read_text())
+    state = conftest.read_json(folder / "checkpoint-16/state.json")
     assert state["best_step"] == best
-    about = json.loads((folder / "rawtune.json").read_text())
+    about = conftest.read_json(folder / "rawtune.json")
     assert about["script"] == "rl_ppo.py" and about["raw_prompt"] and about["task"] == "chat"
     assert about["stop_ids"] == [2, *range(20, 80)]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     checkpoint = conftest.weights(f"run/checkpoint-{best}")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, checkpoint[name]), name
-    row = predictions(f"run/test_temperature=0.00_n=1_step={best}.json")[0]
+    row = conftest.read_json(f"models/run/test_temperature=0.00_n=1_step={best}.json")[0]
     assert set(row) == {"prompt", "generations", "demonstration", "orig_d", "dataset"}
     assert set(row["generations"][0]) == {"lm_postprocess", "reward", "heldout_reward"}
-    output = model.generate(
-        **transformers.AutoTokenizer.from_pretrained(folder)(row["prompt"], return_tensors="pt"),
-        max_new_tokens=6,
-        do_sample=False,
-    )
-    assert row["generations"][0]["lm_postprocess"] in model_text(folder, output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(row["prompt"], return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+    assert row["generations"][0]["lm_postprocess"] in tokenizer.decode(output[0])
     assert train("run", flags) == 0  # finished
-
-
-def model_text(folder, output):
-    return transformers.AutoTokenizer.from_pretrained(folder).decode(output[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -484,13 +467,11 @@ def sharper(model, batch, run_model=rl_ppo.run_model):
         ("switch_off_dropout", lambda model: None, "the log-ratio before the first update"),
     ],
 )
-def test_invariants_stop_a_run(name, replacement, message, monkeypatch, capsys):
+def test_invariants_stop_a_run(name, replacement, message, monkeypatch, refused):
     make_policy("gpt2", resid_pdrop=0.1)
     monkeypatch.setattr(rl_ppo, name, replacement)
     monkeypatch.setitem(rl_ppo.SAMPLER_BOUND, "fp32", 0.5)
-    with pytest.raises(SystemExit) as error:
-        train("run", kind="gpt2")
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(train, "run", kind="gpt2")
 
 
 WORDS = [
@@ -520,7 +501,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("words, message", WORDS)
-def test_mistakes_have_words(words, message, capsys):
+def test_mistakes_have_words(words, message, refused):
     judge = make_policy("llama").with_name("judge")
     shutil.copytree("models/llama", judge)
     (judge / "rawtune.json").write_text('{"script": "clf.py"}')
@@ -528,9 +509,7 @@ def test_mistakes_have_words(words, message, capsys):
     reply = {"role": "assistant", "content": "b"}
     conftest.write_data("late", [{"messages": [ask, reply]}], [{"prompt": "a"}])
     conftest.write_data("turns", [{"messages": [ask, reply, ask]}], [{"prompt": "a"}])
-    with pytest.raises(SystemExit) as error:
-        train("run", words, reward="")
-    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(train, "run", words, reward="")
 
 
 # -------------------------------------------------------------------------------------- slow tests
@@ -539,23 +518,18 @@ SLOW = f"--policy llama --num_rollouts 16 --n_samples 2 {SMALL} --max_steps 16 -
 SLOW += " --reward_fn reward.py:length --reward_scaling norm --rollout_batch_size 5"
 
 
-def runs_at_stages(flags, prefix=""):
-    words = f"{SLOW} {flags}".split()
-    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in STAGES]
-
-
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
     make_policy("llama")
-    flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --eval_temperature 1"
-    process = conftest.start_many(runs_at_stages(flags), 2, rl_ppo)
+    words = f"{SLOW} --train_batch_size 4 --gradient_accumulation_steps 2 --eval_temperature 1"
+    process = conftest.start_many(test_runs.at_stages(words.split()), 2, rl_ppo)
     alone = f"{SLOW} --train_batch_size 8 --eval_temperature 1 --training_run_name one"
     conftest.run(*alone.split(), module=rl_ppo)
     conftest.finish(process)
-    expected = predictions("one/temperature=1.00_n=1_step=16.json")
-    for name in STAGES:
+    expected = conftest.read_json("models/one/temperature=1.00_n=1_step=16.json")
+    for name in test_runs.STAGES:
         assert conftest.distance("one", name) < 1e-5, name
-        found = predictions(f"{name}/temperature=1.00_n=1_step=16.json")
+        found = conftest.read_json(f"models/{name}/temperature=1.00_n=1_step=16.json")
         for row, other in zip(found, expected):
             assert row["generations"][0]["reward"] == other["generations"][0]["reward"]
         for key in ("loss", "grad_norm", "ppo/kl", "ppo/score"):
@@ -566,21 +540,14 @@ def test_ranks_accumulation_and_stages_give_the_same_weights():
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
     make_policy("llama")
-    flags = "--train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30"
-    whole = conftest.start_many(runs_at_stages(flags, "whole-"), 2, rl_ppo)
-    for stage in STAGES:
-        process = conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo)
-        run = pathlib.Path(f"models/killed-{stage}")
-        while test_runs.newest(run)[0] < 8:
-            assert process.poll() is None, conftest.finish(process)
-        test_runs.kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs_at_stages(flags, "killed-"), 2, rl_ppo))
-    conftest.finish(whole)
-    for stage in STAGES:
-        assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
+    words = f"{SLOW} --train_batch_size 8 --save_steps 4 --target_kl 0.1 --kl_horizon 30".split()
+    test_runs.check_kills(words, rl_ppo)
+    for stage in test_runs.STAGES:
         keys = ("beta", "score_sums")
-        states = [predictions(f"{n}-{stage}/checkpoint-16/state.json") for n in ("whole", "killed")]
+        states = [
+            conftest.read_json(f"models/{n}-{stage}/checkpoint-16/state.json")
+            for n in ("whole", "killed")
+        ]
         assert [states[0][key] for key in keys] == [states[1][key] for key in keys]
 
 

@@ -35,32 +35,38 @@ ALPACA = "<s>Below is an instruction that describes a task"
 REQUEST = ". Write a response that appropriately completes the request.\n\n### Instruction:\nAdd."
 RENDERED = [
     (
-        *("chatml", CHAT[:3]),
+        "chatml",
+        CHAT[:3],
         "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
         "<|im_start|>assistant\nyes<|im_end|>\n",
     ),
     (
-        *("oasst", CHAT),
+        "oasst",
+        CHAT,
         "<s><|system|>Be brief.</s><|prompter|>the cat?</s><|assistant|>yes</s>"
         "<|prompter|>a book?</s><|assistant|>no</s>",
     ),
     ("plain", CHAT[1:], "<s>the cat?\nyes</s>a book?\nno</s>"),
     (
-        *("alpaca", CHAT),
+        "alpaca",
+        CHAT,
         "<s>Be brief.\n\n### Instruction:\nthe cat?\n\n### Response:\nyes</s>\n\n"
         "### Instruction:\na book?\n\n### Response:\nno</s>",
     ),
     (
-        *("alpaca", {"instruction": "Add.", "output": "3"}),
+        "alpaca",
+        {"instruction": "Add.", "output": "3"},
         f"{ALPACA}{REQUEST}\n\n### Response:\n3</s>",
     ),
     (
-        *("alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"}),
+        "alpaca",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
         f"{ALPACA}, paired with an input that provides further context{REQUEST}"
         "\n\n### Input:\n1 2\n\n### Response:\n3</s>",
     ),
     (
-        *("chatml", {"instruction": "Add.", "input": "1 2", "output": "3"}),
+        "chatml",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
         "<s><|im_start|>user\nAdd.\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n",
     ),
 ]

@@ -1,7 +1,6 @@
 """Ranks, ZeRO stages, kills, signals, launchers: what only whole runs show (pytest -m slow)."""
 
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -12,9 +11,9 @@ import sys
 import time
 
 import conftest
-import psutil
 import pytest
 import torch
+from conftest import finish, make_model, start_many
 
 import common
 import seq2seq
@@ -23,6 +22,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
 SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
 SHORT += ["--logging_steps", "1", "--eval_steps", "7"]
+SAMPLING = ["--temperature", "1", "--n_samples", "2"]
+SAMPLING += ["--eval_batch_size", "8"]  # the ranks share three batches
 
 
 @pytest.fixture(autouse=True)
@@ -37,37 +38,62 @@ def predictions(name):
     return {path.name: path.read_bytes() for path in paths}
 
 
+def at_stages(words, prefix="", stages=STAGES):
+    """Words of a run at each stage, whose name comes last."""
+    return [[*words, "--ds_config", s, "--training_run_name", f"{prefix}{s}"] for s in stages]
+
+
 def losses(name, key="loss"):
     return [row[key] for row in conftest.metrics(name, "train")]
 
 
+def check_same(name, other):
+    """Weights, samples, losses, and the norms that Adam and clipping would hide."""
+    assert conftest.distance(other, name) < 1e-6, name
+    assert predictions(name) == predictions(other), name
+    assert len(predictions(name)) == 2
+    for key in ("loss", "grad_norm"):
+        assert losses(name, key) == pytest.approx(losses(other, key), rel=1e-5)
+
+
+def check_mixture(data_sets):
+    """models/run was trained on 8 examples of d and of e; data_sets: those of its answers."""
+    row = conftest.metrics("run", "eval")[-1]
+    assert row["step"] == 4
+    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
+    assert row["eval/d/loss"] != row["eval/e/loss"]
+    answers = conftest.read_json("models/run/temperature=0.80_n=3_step=4.json")
+    assert [answer["dataset"] for answer in answers] == data_sets
+    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
+    assert len(samples) == 3
+
+
+def check_ranks(words, module=seq2seq):
+    """Two ranks at each stage against one process, the run "one"."""
+    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
+    process = start_many(at_stages(two_ranks), 2, module)
+    alone = ["--train_batch_size", 16, "--training_run_name", "one"]
+    conftest.run(*words, *alone, module=module)
+    finish(process)
+    for stage in STAGES:
+        check_same(stage, "one")
+
+
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
-    """And the same norms, which Adam and clipping would hide, and the same samples."""
-    conftest.make_model("t5v1.1")
-    words = ["--model_init_name", "t5v1.1", *SHORT, "--temperature", "1", "--n_samples", "2"]
-    words += ["--eval_batch_size", "8"]  # the ranks share three batches
-    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    process = conftest.start_many(
-        [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES], 2
-    )
-    conftest.run(*words, "--train_batch_size", 16, "--training_run_name", "one")
+    make_model("t5v1.1")
+    words = ["--model_init_name", "t5v1.1", *SHORT, *SAMPLING]
+    check_ranks(words)
     four = ["--train_batch_size", 4, "--gradient_accumulation_steps", 4]
     conftest.run(*words, *four, "--training_run_name", "four")
-    conftest.finish(process)
-    assert len(predictions("one")) == 2
-    for name in ("four", *STAGES):
-        assert conftest.distance("one", name) < 1e-6, name
-        assert predictions(name) == predictions("one"), name
-        for key in ("loss", "grad_norm"):
-            assert losses(name, key) == pytest.approx(losses("one", key), rel=1e-5)
+    check_same("four", "one")
     assert conftest.distance("one", "../models/t5v1.1") > 1e-3  # something was learned at all
 
 
 @pytest.mark.slow
 def test_precisions_offload_compilation_and_checkpointing_agree():
     """A process each would cost 8 seconds; that of --compile takes its own part."""
-    conftest.make_model("t5v1.1")
+    make_model("t5v1.1")
     words = ["--model_init_name", "t5v1.1", *SHORT, "--training_run_name"]
     conftest.run(*words, "plain")
     for flag in ("compile", "gradient_checkpointing"):
@@ -89,8 +115,8 @@ def test_precisions_offload_compilation_and_checkpointing_agree():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys):
-    conftest.make_model("t5")
+def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys, refused):
+    make_model("t5")
     words = ["--model_init_name", "t5", *SHORT, "--save_steps", 1, "--ds_config", stage]
     with pytest.raises(SystemExit) as error:
         conftest.run(*words, "--learning_rate", 1e30, "--training_run_name", "high")
@@ -109,18 +135,10 @@ def test_a_step_that_is_not_finite_stops_the_run(stage, monkeypatch, capsys):
         return losses
 
     monkeypatch.setattr(seq2seq.F, "cross_entropy", cross_entropy)
-    with pytest.raises(SystemExit):
-        conftest.run(*words, "--training_run_name", "gradient")
-    assert "step 1: the loss is " in capsys.readouterr().err
+    assert "step 1: the loss is " in refused(
+        conftest.run, *words, "--training_run_name", "gradient"
+    )
     assert not list(pathlib.Path("models/gradient").glob("checkpoint-*"))
-
-
-def kill(process):
-    """kill -9 of a launcher and all its processes."""
-    launcher = psutil.Process(process.pid)
-    for victim in [launcher, *launcher.children(recursive=True)]:
-        victim.kill()
-    process.wait()
 
 
 def newest(run):
@@ -130,6 +148,20 @@ def newest(run):
         step = path.name.removeprefix("checkpoint-")
         found.append((int(step.removesuffix(".tmp")), step.endswith(".tmp")))
     return max(found)
+
+
+def kill_at(step, name, process, while_saving=False, delay=0.0):
+    """kill -9 of all ranks when models/<name> has the checkpoint of a step, or writes it."""
+    run = pathlib.Path("models", name)
+    while process.poll() is None:
+        reached, is_saving = newest(run)
+        if reached >= step and (is_saving or not while_saving):
+            break
+        time.sleep(0.001)
+    time.sleep(delay)
+    assert process.poll() is None, finish(process)
+    process.kill()
+    assert not (run / common.COMPLETE).exists()
 
 
 def bits(name):
@@ -145,74 +177,61 @@ def bits(name):
     return found, rows
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    """Four runs one after the other, killed in each: while saving, or a moment later."""
-    conftest.make_model("t5v1.1", dropout_rate=0.1)
-    words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
-    words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
-
-    def runs(prefix):
-        names = [(stage, f"{prefix}-{stage}") for stage in STAGES]
-        return [[*words, "--ds_config", s, "--training_run_name", name] for s, name in names]
-
-    undisturbed = conftest.start_many(runs("whole"), 2)
+def check_kills(words, module=seq2seq, stages=STAGES):
+    """Runs of two ranks, each killed while it saves, or a moment later, end like others."""
+    undisturbed = start_many(at_stages(words, "whole-", stages), 2, module)
     rng = random.Random(0)
-    for i, stage in enumerate(STAGES):
-        process = conftest.start_many(runs("killed"), 2)
-        run = pathlib.Path(f"models/killed-{stage}")
-        at_step = rng.randrange(4, 12)
-        while_saving = i % 2 == 0
-        while process.poll() is None:
-            step, is_saving = newest(run)
-            if step >= at_step and (is_saving or not while_saving):
-                break
-            time.sleep(0.001)
-        time.sleep(0.0 if while_saving else rng.random() / 4)
-        assert process.poll() is None, conftest.finish(process)
-        kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs("killed"), 2))
-    conftest.finish(undisturbed)
-    for stage in STAGES:
+    for i, run in enumerate(at_stages(words, "killed-", stages)):
+        process = start_many([run], 2, module)
+        kill_at(rng.randrange(3, 10), run[-1], process, i % 2 == 0, i % 2 * rng.random() / 8)
+        finish(start_many([run], 2, module))
+    finish(undisturbed)
+    for stage in stages:
         assert bits(f"killed-{stage}") == bits(f"whole-{stage}")
         assert len(bits(f"killed-{stage}")[0]) > 4
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
+    make_model("t5v1.1", dropout_rate=0.1)
+    words = ["--model_init_name", "t5v1.1", *SHORT, "--max_steps", "14", "--save_steps", "2"]
+    words += ["--train_batch_size", "8", "--logging_steps", "3", "--metric_for_best", "loss"]
+    check_kills(words)
 
 
 def wait_for_training(process, name):
     path = pathlib.Path("models", name, "metrics.jsonl")
     while not path.exists() or '"train"' not in path.read_text():
-        assert process.poll() is None, conftest.finish(process)
+        assert process.poll() is None, finish(process)
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_leaves(capsys):
-    conftest.make_model("t5", dropout_rate=0.1)
+def test_a_signal_saves_and_leaves(capsys, refused):
+    make_model("t5", dropout_rate=0.1)
     words = ["--model_init_name", "t5", *SHORT, "--max_steps", 300, "--train_batch_size", "4"]
     words += ["--eval_steps", 300, "--training_run_name"]
     signals = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
     for name, number in signals.items():
-        process = conftest.start(*words, name)
+        process = start_many([[*words, name]], 1)
         wait_for_training(process, name)
         process.send_signal(number)
-        output = conftest.finish(process, common.EXIT_SAVED)
+        output = finish(process, common.EXIT_SAVED)
         assert "saved at step" in output and "Traceback" not in output
     assert conftest.run(*words, "time", "--max_hours", 1e-9) == common.EXIT_SAVED
     assert newest(pathlib.Path("models/time")) == (1, False)
-    for name in ("TERM", "time", "undisturbed"):
+    for name in ("TERM", "undisturbed"):
         assert conftest.run(*words, name) == 0
-        assert bits(name)[1] == bits("TERM")[1] and conftest.distance(name, "TERM") == 0
+    assert bits("TERM")[1] == bits("undisturbed")[1]
+    assert conftest.distance("TERM", "undisturbed") == 0
     # torchrun hands SIGTERM on, and leaves with 1 whatever its processes say
     process = conftest.start(*words, "ranks", n_ranks=2)
     wait_for_training(process, "ranks")
     process.terminate()
-    conftest.finish(process, 1)
+    finish(process, 1)
     (saved,) = common.complete_checkpoints(pathlib.Path("models/ranks"))
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        conftest.run(*words, "ranks")
-    message = capsys.readouterr().err
+    message = refused(conftest.run, *words, "ranks")
     assert "world_size was 2" in message and "make it the same" in message
     assert f"--model_init_path {saved.parent}/checkpoint-" in message
     assert conftest.run("--model_init_path", saved, *words[2:], "other", "--max_steps", 2) == 0
@@ -231,18 +250,18 @@ def test_copied_files_run_under_every_launcher(folder):
     for name in ("seq2seq.py", "common.py"):
         shutil.copy(conftest.ROOT / name, folder)
     shutil.copytree(conftest.ROOT / "ds_configs", folder / "ds_configs")
-    conftest.make_model("t5")
+    make_model("t5")
     pathlib.Path("models/t5").rename("models/flan-t5-xxl")
     pathlib.Path("data/d.json").rename("data/synthetic_explain.json")
     script, *words = COMMAND.split()
     assert seq2seq.parse_args(words).max_steps == 6001
     words += ["--max_steps", "3"]
-    conftest.finish(conftest.start(*words, script=script))
+    finish(conftest.start(*words, script=script))
     words += ["--training_run_name", "deepspeed"]
     launcher = pathlib.Path(sys.executable).with_name("deepspeed")
     launch = [launcher, "--num_gpus", "2", "--master_port", str(random.randrange(20000, 40000))]
     process = conftest.start(*words, script=script, launcher=launch)
-    conftest.finish(process)
+    finish(process)
     words[-1] = "srun"
     variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     variables.update(SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()))
@@ -251,8 +270,8 @@ def test_copied_files_run_under_every_launcher(folder):
         variables.update(SLURM_PROCID=rank, SLURM_LOCALID=rank)
         processes.append(conftest.start(*words, script=script, environment=variables))
     for process in processes:
-        conftest.finish(process)
+        finish(process)
     for name in ("deepspeed", "srun"):
-        assert json.loads(pathlib.Path(f"models/{name}/args.json").read_text())["world_size"] == 2
+        assert conftest.read_json(f"models/{name}/args.json")["world_size"] == 2
         assert conftest.distance("0216syn_explain", name) < 1e-6
         assert predictions("0216syn_explain") == predictions(name)

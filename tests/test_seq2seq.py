@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+import test_runs
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from conftest import make_model, metrics, pairs, write_data
 
 import common
 import seq2seq
@@ -52,7 +53,7 @@ def test_prompts_and_completions_become_token_ids():
         {"instruction": "spell", "input": "4", "output": "four"},
         {"instruction": "spell", "input": "", "output": "four"},
     ]
-    conftest.write_data("d", records, [{**records[0], "references": ["4", "IV"]}])
+    write_data("d", records, [{**records[0], "references": ["4", "IV"]}])
     data, tokenizer = load()
     sources, targets = data.rows["train"].fetch(range(3))
     for i, prompt in enumerate(["spell 4", "spell\n\n4", "spell"]):
@@ -64,7 +65,7 @@ def test_prompts_and_completions_become_token_ids():
 
 def test_what_is_too_long_is_cut_and_a_cut_completion_does_not_end(capsys):
     record = {"prompt": "one two three four", "completion": "five six seven eight"}
-    conftest.write_data("d", [record], [record])
+    write_data("d", [record], [record])
     data, tokenizer = load("--max_source_length 5 --max_target_length 3")
     sources, targets = data.rows["train"].fetch([0])
     prompt_ids = tokenizer(record["prompt"]).input_ids
@@ -75,7 +76,7 @@ def test_what_is_too_long_is_cut_and_a_cut_completion_does_not_end(capsys):
 
 def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     record = {"prompt": ["a", "b", "c"], "completion": ["1", "2"]}
-    conftest.write_data("d", [record] * 200, [record])
+    write_data("d", [record] * 200, [record])
     data, tokenizer = load()
     rows = data.rows["train"]
     rows.start_epoch(seed=0, epoch=0)
@@ -92,10 +93,10 @@ def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
 
 
 def test_eval_fraction_keeps_repeats_together_and_adds_to_an_eval_list():
-    records = conftest.pairs(200)
+    records = pairs(200)
     for i, record in enumerate(records):
         record["prompt"] += f" or {i // 2}"  # mostly twice
-    conftest.write_data("d", records, conftest.pairs(1, start=500))
+    write_data("d", records, pairs(1, start=500))
     data, tokenizer = load("--eval_fraction 0.3")
     held_out = {example.prompts[0] for example in data.examples["eval"]}
     trained = {prompt for prompt, _ in texts_of(data.rows["train"], tokenizer)}
@@ -143,7 +144,7 @@ ROWS = [[0, 3], [1], [2, 4]]
 
 def make_losses(kind):
     """(TargetLosses, sources, targets of five examples) of a small model."""
-    path = conftest.make_model(kind)
+    path = make_model(kind)
     auto_class = transformers.AutoModelForSeq2SeqLM
     common.untie_head(auto_class, transformers.AutoConfig.from_pretrained(path))
     model = auto_class.from_pretrained(path)
@@ -196,18 +197,6 @@ def test_losses_and_gradients_are_those_of_single_examples(kind):
     torch.testing.assert_close(evaluated[0], losses.detach())
 
 
-@pytest.mark.parametrize("kind", ["t5", "t5v1.1"])
-def test_packed_examples_do_not_see_each_other(kind):
-    losses_of, sources, targets = make_losses(kind)
-    before = losses_of(make_batch(losses_of, sources, targets))
-    sources[3], targets[3] = sources[3] % 7 + 5, targets[3] % 7 + 5
-    batch = make_batch(losses_of, sources, targets)
-    after = losses_of(batch)
-    is_changed = batch["label_example"] == 3
-    assert torch.equal(before[~is_changed], after[~is_changed])
-    assert not torch.isclose(before[is_changed], after[is_changed]).any()
-
-
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_a_rank_without_examples_has_a_loss_of_zero_and_no_gradient(kind):
     losses_of, _, _ = make_losses(kind)
@@ -243,9 +232,8 @@ def test_text_metrics_take_the_best_reference():
     assert (rouge1, rouge_l) == (1, 0.5)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_label_metrics_are_scikit_learns_and_other_answers_are_wrong(seed):
-    rng = np.random.default_rng(seed)
+def test_label_metrics_are_scikit_learns_and_other_answers_are_wrong():
+    rng = np.random.default_rng(0)
     gold = rng.choice(["no", "yes"], 50)
     answers = rng.choice(["no", "yes", "maybe"], 50)
     wrong = np.where(gold == "yes", "no", "yes")
@@ -259,9 +247,8 @@ def test_label_metrics_are_scikit_learns_and_other_answers_are_wrong(seed):
     assert seq2seq.text_metric("matthews", *constant) == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_correlations_are_scipys_and_no_number_is_the_value_farthest_off(seed):
-    rng = np.random.default_rng(seed)
+def test_correlations_are_scipys_and_no_number_is_the_value_farthest_off():
+    rng = np.random.default_rng(0)
     gold = rng.integers(0, 11, 40) / 2  # with ties; from 0 to 5
     gold[:2] = 0, 5
     predicted = np.round(gold + rng.normal(size=40))
@@ -287,16 +274,8 @@ def train(name, flags="", model="t5"):
     return conftest.run(*words.split())
 
 
-def predictions(path):
-    return json.loads(pathlib.Path("models", path).read_text())
-
-
-def weights(name):
-    return load_file(f"models/{name}/model.safetensors")
-
-
 BY_HEART = [
-    *conftest.pairs(6),
+    *pairs(6),
     {"prompt": "mask", "completion": "<extra_id_0> one <extra_id_1>two", "id": 7},
 ]
 
@@ -306,8 +285,8 @@ def finished(folder, tmp_path_factory):
     """models/run of a T5 v1.1 that knows BY_HEART by heart; trained once."""
     kept = tmp_path_factory.getbasetemp() / "finished"
     if not kept.exists():
-        conftest.make_model("t5v1.1")
-        conftest.write_data("d", BY_HEART, BY_HEART, test=BY_HEART[:2])
+        make_model("t5v1.1")
+        write_data("d", BY_HEART, BY_HEART, test=BY_HEART[:2])
         assert train_by_heart() == 0
         shutil.copytree(folder, kept)
     shutil.copytree(kept, folder, dirs_exist_ok=True)
@@ -320,7 +299,7 @@ def train_by_heart(flags=""):
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
-    evaluations = conftest.metrics("run", "eval")
+    evaluations = metrics("run", "eval")
     assert [row["step"] for row in evaluations] == [0, 30, 60]
     names = {"loss", "token_accuracy", "exact_match", "token_f1"}
     keys = {f"eval/{name}" for name in names}
@@ -329,12 +308,12 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert evaluations[0]["eval/token_accuracy"] < 0.5
     assert evaluations[-1]["eval/exact_match"] == 1
     assert evaluations[-1]["eval/token_accuracy"] == 1
-    (tested,) = conftest.metrics("run", "test")
+    (tested,) = metrics("run", "test")
     assert tested["test/exact_match"] == 1
-    places = [(row["step"], row["split"]) for row in conftest.metrics("run")]
+    places = [(row["step"], row["split"]) for row in metrics("run")]
     assert len(set(places)) == len(places) == 60 + 3 + 1
 
-    prediction = predictions("run/temperature=0.00_n=1_step=60.json")[-1]
+    prediction = conftest.read_json("models/run/temperature=0.00_n=1_step=60.json")[-1]
     assert prediction == {
         "prompt": "mask",
         "generations": [{"lm_postprocess": "<extra_id_0> one<extra_id_1> two"}],
@@ -342,8 +321,8 @@ def test_a_run_leaves_what_the_contract_names(finished):
         "orig_d": BY_HEART[-1],
         "dataset": "d",
     }
-    assert len(predictions("run/test_temperature=0.00_n=1_step=60.json")) == 2
-    about = predictions("run/rawtune.json")
+    assert len(conftest.read_json("models/run/test_temperature=0.00_n=1_step=60.json")) == 2
+    about = conftest.read_json("models/run/rawtune.json")
     assert about["format"] == 1
     assert about["script"] == "seq2seq.py"
     assert about["family"] == "seq2seq"
@@ -353,12 +332,12 @@ def test_a_run_leaves_what_the_contract_names(finished):
 
 
 def test_the_exported_folder_is_a_hugging_face_model_with_its_own_head(finished):
-    exported = weights("run")
+    exported = conftest.weights("run")
     assert not torch.equal(exported["lm_head.weight"], exported["shared.weight"])
     # not untied by us: as other programs load it
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained("models/run")
     loss = reference_loss(model, BY_HEART)
-    evaluated = conftest.metrics("run", "eval")[-1]["eval/loss"]
+    evaluated = metrics("run", "eval")[-1]["eval/loss"]
     assert float(loss) == pytest.approx(evaluated, abs=1e-5)
 
 
@@ -373,24 +352,22 @@ def reference_loss(model, records):
 
 
 def test_the_same_command_says_that_it_is_finished_and_more_steps_extend_it(finished, capsys):
-    metrics = conftest.metrics("run")
+    before = metrics("run")
     assert train_by_heart() == 0
     assert "models/run is finished" in capsys.readouterr().out
-    assert conftest.metrics("run") == metrics
+    assert metrics("run") == before
     assert train_by_heart("--max_steps 62") == 0
     assert "from step 60" in capsys.readouterr().out
-    steps = [row["step"] for row in conftest.metrics("run", "train")]
+    steps = [row["step"] for row in metrics("run", "train")]
     assert steps == list(range(1, 63))
-    (tested,) = conftest.metrics("run", "test")
+    (tested,) = metrics("run", "test")
     assert tested["step"] == 62
     assert pathlib.Path("models/run/COMPLETE").exists()
 
 
-def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finished, capsys):
-    conftest.write_data("d", BY_HEART[:-1], BY_HEART)
-    with pytest.raises(SystemExit):
-        train_by_heart("--weight_decay 0.1 --eval_batch_size 3")
-    errors = capsys.readouterr().err
+def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finished, refused):
+    write_data("d", BY_HEART[:-1], BY_HEART)
+    errors = refused(train_by_heart, "--weight_decay 0.1 --eval_batch_size 3")
     assert "weight_decay was 0.0" in errors
     assert "data_sha256 was" in errors
     assert "eval_batch_size" not in errors
@@ -398,7 +375,7 @@ def test_changed_flags_and_data_are_refused_by_name_and_overwrite_renames(finish
     (old,) = pathlib.Path("models").glob("run.old-*")
     assert (old / "COMPLETE").exists()
     assert (old / "checkpoint-60").exists()
-    assert [row["step"] for row in conftest.metrics("run", "train")] == [1]
+    assert [row["step"] for row in metrics("run", "train")] == [1]
 
 
 def test_evaluation_alone_may_be_repeated_and_inherits_no_decoding_settings(finished):
@@ -409,55 +386,50 @@ def test_evaluation_alone_may_be_repeated_and_inherits_no_decoding_settings(fini
     for n in (24, 2):
         assert train("again", f"--no_train --max_new_tokens {n} --seed {n}", "run") == 0
     (older,) = pathlib.Path("models").glob("again.old-*")
-    name = "temperature=0.00_n=1_step=60.json"
-    answers = predictions(f"{older.name}/{name}".replace("step=60", "step=0"))
-    assert answers == predictions(f"run/{name}")
-    assert predictions(f"again/{name}".replace("step=60", "step=0")) != answers
-    places = [(row["step"], row["split"]) for row in conftest.metrics("again")]
+    name = "temperature=0.00_n=1_step={}.json"
+    answers = conftest.read_json(older / name.format(0))
+    assert answers == conftest.read_json(f"models/run/{name.format(60)}")
+    assert conftest.read_json(f"models/again/{name.format(0)}") != answers
+    places = [(row["step"], row["split"]) for row in metrics("again")]
     assert places == [(0, "eval"), (0, "test")]
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_forward_steps_do_not_change_a_step(kind):
-    conftest.make_model(kind)
-    conftest.write_data("d", conftest.pairs(40), conftest.pairs(4, start=90))
+    make_model(kind)
+    write_data("d", pairs(40), pairs(4, start=90))
     # Adam blows up rounding errors of gradients near 0, in proportion to the learning rate
     flags = "--num_epochs 1 --learning_rate 0.001 --train_batch_size"
     assert train("whole", f"{flags} 16", kind) == 0
     assert train("split", f"{flags} 4 --gradient_accumulation_steps 4", kind) == 0
-    whole = conftest.metrics("whole", "train")
-    split = conftest.metrics("split", "train")
+    whole = metrics("whole", "train")
+    split = metrics("split", "train")
     assert len(whole) == 3  # of 16, 16 and 8 examples
     for whole_row, split_row in zip(whole, split):
         assert split_row["loss"] == pytest.approx(whole_row["loss"], rel=1e-6)
         assert split_row["grad_norm"] == pytest.approx(whole_row["grad_norm"], rel=1e-5)
-    others = weights("split")
-    square_of_difference = square = 0.0
-    for name, weight in weights("whole").items():
-        square_of_difference += (weight - others[name]).square().sum()
-        square += weight.square().sum()
-    assert square_of_difference**0.5 < 1e-6 * square**0.5
+    assert conftest.distance("whole", "split") < 1e-6
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
-    path = conftest.make_model("t5")
-    records = conftest.pairs(7)
-    conftest.write_data("d", records, records)
+    path = make_model("t5")
+    records = pairs(7)
+    write_data("d", records, records)
     flags = "--train_batch_size 2 --gradient_accumulation_steps 5 --max_steps 1"
     assert train("run", flags) == 0
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path)
     loss = reference_loss(model, records)
     loss.backward()
     grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
-    (row,) = conftest.metrics("run", "train")
+    (row,) = metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)
 
 
 def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
-    conftest.make_model("t5", dropout_rate=0.1)
+    make_model("t5", dropout_rate=0.1)
     lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
-    conftest.write_data("d", [*conftest.pairs(24), lists], conftest.pairs(4, start=90))
+    write_data("d", [*pairs(24), lists], pairs(4, start=90))
     flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --max_steps 7"
     flags += " --logging_steps 4 --eval_steps 3 --weight_decay 0.1"
     assert train("whole", flags) == 0
@@ -471,29 +443,23 @@ def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "stepped", stepped_and_stopped)
         assert train("stopped", flags) == common.EXIT_SAVED
-        assert [row["step"] for row in conftest.metrics("stopped", "eval")] == [0]
+        assert [row["step"] for row in metrics("stopped", "eval")] == [0]
         assert train("stopped", flags) == common.EXIT_SAVED
     assert not pathlib.Path("models/stopped/COMPLETE").exists()
     with pytest.raises(SystemExit):
         train("stopped", f"{flags} --max_steps 8")  # only a finished run can be extended
     assert train("stopped", flags) == 0
+    (whole, whole_rows), (stopped, rows) = map(test_runs.bits, ("whole", "stopped"))
     for file in ("model.safetensors", "temperature=0.00_n=1_step=7.json"):
-        whole = pathlib.Path("models/whole", file).read_bytes()
-        assert pathlib.Path("models/stopped", file).read_bytes() == whole
-    rows = {}
-    for name in ("whole", "stopped"):
-        rows[name] = conftest.metrics(name)
-        for row in rows[name]:
-            row.pop("tokens_per_sec", None)
-            row.pop("peak_memory_gb", None)
-    assert rows["whole"] == rows["stopped"]
+        assert whole[file] == stopped[file]
+    assert whole_rows == rows
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
 def test_the_best_checkpoint_is_kept_tested_and_exported(stage, monkeypatch):
-    conftest.make_model("t5")
-    records = conftest.pairs(8)
-    conftest.write_data("d", records, records, test=records)
+    make_model("t5")
+    records = pairs(8)
+    write_data("d", records, records, test=records)
     qualities = {0: 0.9, 2: 0.5, 4: 0.2, 6: 0.1}
     tested = {}
 
@@ -510,8 +476,9 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(stage, monkeypatch):
     assert train("run", f"{flags} --max_steps 20 --save_total_limit 1") == 0
     checkpoints = pathlib.Path("models/run").glob("checkpoint-*")
     assert {path.name for path in checkpoints} == {"checkpoint-2", "checkpoint-6"}
-    predictions("run/test_temperature=0.00_n=1_step=2.json")  # named after the best
-    exported, best, last = weights("run"), weights("run/checkpoint-2"), weights("run/checkpoint-6")
+    conftest.read_json("models/run/test_temperature=0.00_n=1_step=2.json")  # named after the best
+    names = ("run", "run/checkpoint-2", "run/checkpoint-6")
+    exported, best, last = map(conftest.weights, names)
     for name, weight in best.items():
         assert torch.equal(exported[name], weight)
         assert torch.equal(tested[name], weight)
@@ -519,38 +486,19 @@ def test_the_best_checkpoint_is_kept_tested_and_exported(stage, monkeypatch):
 
 
 def test_data_sets_are_mixed_scored_apart_and_sampled():
-    conftest.make_model("t5")
-    conftest.write_data("d", conftest.pairs(8), conftest.pairs(3))
-    conftest.write_data("e", conftest.pairs(40), conftest.pairs(5))
+    make_model("t5")
+    write_data("d", pairs(8), pairs(3))
+    write_data("e", pairs(40), pairs(5))
     flags = "--data d e:0.2 --temperature 0.8 --n_samples 3 --num_epochs 1"
     assert train("run", f"{flags} --train_batch_size 4 --eval_batch_size 7") == 0
-    row = conftest.metrics("run", "eval")[-1]
-    assert row["step"] == 4  # 8 of each
-    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
-    assert row["eval/d/loss"] != row["eval/e/loss"]
-    answers = predictions("run/temperature=0.80_n=3_step=4.json")
-    assert [answer["dataset"] for answer in answers] == ["d"] * 3 + ["e"] * 5
-    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
-    assert len(samples) == 3
+    test_runs.check_mixture(["d"] * 3 + ["e"] * 5)
 
 
-def test_nothing_is_kept_on_disk_so_that_an_edit_of_the_data_code_takes_effect(folder, monkeypatch):
-    conftest.make_model("t5")
-    conftest.write_data("d", conftest.pairs(8), conftest.pairs(2))
+def test_nothing_is_kept_on_disk_but_the_run(folder, monkeypatch):
+    make_model("t5")
+    write_data("d", pairs(8), pairs(2))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     before = set(folder.rglob("*"))
     assert train("run", "--max_steps 1") == 0
     for path in set(folder.rglob("*")) - before:
         assert path.is_relative_to(folder / "models" / "run")
-    to_example = seq2seq.to_example
-
-    def edited(data_set, record, where, problems):
-        record = {**record, "completion": "nine"}
-        return to_example(data_set, record, where, problems)
-
-    monkeypatch.setattr(seq2seq, "to_example", edited)
-    assert train("edited", "--max_steps 1") == 0
-    losses = [conftest.metrics(name, "train")[0]["loss"] for name in ("run", "edited")]
-    assert losses[0] != losses[1]
-    for answer in predictions("edited/temperature=0.00_n=1_step=1.json"):
-        assert answer["demonstration"] == "nine"

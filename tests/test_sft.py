@@ -1,10 +1,8 @@
 """sft_causal.py: data by hand, loss and gradients against a slow reference, whole runs."""
 
 import json
-import os
 import pathlib
 import re
-import signal
 import types
 
 import conftest
@@ -14,6 +12,7 @@ import test_runs
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import make_causal, metrics, pairs, write_data
 from test_prompts import CHAT, TEMPLATES
 
 import common
@@ -21,7 +20,6 @@ import sft_causal
 
 PACKED = ["llama", "qwen2", "gemma", "gemma2", "granite", "pythia", "gpt2"]
 KINDS = [*PACKED, "opt"]
-STAGES = ("zero0", "zero1", "zero2", "zero3")
 WEIGHTED = [*CHAT[:2], {**CHAT[2], "weight": 0}, *CHAT[3:]]
 
 # --------------------------------------------------------------------------------------------- data
@@ -43,7 +41,7 @@ def load(flags="", change=None):
 
 def load_one(record, flags="", change=None):
     """(input_ids, labels, ids of the question, Prompts) of a record."""
-    conftest.write_data("d", [record], [record])
+    write_data("d", [record], [record])
     data, prompts = load(flags, change)
     rows = data.rows["train"]
     input_ids, labels = rows.fetch([0])
@@ -115,7 +113,7 @@ def test_each_of_several_instructions_gets_the_input():
 
 def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     record = {"prompt": ["a", "b", "c"], "completion": ["1", "2"]}
-    conftest.write_data("d", [record] * 200, [{**record, "references": ["1", "I"]}])
+    write_data("d", [record] * 200, [{**record, "references": ["1", "I"]}])
     data, prompts = load("--template plain")
 
     def texts(rows):
@@ -136,23 +134,21 @@ def test_training_draws_from_lists_and_evaluation_takes_the_firsts():
     assert data.examples["eval"][0].references == ["1", "I"]
 
 
-def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys):
+def test_what_is_too_long_is_cut_and_not_taught_to_end(capsys, refused):
     short = {"prompt": "a", "completion": "b"}  # 5 tokens
     long = {"prompt": "a b c d e", "completion": "one two three four five six"}
-    conftest.write_data("d", [long], [short, long])
+    write_data("d", [long], [short, long])
     data, prompts = load("--template plain --max_length 12")
     input_ids, labels = data.rows["train"].fetch([0])
     assert len(input_ids[0]) == len(labels[0]) == 12
     assert labels[0][-1] not in (sft_causal.IGNORED, prompts.tokenizer.eos_token_id)
     assert "2 of 3 examples are cut to --max_length 12" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        load("--template plain --max_length 5")
-    assert "2 of 3 examples have no target token" in capsys.readouterr().err
+    assert "2 of 3 examples have no target token" in refused(
+        load, "--template plain --max_length 5"
+    )
     zero = {"messages": [CHAT[1], {**CHAT[2], "weight": 0}]}
-    conftest.write_data("d", [zero], [short])
-    with pytest.raises(SystemExit):
-        load()
-    assert "1 of 2 examples have no target token" in capsys.readouterr().err
+    write_data("d", [zero], [short])
+    assert "1 of 2 examples have no target token" in refused(load)
 
 
 TEMPLATE = (
@@ -162,27 +158,26 @@ TEMPLATE = (
 )
 
 
-def test_what_a_chat_would_not_see_is_refused_with_a_way_out(capsys):
+def test_what_a_chat_would_not_see_is_refused_with_a_way_out(refused):
     rewrites = {"chat_template": TEMPLATE}  # the last reply gets a star
-    with pytest.raises(SystemExit):
-        load_one({"messages": CHAT}, change=rewrites)
-    message = capsys.readouterr().err
+    message = refused(load_one, {"messages": CHAT}, change=rewrites)
     assert "2 records, first data/d.json, train[0]: a chat would see other tokens" in message
     _, labels, _, prompts = load_one({"messages": CHAT}, "--targets last", rewrites)
     assert trained(labels, prompts) == ["*no</s>"]
     blank = {"chat_template": TEMPLATE.replace("*", "").replace(":'", ": '")}
     _, labels, *_ = load_one({"prompt": "a", "completion": "-yes"}, change=blank)
     assert trained(labels, prompts) == ["-yes</s>"]
-    with pytest.raises(SystemExit):  # " yes" is one token: the blank of the prompt goes into it
-        load_one({"prompt": "a", "completion": "yes"}, change=blank)
-    assert "no blanks or newlines where a reply begins" in capsys.readouterr().err
+    # " yes" is one token: the blank of the prompt goes into it
+    assert "no blanks or newlines where a reply begins" in refused(
+        load_one, {"prompt": "a", "completion": "yes"}, change=blank
+    )
 
 
 def test_eval_fraction_keeps_the_same_question_on_one_side():
-    records = conftest.pairs(200)
+    records = pairs(200)
     for i, record in enumerate(records):
         record["prompt"] += f" or {i // 2}"  # mostly twice
-    conftest.write_data("d", records, conftest.pairs(1, start=500))
+    write_data("d", records, pairs(1, start=500))
     data, _ = load("--eval_fraction 0.3 --template plain")
     n_held_out = len(data.examples["eval"]) - 1
     assert 30 < n_held_out < 90 and data.sizes == [200 - n_held_out]
@@ -228,7 +223,7 @@ ROWS = [[0, 3], [1], [2, 4]]
 
 def make_losses(kind):
     """(TargetLosses, input_ids, labels of five examples) of a small model."""
-    path = conftest.make_causal(kind)
+    path = make_causal(kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     rng = np.random.default_rng(0)
     input_ids, labels = {}, {}
@@ -278,7 +273,7 @@ def test_losses_and_gradients_are_those_of_single_examples_packed_or_not(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypatch, capsys):
+def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypatch, refused):
     losses_of, _, _ = make_losses(kind)
     engine = types.SimpleNamespace(module=losses_of, eval=losses_of.eval, train=losses_of.train)
     engine.device = "cpu"
@@ -291,9 +286,7 @@ def test_families_that_would_mix_the_examples_of_a_row_are_found(kind, monkeypat
         assert sft_causal.can_pack(*arguments) == (kind in PACKED)
     logits = losses_of.logits
     monkeypatch.setattr(losses_of, "logits", lambda states: 2 * logits(states))
-    with pytest.raises(SystemExit):
-        sft_causal.can_pack(*arguments)
-    assert "changes its logits" in capsys.readouterr().err
+    assert "changes its logits" in refused(sft_causal.can_pack, *arguments)
 
 
 def test_a_rank_without_examples_has_a_loss_of_zero_and_no_gradient():
@@ -315,14 +308,10 @@ def train(name, flags="", model="llama"):
     return conftest.run(*words.split(), module=sft_causal)
 
 
-def predictions(path):
-    return json.loads(pathlib.Path("models", path).read_text())
-
-
 def chats(n, start=0):
     """Two rounds of questions: spelled digits."""
     found = []
-    for first, second in zip(conftest.pairs(n, start), conftest.pairs(n, start + 1)):
+    for first, second in zip(pairs(n, start), pairs(n, start + 1)):
         messages = []
         for pair in (first, second):
             messages.append({"role": "user", "content": pair["prompt"]})
@@ -331,21 +320,21 @@ def chats(n, start=0):
     return found
 
 
-def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(capsys):
-    conftest.make_causal("llama")
+def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs():
+    make_causal("llama")
     records = chats(6)
     records.append({"prompt": "nine", "completion": "9", "references": ["IX", "9"]})
-    conftest.write_data("d", records, records, test=records[:2])
+    write_data("d", records, records, test=records[:2])
     flags = "--max_steps 60 --eval_steps 30 --lr_scheduler_type constant_with_warmup"
     flags += " --max_new_tokens 30 --metric_for_best exact_match"
     assert train("run", flags) == 0
-    evaluations = conftest.metrics("run", "eval")
+    evaluations = metrics("run", "eval")
     assert [row["step"] for row in evaluations] == [0, 30, 60]
     names = {"eval/loss", "eval/token_accuracy", "eval/exact_match"}
     assert set(evaluations[0]) == {"step", "epoch", "split", *names}
     assert evaluations[0]["eval/exact_match"] == 0 and evaluations[-1]["eval/exact_match"] == 1
-    assert conftest.metrics("run", "test")[0]["test/exact_match"] == 1
-    answer = predictions("run/temperature=0.00_n=1_step=60.json")[3]
+    assert metrics("run", "test")[0]["test/exact_match"] == 1
+    answer = conftest.read_json("models/run/temperature=0.00_n=1_step=60.json")[3]
     assert answer == {
         "prompt": records[3]["messages"][:-1],
         "generations": [{"lm_postprocess": records[3]["messages"][-1]["content"]}],
@@ -353,7 +342,7 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(ca
         "orig_d": records[3],
         "dataset": "d",
     }
-    about = predictions("run/rawtune.json")
+    about = conftest.read_json("models/run/rawtune.json")
     expected = {"format": 1, "script": "sft_causal.py", "task": "chat", "family": "causal"}
     expected.update(template="chatml", end_token="<|im_end|>", raw_prompt=False, adapter="none")
     assert expected.items() <= about.items()
@@ -378,20 +367,13 @@ def test_a_run_leaves_what_the_contract_names_and_is_loaded_by_other_programs(ca
     settings = {"no_repeat_ngram_size": 1, "repetition_penalty": 9.0, "max_length": 5}
     pathlib.Path("models/run/generation_config.json").write_text(json.dumps(settings))
     assert train("again", "--no_train --max_new_tokens 30", "run") == 0
-    assert predictions("again/temperature=0.00_n=1_step=0.json")[3] == answer
-
-    assert train("run", flags) == 0
-    assert "models/run is finished" in capsys.readouterr().out
-    conftest.write_data("d", records[1:], records)
-    with pytest.raises(SystemExit):
-        train("run", flags)
-    assert "data_sha256 was" in capsys.readouterr().err
+    assert conftest.read_json("models/again/temperature=0.00_n=1_step=0.json")[3] == answer
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsys):
-    conftest.make_causal(kind)
-    conftest.write_data("d", chats(40), chats(4, start=90))
+    make_causal(kind)
+    write_data("d", chats(40), chats(4, start=90))
     monkeypatch.setattr(sft_causal, "EXAMPLES_PER_ROW", (3,))
     # Adam blows up rounding errors of gradients near 0, in proportion to the learning rate
     flags = "--num_epochs 1 --learning_rate 0.0003 --train_batch_size"
@@ -400,11 +382,11 @@ def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsy
     assert ("one example per row" in capsys.readouterr().out) == (kind == "opt")
     monkeypatch.setattr(sft_causal, "can_pack", lambda *arguments: False)
     assert train("rows", f"{flags} 16", kind) == 0
-    whole = conftest.metrics("whole", "train")
+    whole = metrics("whole", "train")
     assert len(whole) == 3  # of 16, 16 and 8 examples
     paddings = {}
     for name in ("whole", "split", "rows"):
-        rows = conftest.metrics(name, "train")
+        rows = metrics(name, "train")
         paddings[name] = rows[0]["padding_share"]
         for row, expected in zip(rows, whole):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -414,8 +396,8 @@ def test_forward_steps_and_packing_do_not_change_a_step(kind, monkeypatch, capsy
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
-    path = conftest.make_causal("pythia")
-    conftest.write_data("d", chats(7), chats(2))
+    path = make_causal("pythia")
+    write_data("d", chats(7), chats(2))
     flags = "--template plain --train_batch_size 2 --gradient_accumulation_steps 5 --max_steps 1"
     assert train("run", flags, "pythia") == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -425,67 +407,32 @@ def test_the_loss_of_a_step_is_the_mean_over_its_target_tokens():
     loss = torch.cat(losses).mean()
     loss.backward()
     grad_norm = torch.nn.utils.get_total_norm(conftest.gradients(model).values())
-    (row,) = conftest.metrics("run", "train")
+    (row,) = metrics("run", "train")
     assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)
 
 
-def test_stopped_and_continued_is_the_same_to_the_bit(monkeypatch):
-    conftest.make_causal("gpt2", resid_pdrop=0.1, max_position_embeddings=128)
-    lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
-    conftest.write_data("d", [*chats(24), lists], chats(4, start=90))
-    flags = "--train_batch_size 4 --gradient_accumulation_steps 2 --max_steps 7"
-    flags += " --logging_steps 4 --eval_steps 3 --max_new_tokens 500"  # answers end at position 128
-    assert train("whole", flags, "gpt2") == 0
-    stepped = common.Run.stepped
-
-    def stepped_and_stopped(run, *arguments, **others):
-        stepped(run, *arguments, **others)
-        if run.step in (2, 4):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "stepped", stepped_and_stopped)
-        assert train("stopped", flags, "gpt2") == common.EXIT_SAVED
-        assert train("stopped", flags, "gpt2") == common.EXIT_SAVED
-    assert train("stopped", flags, "gpt2") == 0
-    (whole, whole_rows), (stopped, stopped_rows) = (
-        test_runs.bits("whole"),
-        test_runs.bits("stopped"),
-    )
-    assert whole_rows == stopped_rows
-    for file in ("model.safetensors", "temperature=0.00_n=1_step=7.json"):
-        assert whole[file] == stopped[file]
-
-
 def test_data_sets_are_mixed_scored_apart_and_sampled():
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(8), chats(3))
-    texts = [{"text": pair["prompt"]} for pair in conftest.pairs(5)]
-    conftest.write_data("e", conftest.pairs(40), [*conftest.pairs(5, 50), *texts])
+    make_causal("llama")
+    write_data("d", chats(8), chats(3))
+    texts = [{"text": pair["prompt"]} for pair in pairs(5)]
+    write_data("e", pairs(40), [*pairs(5, 50), *texts])
     flags = "--data d e:0.2 --temperature 0.8 --n_samples 3 --num_epochs 1 --n_generate 4"
     assert train("run", f"{flags} --train_batch_size 4 --eval_batch_size 7") == 0
-    row = conftest.metrics("run", "eval")[-1]
-    assert row["step"] == 4  # 8 of each
-    assert {"eval/loss", "eval/d/loss", "eval/e/loss", "eval/e/exact_match"} <= set(row)
-    assert row["eval/d/loss"] != row["eval/e/loss"]
-    answers = predictions("run/temperature=0.80_n=3_step=4.json")
-    assert [answer["dataset"] for answer in answers] == ["d"] * 3 + ["e"] * 4
-    samples = {sample["lm_postprocess"] for sample in answers[0]["generations"]}
-    assert len(samples) == 3
+    test_runs.check_mixture(["d"] * 3 + ["e"] * 4)
     assert train("none", "--data e --max_steps 1 --n_generate 0") == 0
-    assert "eval/exact_match" not in conftest.metrics("none", "eval")[-1]
+    assert "eval/exact_match" not in metrics("none", "eval")[-1]
 
 
 def test_lora_keeps_the_tokenizer_and_peft_reads_it():
     peft = pytest.importorskip("peft")
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(8), chats(3))
+    make_causal("llama")
+    write_data("d", chats(8), chats(3))
     flags = "--lora_rank 4 --lora_targets all-linear --template plain --max_steps 8"
     assert train("run", flags) == 0
-    losses = [row["loss"] for row in conftest.metrics("run", "train")]
+    losses = [row["loss"] for row in metrics("run", "train")]
     assert losses[-1] < losses[0]
-    about = predictions("run/rawtune.json")
+    about = conftest.read_json("models/run/rawtune.json")
     assert about["adapter"] == "lora" and about["base"]["path"] == "models/llama"
     base = transformers.AutoModelForCausalLM.from_pretrained("models/llama")
     model = peft.PeftModel.from_pretrained(base, "models/run")
@@ -494,7 +441,7 @@ def test_lora_keeps_the_tokenizer_and_peft_reads_it():
     for i in range(3):
         input_ids, labels = data.rows["eval"].fetch([i])
         found.append(reference_losses(model, input_ids[i], labels[i]))
-    evaluated = conftest.metrics("run", "eval")[-1]["eval/loss"]
+    evaluated = metrics("run", "eval")[-1]["eval/loss"]
     assert float(torch.cat(found).mean()) == pytest.approx(evaluated, abs=1e-5)
 
 
@@ -511,18 +458,15 @@ MISTAKES = [  # words, content of data/d.json, message
     ("", '[{"messages": [{"role": "user", "content": "a"}]}]', "no message of the role 'assist"),
     ("--raw_prompt", CHATS, "--raw_prompt takes prompt and completion, or text"),
     ("--eval_fraction 0.5", '[{"text": " "}]', "'text' is ' ', expected text"),
-    ("--max_length 300", json.dumps({"train": chats(4), "eval": conftest.pairs(1)}), ""),
-    ("--lora_rank 4", CHATS, "models/llama lacks the tokens <|im_start|> <|im_end|>"),
-    ("--n_samples 4", CHATS, "greedy decoding gives the same each time: --temperature 0.8"),
-    ("--bidirectional_prompt", CHATS, "unknown argument --bidirectional_prompt"),
+    ("--max_length 300", CHATS, "examples of 73 tokens, and models/llama has 64 positions"),
 ]
 
 
 @pytest.mark.parametrize("words, content, message", MISTAKES)
 def test_mistakes(words, content, message, monkeypatch, capsys):
     conftest.make_model("t5", weights=False)
-    conftest.make_causal("llama", weights=False, max_position_embeddings=64)
-    conftest.make_causal("gpt2", weights=False)
+    make_causal("llama", weights=False, max_position_embeddings=64)
+    make_causal("gpt2", weights=False)
     pathlib.Path("data/d.json").write_text(content)
     monkeypatch.delattr(common, "load_model")
     with pytest.raises(SystemExit) as error:
@@ -533,57 +477,35 @@ def test_mistakes(words, content, message, monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------- ranks and kills
 
-SHORT = ["--data", "d", "--max_steps", "7", "--save_steps", "0", "--max_new_tokens", "8"]
-SHORT += ["--learning_rate", "1e-3", "--warmup_steps", "2", "--weight_decay", "0.01"]
-SHORT += ["--logging_steps", "1", "--eval_steps", "7", "--model_init_name"]
-
 
 @pytest.mark.slow
 def test_ranks_accumulation_and_stages_give_the_same_weights():
     # no GPT-2: its bias of keys has no gradient but rounding errors, which Adam blows up
-    conftest.make_causal("llama")
-    conftest.write_data("d", chats(100), chats(10, 100))
-    words = [*SHORT, "llama", "--temperature", "1", "--n_samples", "2", "--eval_batch_size", "8"]
-    two_ranks = ["--train_batch_size", "8", "--gradient_accumulation_steps", "2", *words]
-    runs = [[*two_ranks, "--ds_config", stage, "--training_run_name", stage] for stage in STAGES]
-    process = conftest.start_many(runs, 2, sft_causal)
-    alone = ["--train_batch_size", 16, "--training_run_name", "one"]
-    conftest.run(*words, *alone, module=sft_causal)
-    conftest.finish(process)
-    assert len(test_runs.predictions("one")) == 2
-    for name in STAGES:
-        assert conftest.distance("one", name) < 1e-6, name
-        assert test_runs.predictions(name) == test_runs.predictions("one"), name
-        for key in ("loss", "grad_norm"):
-            one = test_runs.losses("one", key)
-            assert test_runs.losses(name, key) == pytest.approx(one, rel=1e-5)
+    make_causal("llama")
+    write_data("d", chats(100), chats(10, 100))
+    words = ["--model_init_name", "llama", *test_runs.SHORT, *test_runs.SAMPLING]
+    test_runs.check_ranks(words, sft_causal)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits():
-    conftest.make_causal("gpt2", resid_pdrop=0.1)
-    conftest.write_data("d", chats(100), chats(10, 100))
-    words = [*SHORT, "gpt2", "--max_steps", "14", "--save_steps", "2", "--train_batch_size", "8"]
-
-    def runs(prefix):
-        names = [(stage, f"{prefix}-{stage}") for stage in ("zero0", "zero3")]
-        return [[*words, "--ds_config", s, "--training_run_name", name] for s, name in names]
-
-    undisturbed = conftest.start_many(runs("whole"), 2, sft_causal)
-    for stage in ("zero0", "zero3"):
-        process = conftest.start_many(runs("killed"), 2, sft_causal)
-        run = pathlib.Path(f"models/killed-{stage}")
-        while test_runs.newest(run)[0] < 6:
-            assert process.poll() is None, conftest.finish(process)
-        test_runs.kill(process)
-        assert not (run / common.COMPLETE).exists()
-    conftest.finish(conftest.start_many(runs("killed"), 2, sft_causal))
-    conftest.finish(undisturbed)
-    for stage in ("zero0", "zero3"):
-        assert test_runs.bits(f"killed-{stage}") == test_runs.bits(f"whole-{stage}")
+    make_causal("gpt2", resid_pdrop=0.1)
+    lists = {"prompt": ["spell 1", "one"], "completion": ["one", "1"]}
+    write_data("d", [*chats(100), lists, lists], chats(10, 100))
+    words = [
+        "--model_init_name",
+        "gpt2",
+        *test_runs.SHORT,
+        "--max_steps",
+        "14",
+        "--save_steps",
+        "2",
+    ]
+    words += ["--train_batch_size", "8", "--max_new_tokens", "500"]  # more than the positions
+    test_runs.check_kills(words, sft_causal, ("zero0", "zero3"))
 
 
 @pytest.mark.slow
 def test_the_demo_learns():
     assert conftest.run(module=sft_causal) == 0
-    assert conftest.metrics("sft-demo", "test")[0]["test/exact_match"] >= 0.95
+    assert metrics("sft-demo", "test")[0]["test/exact_match"] >= 0.95
