@@ -325,7 +325,7 @@ def finish(args, splits, problems):
     tokenizer = load_tokenizer(args.tokenizer, problems)
     splits = {split: found for split, found in splits.items() if found}
     if problems or not splits:
-        common.fail(problems or "no records to write: no file, an empty one, or all left out")
+        common.fail(problems or f"{args.out}: no records: no file, an empty one, or all left out")
     write(args.out, splits)
     show(args.out, splits, tokenizer)
 
