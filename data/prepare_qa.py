@@ -33,6 +33,7 @@ def answered(answers):
 
 def squad(article, args):
     found = []
+    title = str(article["title"])
     for paragraph in article["paragraphs"]:
         context = to_text(paragraph["context"], "context")
         for item in paragraph["qas"]:
@@ -41,7 +42,7 @@ def squad(article, args):
                 answers = [args.no_answer]
             if answers:
                 prompt = f"{context}\n\n{to_text(item['question'], 'question')}"
-                found.append({"prompt": prompt, **answered(answers), "article": article["title"]})
+                found.append({"prompt": prompt, **answered(answers), "article": title})
     return found
 
 
