@@ -15,17 +15,15 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import re
-import resource
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers
 
@@ -37,19 +35,17 @@ from tqdm import tqdm
 
 import common
 
-TRAINERS = ("seq2seq", "clf", "sft_causal", "rl_ppo")
-SCRIPTS = (*TRAINERS, "project_grads", "chat")
+SCRIPTS = ("seq2seq", "clf", "sft_causal", "rl_ppo", "project_grads", "chat")
+PRESET = "# a preset\n--training_run_name run --eval_fraction 0.3\n--model_init_name"
 T5 = f"{conftest.ROOT}/models/tiny-t5"
-TRAINING = "--training_run_name run --data d --eval_fraction 0.3 --max_steps 2 --model_init_name"
 # of a line with # there are twelve, numbered
 PAIRS = '{"prompt": "why #?", "completion": ["for #", "x"], "references": ["for"], "id": #}'
 PROMPTS = '{"prompt": "why #?", "answer": "for"}'
 CHATS = """{"messages": [{"role": "user", "content": "why #?"}, \
 {"role": "assistant", "content": "for", "weight": 1}]}"""
 SCORES = '{"input": "text #", "target": 0.5}'
-CHOICES = '{"prompt": "why #?", "chosen": "for", "rejected": "x"}'
 TREES = """{"message_id": "m#", "text": "why #?", "role": "prompter", "lang": "en", "replies": \
-[{"message_id": "r#", "text": "for", "role": "assistant", "rank": 0, "lang": "en"}]}"""
+[{"message_id": "r#", "text": "for", "role": "assistant", "rank": 0}]}"""
 SQUAD = """{"title": "t#", "paragraphs": [{"context": "For.", "qas": \
 [{"question": "why #?", "answers": [{"text": "For"}]}]}]}"""
 SCIQ = (
@@ -67,30 +63,35 @@ TAUGHT = """{"dataset_key": "svamp", "prediction_template": "zs_cot", "sample_in
 "completion_index": 0, "question": "# and #?", "answer": "2", "reasoning_completion": "So", \
 "completion": "2"}"""
 RTE = "sentence1\tsentence2\tlabel\nA.\tB #.\tentailment"
-TEXT = "The quick brown fox jumps over the lazy dog, # times.\n\n"
+TEXT = "The quick brown fox jumps over the lazy dog, # times."
+DEEPSPEED = """{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000, \
+"overlap_comm": true}, "wall_clock_breakdown": false, "steps_per_print": 100}"""
 COMMANDS = (  # script, words, files
-    ("seq2seq", f"{TRAINING} tiny-t5", {"data/d.jsonl": PAIRS}),
-    ("sft_causal", f"{TRAINING} tiny-llama", {"data/d.jsonl": CHATS}),
-    ("clf", f"{TRAINING} tiny-t5", {"data/d.jsonl": SCORES}),
-    ("clf", f"{TRAINING} tiny-llama --loss pairwise", {"data/d.jsonl": CHOICES}),
+    (
+        "seq2seq",
+        "@preset --data d --ds_config ds.json",
+        {"data/d.jsonl": PAIRS, "preset": f"{PRESET} tiny-t5", "ds.json": DEEPSPEED},
+    ),
+    ("clf", "@preset --data d", {"data/d.jsonl": SCORES, "preset": f"{PRESET} tiny-t5"}),
+    ("sft_causal", "@preset --data d", {"data/d.jsonl": CHATS, "preset": f"{PRESET} tiny-llama"}),
     (
         "rl_ppo",
-        f"{TRAINING} tiny-llama --reward_fn r.py:f",
-        {"data/d.jsonl": PROMPTS, "r.py": "f = 1"},
+        "@preset --data d --reward_fn reward.py:f",
+        {"data/d.jsonl": PROMPTS, "preset": f"{PRESET} tiny-llama", "reward.py": "f = 1"},
     ),
     (
         "project_grads",
         "collect --model_init_name tiny-t5 --data d --out G",
         {"data/d.jsonl": PAIRS},
     ),
-    ("chat", "--model_path ../models/babbler --input d.jsonl --output out", {"d.jsonl": PROMPTS}),
+    ("chat", "--model_path ../models/babbler --input d.jsonl --output o", {"d.jsonl": PROMPTS}),
     (
         "prepare_table",
         "--train d.csv --out o.json prompt=q completion=a",
         {"d.csv": "q,a\nwhy #?,for"},
     ),
     ("prepare_qa", "--layout squad --train d.jsonl --out o.json", {"d.jsonl": SQUAD}),
-    ("prepare_oasst", "--train d.jsonl --to pairs --lang en --out o.json", {"d.jsonl": TREES}),
+    ("prepare_oasst", "--train d.jsonl --to pairs --out o.json", {"d.jsonl": TREES}),
     ("prepare_glue", "--task rte --data_dir . --out o.json", {"train.tsv": RTE, "dev.tsv": RTE}),
     ("prepare_translation", "--pairs x_nl-en=d.tsv --out o.json", {"d.tsv": "dag #\tday #"}),
     ("prepare_text", f"--input d.txt --tokenizer {T5} --out o", {"d.txt": TEXT}),
@@ -98,7 +99,7 @@ COMMANDS = (  # script, words, files
     ("prepare_eduqg", "--sciq d.csv --out o", {"d.csv": SCIQ}),
     (
         "prepare_ni",
-        "--task_dir tasks --out o.json --num_pos_examples 1",
+        "--task_dir tasks --out o.json",
         {"tasks/a.json": TASK, "splits/default/train_tasks.txt": "a"},
     ),
     (
@@ -111,20 +112,22 @@ COMMANDS = (  # script, words, files
         "export --dataset d.json --split s.json --completions c.jsonl --out o.json",
         {"d.json": SAMPLES, "s.json": SPLIT, "c.jsonl": TAUGHT},
     ),
-    ("cot", "filter --completions c.jsonl --out o.jsonl", {"c.jsonl": TAUGHT}),
 )
 VALUES = (  # in JSON
-    *(None, True, 0, -1, 7, 0.5, 1e308, 10**400, float("nan"), float("inf"), "", " ", "x", "7"),
+    *(None, True, 0, -1, 7, 0.5, 10**400, float("nan"), float("inf"), "", " ", "x", "7"),
     *("\ud800", "\0", "</s>", "x" * 5000, [], {}, [None], [[]], {"a": 1}),
 )
 WORDS = (  # of a command; no path outside of the case's folder, lest it be written
-    *("", " ", "-1", "0", "1", "0.5", "1e9", "9" * 30, "nan", "inf", "-inf", "x", "x:y", "d:0.5"),
-    *("nope.json", "data", ".", "@nope", "{", "{x}", "\udcff", "true", "None", "d"),
+    *("", " ", "-1", "0", "1", "0.5", "1e9", "9" * 30, "nan", "inf", "x", "x:y", "d:0.5"),
+    *("nope.json", "data", ".", "@nope", "{x}", "\udcff"),
 )
-BYTES = (b"", b"\xef\xbb\xbf", b"\xff", b"\0", b'"', b"{", b"]", b",", b"\n", b"\t", b"[" * 5000)
+BYTES = (  # UTF-8's and UTF-16's marks, a byte of neither, a deep nesting
+    *(b"", b"\xef\xbb\xbf", b"\xff\xfe{\0", b"\xff", b"\0", b'"', b"{", b"]", b",", b"\n", b"\t"),
+    b"[" * 5000,
+)
 NAME = r"--|argument|'|/|\.\w"  # of a flag, a word or a file, in an ERROR line
-MOST_MEMORY = 8 * 10**9
 PATIENCE = 60  # seconds, after which a script hangs
+FORK = multiprocessing.get_context("fork")
 
 # files: {name: bytes}
 Case = collections.namedtuple("Case", "script words files")
@@ -183,29 +186,19 @@ def make_case(seed, i):
     words = text.split()
     flags = flags_of(script, words)
     files = {name: expand(content) for name, content in files.items()}
-    names = list(files)
     for _ in range(rng.randint(1, 3)):
-        name = rng.choice(names)
-        kind = rng.choice(("value", "bytes", "encoding", "flag", "word", "preset", "deepspeed"))
+        name = rng.choice(list(files))
+        kind = rng.choice(("value", "bytes", "flag", "word"))
         if kind == "value":
             files[name] = mutate_json(name, files[name], rng)
         elif kind == "bytes":
-            files[name] = splice(files[name], rng.choice(BYTES), rng)
-        elif kind == "encoding":
-            files[name] = files[name].decode("latin-1").encode(rng.choice(("utf-16", "cp500")))
+            pieces = BYTES if "." in name else BYTES[:-1]  # no name of a file is as long
+            files[name] = splice(files[name], rng.choice(pieces), rng)
         elif kind == "flag":
             words = [*words, rng.choice(flags), rng.choice(WORDS)]
-        elif kind == "word":
+        else:
             misspelt = rng.choice(flags)[:-1]
             words = splice(words, [rng.choice((*WORDS, misspelt))], rng)
-        elif kind == "preset" and script in SCRIPTS:
-            preset = "\n".join(words).encode(errors="surrogateescape")
-            files["preset"] = splice(preset, rng.choice(BYTES[:-1]), rng)
-            words = ["@preset"]
-        elif kind == "deepspeed" and script in TRAINERS:
-            stage = conftest.ROOT / "ds_configs" / f"zero{rng.randrange(4)}.json"
-            files["ds.json"] = mutate_json("ds.json", stage.read_bytes(), rng)
-            words = [*words, "--ds_config", "ds.json"]
     return Case(script, words, files)
 
 
@@ -221,9 +214,7 @@ def stop(*args, **options):
 
 
 def be_script(case, folder):
-    """In a child: the script as from a command line."""
-    signal.alarm(PATIENCE)  # ends the process
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    """In a fork: the script as from a command line."""
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -232,38 +223,27 @@ def be_script(case, folder):
         common.Run.resume = stop
     else:
         common.load_model = stop
-    try:
-        start(case.script, case.words)
-    except SystemExit as error:
-        os._exit(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    start(case.script, case.words)
 
 
 def run_case(case, folder):
-    """(exit code, output)"""
+    """(exit code, None where it hangs; output)"""
     for name, content in case.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    pid = os.fork()
-    if pid == 0:
-        be_script(case, folder)
-    _, status = os.waitpid(pid, 0)
-    output = (folder / "output.txt").read_text(errors="replace")
-    return os.waitstatus_to_exitcode(status), output
+    process = FORK.Process(target=be_script, args=(case, folder))
+    process.start()
+    process.join(PATIENCE)
+    code = process.exitcode
+    process.kill()
+    return code, (folder / "output.txt").read_text(errors="replace")
 
 
-def fault_of(code, output, case):
-    """What is wrong about the end of a script, or None."""
-    if code == -signal.SIGALRM:
-        return "it hangs"
-    if code not in (0, 2) or "Traceback" in output:
-        return f"exit code {code}"
-    errors = re.findall("(?:ERROR|error:) .*", output)
-    if code == 2 and not re.search(NAME, "\n".join(errors)):
-        return "no ERROR line names a flag or a file"
-    return None
+def is_fault(code, output):
+    if code == 2:  # a line names a flag, a word or a file
+        errors = re.findall("(?:ERROR|error:) .*", output)
+        return "Traceback" in output or not re.search(NAME, "\n".join(errors))
+    return code != 0
 
 
 def main():
@@ -277,18 +257,19 @@ def main():
     os.mkdir("models")
     test_chat.make_babbler()
     counts = collections.Counter()
+    n_faults = 0
     for i in tqdm(range(args.n) if args.only is None else [args.only], disable=None):
         case = make_case(args.seed, i)
         code, output = run_case(case, root / str(i))
-        fault = fault_of(code, output, case)
-        counts["faults" if fault else f"exit code {code}"] += 1
-        if fault or args.only is not None:
-            command = f"{case.script}.py {shlex.join(case.words)}"
-            tqdm.write(f"\n--seed {args.seed} --only {i}: {command}: {fault}\n{output[-2000:]}")
+        counts[f"exit code {code}"] += 1
+        if is_fault(code, output) or args.only is not None:
+            n_faults += 1
+            tqdm.write(f"\n--seed {args.seed} --only {i}: exit code {code} of {case.script}.py")
+            tqdm.write(f"{shlex.join(case.words)}\n{output[-2000:]}")
         if args.only is None:
             shutil.rmtree(root / str(i))
-    print(dict(counts), root)
-    return 1 if counts["faults"] else 0
+    print(f"{n_faults} faults; {dict(counts)}; {root}")
+    return 1 if n_faults else 0
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from tqdm import tqdm
 import chat
 import clf
 import common
-import prepare_text
 import project_grads
 import rl_ppo
 import seq2seq
@@ -56,7 +55,6 @@ OTHERS = {
     project_grads: "collect --model_init_path ../../models/gpt2 --data ../../data/pairs "
     "--raw_prompt --dim 300 --batch_size 4 --out run",
     chat: "--model_path ../../models/llama --input ../../data/pairs.json --output run",
-    prepare_text: "--input ../../text.txt --tokenizer ../../models/t5v1.1 --out run",
 }
 OPTIONS = (  # of the trainers
     "",
@@ -70,7 +68,7 @@ MOST_FAULTS = 5
 FORK = multiprocessing.get_context("fork")
 
 # name: for people; words: of the command
-Case = collections.namedtuple("Case", "script name module words n_ranks")
+Case = collections.namedtuple("Case", "name module words n_ranks")
 
 
 def write_inputs():
@@ -82,20 +80,18 @@ def write_inputs():
     conftest.make_causal("gpt2", resid_pdrop=0.1)
     conftest.write_data("pairs", conftest.pairs(90), conftest.pairs(9, 90))
     conftest.write_data("scores", test_clf.records(90), test_clf.records(9, 90))
-    pathlib.Path("text.txt").write_text("Three dogs and a cat.\n\n" * 30000)
 
 
 def draw_case(rng):
     module = rng.choice([*TRAINERS, *TRAINERS, *OTHERS])  # a trainer twice as often
-    n_ranks = 1 if module in (chat, prepare_text) else rng.randint(1, 2)
+    n_ranks = 1 if module == chat else rng.randint(1, 2)
     words = OTHERS.get(module, "")
     options = ""
     if module in TRAINERS:
         options = f"--ds_config zero{rng.randrange(4)} {rng.choice(OPTIONS)}"
         words = f"{TRAINERS[module]} {TRAINING} {options}"
-    script = f"{module.__name__}.py"
-    name = f"{script} {options}, {n_ranks} processes"
-    return Case(script, name, module, words.split(), n_ranks)
+    name = f"{module.__name__}.py {options}, {n_ranks} processes"
+    return Case(name, module, words.split(), n_ranks)
 
 
 def be_rank(case, rank, port, folder):
@@ -106,10 +102,7 @@ def be_rank(case, rank, port, folder):
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.n_ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    args = case.words
-    if case.module != prepare_text:
-        args = case.module.parse_args(args)
-    common.launch(case.module.main, args)
+    common.launch(case.module.main, case.module.parse_args(case.words))
 
 
 def start(case, folder):
@@ -200,28 +193,27 @@ def main():
     root = pathlib.Path(tempfile.mkdtemp(prefix="kills-"))
     os.chdir(root)
     write_inputs()
-    n_kills = collections.Counter()
-    n_writing = collections.Counter()  # of them while a file was written
-    n_faults = 0
+    counts = collections.Counter()
+    n_writing = n_faults = 0
     bar = tqdm(total=args.n, unit="kill", disable=None)
     for i in itertools.count():
-        if n_kills.total() >= args.n or n_faults == MOST_FAULTS:
+        if counts.total() >= args.n or n_faults == MOST_FAULTS:
             break
         rng = random.Random(f"{args.seed} {i}")
         case = draw_case(rng)
         try:
             for names in run_case(case, root / str(i), rng):
                 bar.update()
-                n_kills[case.script] += 1
-                n_writing[case.script] += bool(names)
+                counts[case.module.__name__] += 1
+                n_writing += bool(names)
                 tqdm.write(f"{i}: {case.name}: killed {' '.join(names)}")
         except RuntimeError as error:
             n_faults += 1
             tqdm.write(f"FAULT {i}: {case.name}: {shlex.join(case.words)}\n{error}")
-    print(f"\n`python tests/kills.py --n {args.n} --seed {args.seed}`: {n_faults} differences\n")
-    print("| script | kills | while a file was written |\n|---|---:|---:|")
-    for script, n in sorted(n_kills.items()):
-        print(f"| {script} | {n} | {n_writing[script]} |")
+    print(f"\n`python tests/kills.py --n {args.n} --seed {args.seed}`: {n_faults} differences,")
+    print(f"{n_writing} kills while a file was written.\n\n| script | kills |\n|---|---:|")
+    for script, n_kills in sorted(counts.items()):
+        print(f"| {script}.py | {n_kills} |")
     return 1 if n_faults else 0
 
 
