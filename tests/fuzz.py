@@ -184,7 +184,7 @@ def make_case(seed, i):
     rng = random.Random(f"{seed} {i}")
     script, text, files = rng.choice(COMMANDS)
     words = text.split()
-    flags = flags_of(script, words)
+    flags = flags_of(script, text.replace("@preset", "").split())
     files = {name: expand(content) for name, content in files.items()}
     for _ in range(rng.randint(1, 3)):
         name = rng.choice(list(files))
