@@ -210,8 +210,10 @@ def main():
         except RuntimeError as error:
             n_faults += 1
             tqdm.write(f"FAULT {i}: {case.name}: {shlex.join(case.words)}\n{error}")
-    print(f"\n`python tests/kills.py --n {args.n} --seed {args.seed}`: {n_faults} differences,")
-    print(f"{n_writing} kills while a file was written.\n\n| script | kills |\n|---|---:|")
+    print(
+        f"\n`tests/kills.py`, seed {args.seed}: {counts.total()} kills, {n_writing} of them while"
+    )
+    print(f"a file was written; {n_faults} differences.\n\n| script | kills |\n|---|---:|")
     for script, n_kills in sorted(counts.items()):
         print(f"| {script}.py | {n_kills} |")
     return 1 if n_faults else 0
