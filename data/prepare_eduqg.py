@@ -215,7 +215,7 @@ def main(argv=None):
         splits[split_of[item.group]].append(item)
     records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
     if problems or not splits["train"]:
-        common.fail(problems or f"{out}: too few books or passages: none is left to train on")
+        common.fail(problems or f"--out {out}: too few books or passages: none is left to train on")
     splits = {split: found for split, found in splits.items() if found}
     write_tasks(out, "eduqg" if args.eduqg else "sciq", splits)
     for split, found in splits.items():
