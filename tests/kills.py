@@ -47,7 +47,7 @@ SAMPLING = "--data ../../data/pairs --max_new_tokens 8 --temperature 1"
 TRAINERS = {  # the models have dropout, which rl_ppo.py switches off
     seq2seq: f"--model_init_path ../../models/t5v1.1 --metric_for_best loss {SAMPLING}",
     clf: "--model_init_path ../../models/t5v1.1 --data ../../data/scores --max_length 64",
-    sft_causal: f"--model_init_path ../../models/gpt2 {SAMPLING}",
+    sft_causal: f"--model_init_path ../../models/gpt2 --template alpaca {SAMPLING}",
     rl_ppo: f"--policy ../../models/llama --reward_fn ../../reward.py:length --num_rollouts 16 "
     f"--n_samples 2 --ppo_epochs 1 --reward_scaling norm {SAMPLING}",
 }
