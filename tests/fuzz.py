@@ -262,8 +262,8 @@ def main():
         case = make_case(args.seed, i)
         code, output = run_case(case, root / str(i))
         counts[f"exit code {code}"] += 1
+        n_faults += is_fault(code, output)
         if is_fault(code, output) or args.only is not None:
-            n_faults += 1
             tqdm.write(f"\n--seed {args.seed} --only {i}: exit code {code} of {case.script}.py")
             tqdm.write(f"{shlex.join(case.words)}\n{output[-2000:]}")
         if args.only is None:
