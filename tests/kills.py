@@ -138,23 +138,24 @@ def written(folder):
 
 
 def kill(case, folder, seconds, rng):
-    """Kill a run: (whether it was still running, names of the files that it was writing)."""
+    """Kill a run: (whether it was still running, words about its state)."""
     processes = start(case, folder)
-    time.sleep(rng.uniform(0, seconds))
+    time.sleep(seconds * rng.uniform(0.1, 1))
     if rng.random() < 0.5:
         last_moment = time.monotonic() + seconds
         while processes[0].is_alive() and time.monotonic() < last_moment and not written(folder):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
     is_running = any(process.is_alive() for process in processes)
-    names = written(folder)
+    saved = [path.parent.name for path in folder.rglob(common.COMPLETE)]
+    state = f"behind {saved}, writing {written(folder)}"
     gap = rng.choice((0, 0, 0.5))  # all ranks at once, or one after the other
     for process in rng.sample(processes, len(processes)):
         process.kill()
         time.sleep(gap)
     for process in processes:
         process.join()
-    return is_running, names
+    return is_running, state
 
 
 def bits(folder):
@@ -168,14 +169,14 @@ def bits(folder):
 
 
 def run_case(case, folder, rng):
-    """Yield the names of the files that were being written at each kill. Raises RuntimeError where
-    a run fails, hangs or comes to other bits."""
+    """Yield the state of the run at each kill. Raises RuntimeError where a run fails, hangs or
+    comes to other bits."""
     seconds = finish(case, folder / "whole")
-    for k in range(1, 1 + rng.randint(1, 3)):
-        is_running, names = kill(case, folder / "killed", seconds / k, rng)
+    for _ in range(rng.randint(1, 3)):
+        is_running, state = kill(case, folder / "killed", seconds, rng)
         if not is_running:
             break
-        yield names
+        yield state
     is_done = case.module == chat and (folder / "killed" / "run").exists()  # which it refuses
     if is_running and not is_done:
         finish(case, folder / "killed")
@@ -202,11 +203,11 @@ def main():
         rng = random.Random(f"{args.seed} {i}")
         case = draw_case(rng)
         try:
-            for names in run_case(case, root / str(i), rng):
+            for state in run_case(case, root / str(i), rng):
                 bar.update()
                 counts[case.module.__name__] += 1
-                n_writing += bool(names)
-                tqdm.write(f"{i}: {case.name}: killed {' '.join(names)}")
+                n_writing += ".tmp" in state
+                tqdm.write(f"{i}: {case.name}: killed {state}")
         except RuntimeError as error:
             n_faults += 1
             tqdm.write(f"FAULT {i}: {case.name}: {shlex.join(case.words)}\n{error}")
