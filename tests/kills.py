@@ -145,7 +145,7 @@ def kill(case, folder, seconds, rng):
         last_moment = time.monotonic() + seconds
         while processes[0].is_alive() and time.monotonic() < last_moment and not written(folder):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.choice((0.01, 0.1, 0.5)) * rng.random())  # a slow machine saves longer
     is_running = any(process.is_alive() for process in processes)
     saved = [path.parent.name for path in folder.rglob(common.COMPLETE)]
     state = f"behind {saved}, writing {written(folder)}"
