@@ -134,7 +134,11 @@ def finish(case, folder):
 
 
 def written(folder):
-    return [path.name for path in folder.rglob("*.tmp")]
+    """Names of what is being written."""
+    names = []
+    for _, folders, files in os.walk(folder):  # a folder may go meanwhile
+        names += [name for name in (*folders, *files) if name.endswith(".tmp")]
+    return names
 
 
 def kill(case, folder, seconds, rng):
@@ -147,7 +151,8 @@ def kill(case, folder, seconds, rng):
             time.sleep(0.001)
         time.sleep(rng.choice((0.01, 0.1, 0.5)) * rng.random())  # a slow machine saves longer
     is_running = any(process.is_alive() for process in processes)
-    saved = [path.parent.name for path in folder.rglob(common.COMPLETE)]
+    walk = os.walk(folder)
+    saved = [pathlib.Path(root).name for root, _, files in walk if common.COMPLETE in files]
     state = f"behind {saved}, writing {written(folder)}"
     gap = rng.choice((0, 0, 0.5))  # all ranks at once, or one after the other
     for process in rng.sample(processes, len(processes)):
