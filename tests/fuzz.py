@@ -1,7 +1,7 @@
 """Random mistakes in data files, flags, presets and DeepSpeed JSONs of all scripts: each ends in
 success or in ERROR lines that name a flag or a file, exit code 2; never in a traceback or a hang.
 
-    python tests/fuzz.py --n 2000                  # 8 minutes on 2 cores
+    python tests/fuzz.py --n 2000                  # 10 minutes on 2 cores
     python tests/fuzz.py --seed 0 --only 1234      # that case again; its folder is kept
 
 Case i is a function of (seed, i): a command that works, and one to three mistakes. It runs in a
