@@ -310,7 +310,7 @@ def finish(args, splits, problems):
     """Write and show {split: [record]}, or leave with exit code 2; splits without records go."""
     splits = {split: found for split, found in splits.items() if found}
     if problems or not splits:
-        common.fail(problems or "no records to write: no file, an empty one, or all left out")
+        common.fail(problems or f"{args.out}: no records: no file, an empty one, or all left out")
     write(args.out, splits)
     show(args.out, splits)
 

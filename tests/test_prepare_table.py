@@ -109,7 +109,7 @@ def test_chats_are_kept_as_they_are_and_held_out_by_their_question():
         (ROWS, ["prompt=q", "chosen=a", "rejected=a"], "chosen and rejected are equal"),
         (ROWS, [*PAIR, "split=a"], "split 'y', expected train, eval or test"),
         ([{"q": [3]}], ["messages=q"], "expected messages: a list of objects"),
-        ([], PAIR, "no records to write: no file, an empty one"),
+        ([], PAIR, "out.json: no records: no file, an empty one"),
         (ROWS, ["prompt="], "invalid field value: 'prompt='"),
         ('[{"q": NaN}]', PAIR, "NaN is no JSON: write null or a number"),
         (ROWS, [*PAIR, "--eval", "none.csv"], "none.csv, behind row 0: [Errno 2]"),
