@@ -535,7 +535,7 @@ def right_rationales(args, samples):
         index = row.get("sample_index")
         if index not in samples or row.get("question") != samples[index]["question"]:
             common.fail(f"{args.completions}: sample {index} is another one in {args.dataset}")
-        rationale = row.get("reasoning_completion", "").strip()
+        rationale = str(row.get("reasoning_completion") or "").strip()
         if row["prediction_template"] == "fs_cot":
             rationale = row["completion"].partition(PREFIXES["fs_cot"])[0].strip()
         is_usable = rationale and "-->" not in rationale  # which would end it

@@ -182,7 +182,7 @@ def main(argv=None):
         splits[split_of.get(item.group, "train")].append(item)
     records.clean(splits, lambda item: [item.passage.replace("<hl>", "")])
     if not splits["train"]:
-        problems.append(f"--out {args.out}: too few books: none is left to train on")
+        problems.append(f"--out {args.out}: too few books to train on")
     with records.new_folder(args.out, problems) as folder:
         write_tasks(folder, splits)
     for split, found in splits.items():

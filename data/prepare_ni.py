@@ -58,10 +58,10 @@ NUMBERS = [  # flags: name, default, help
     ("max_num_instances_per_eval_task", 500, "of the other splits; 0: all"),
 ]
 SWITCHES = [
-    ("add_task_name", "begin a prompt with the name of the task"),
+    ("add_task_name", "begin prompts with the task's name"),
     ("no_task_definition", "leave the definition out"),
     ("add_explanation", "examples with their explanations"),
-    ("tk_instruct", "five prompts for a training record; the flags above say the evaluation's"),
+    ("tk_instruct", "five prompts a training record; the flags above say evaluation's"),
 ]
 
 # ------------------------------------------------------------------------------------------ tasks
@@ -250,7 +250,7 @@ def main(argv=None):
     records.add_fractions(parser)
     add = parser.add_argument
     add("--task_dir", required=True, metavar="FOLDER", help="with a <task>.json for each task")
-    add("--tokenizer", metavar="MODEL", help="folder or hub id: cut prompts in its tokens")
+    add("--tokenizer", metavar="MODEL", help="folder or hub id, to cut prompts")
     add("--split_dir", metavar="FOLDER", help="default: splits/default beside --task_dir")
     for name, default, text in NUMBERS:
         add(f"--{name}", type=records.natural, default=default, metavar="N", help=text)
@@ -258,7 +258,7 @@ def main(argv=None):
         add(f"--{name}", action="store_true", help=text)
     args = parser.parse_args(argv)
     problems = []
-    tokenizer = records.load_tokenizer(args.tokenizer, problems)
+    tokenizer = args.tokenizer and records.load_tokenizer(args.tokenizer, problems)
     tasks = list_tasks(args, problems)
     if problems:
         common.fail(problems)

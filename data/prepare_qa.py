@@ -27,14 +27,15 @@ def answered(answers):
 
 def squad(article):
     found = []
-    title = str(article["title"])
     for paragraph in article["paragraphs"]:
         context = to_text(paragraph["context"], "context")
         for item in paragraph["qas"]:
             prompt = f"{context}\n\n{to_text(item['question'], 'question')}"
             answers = [answer["text"] for answer in item["answers"]]
             if answers:
-                found.append({"prompt": prompt, **answered(answers), "article": title})
+                found.append(
+                    {"prompt": prompt, **answered(answers), "article": str(article["title"])}
+                )
     return found
 
 

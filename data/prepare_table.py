@@ -129,7 +129,7 @@ def main(argv=None):
     add = parser.add_argument
     add("fields", nargs="+", type=field, metavar="KEY=COLUMN", help="or KEY=TEMPLATE, or COLUMN")
     add("--positive", metavar="WORD", help="target=COLUMN is 1 where it holds this word, else 0")
-    add("--no_header", action="store_true", help="columns of a table are named 0, 1, 2, ...")
+    add("--no_header", action="store_true", help="columns are named 0, 1, ...")
     args = parser.parse_args(argv)
     problems = []
     use = functools.partial(to_records, args=args)

@@ -158,7 +158,7 @@ def write_ids(args, files, folder, tokenizer, problems):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input", required=True, nargs="+", metavar="PATH", help="text files, folders of them")
+    add("--input", required=True, nargs="+", metavar="PATH", help="files and folders")
     add("--tokenizer", required=True, metavar="MODEL", help="folder or hub id of the model")
     add("--out", required=True, metavar="FOLDER", help="for instance data/mycorpus")
     add("--eval_fraction", type=records.share, default=0.0, help="share to hold out")

@@ -86,9 +86,7 @@ def add_skip(parser):
 
 
 def load_tokenizer(name, problems):
-    """The tokenizer of a model, or None without a name."""
-    if not name:
-        return None
+    """The tokenizer of a model, or None and a problem."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -56,7 +56,7 @@ def to_row(record, args):
         prediction = fields["generations"][0].get("lm_postprocess")
     name = next(name for name in REFERENCES if fields.get(name) is not None)
     categories = records.as_list(fields.get("categories") or fields.get("category"))
-    return Row(prediction, records.as_list(fields[name]), fields.get("task"), categories[0])
+    return Row(prediction, records.as_list(fields[name]) or [""], fields.get("task"), categories[0])
 
 
 def read_rows(args, problems):
@@ -103,8 +103,8 @@ def main(argv=None):
     add("--predictions", required=True, metavar="FILE", help=".json, .jsonl, .csv or .tsv, or .gz")
     add("--prediction_column", metavar="COLUMN", help="of a table")
     add("--reference_columns", nargs="+", default=[], metavar="COLUMN", help="of a table")
-    add("--per_category", action="store_true", help="scores of each category as well")
-    add("--per_task", action="store_true", help="scores of each task as well")
+    add("--per_category", action="store_true", help="of each category")
+    add("--per_task", action="store_true", help="of each task")
     args = parser.parse_args(argv)
     problems = []
     if bool(args.prediction_column) != bool(args.reference_columns):

@@ -108,7 +108,7 @@ FILES = [  # name, content, message
     (
         "twice.json",
         DATA.replace("completion", "prompt"),
-        "data/twice.json: a key is repeated among prompt, prompt: rename or delete one",
+        "data/twice.json: a key is repeated among prompt, prompt: rename it",
     ),
     (
         "validation.json",

@@ -200,7 +200,7 @@ def test_questions_that_are_left_out(capsys):
     [
         ([{"bname": "b"}], "books.json, row 1: KeyError: 'questions'"),
         ([chapter("b", 1, answer={"ans_choice": 9})], "IndexError: pop index out of range"),
-        ([chapter("b", 3)], "too few books: none is left"),
+        ([chapter("b", 3)], "too few books to train on"),
     ],
 )
 def test_books_that_are_wrong(chapters, message, capsys):
