@@ -118,18 +118,22 @@ def launch(main, args):
     """Run main(args) and leave with its exit code; without a launcher as rank 0 of 1."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # DeepSpeed's calls warn at every step
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.simplefilter("ignore", FutureWarning)  # of DeepSpeed's calls, at every step
     try:
         adopt_launcher()
         code = main(args) or 0
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except SystemExit as error:
         code = error.code
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         code = 1
+        # cuBLAS, NCCL and the CPU's allocator have errors of their own for it
+        if re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            code = 2
+            print_error(
+                "out of memory: halve --train_batch_size and double --gradient_accumulation_steps, "
+                "or a higher ZeRO stage"
+            )
     if "wandb" in sys.modules:  # os._exit leaves out what it does at the end
         sys.modules["wandb"].finish(exit_code=code)
     sys.stdout.flush()
@@ -285,7 +289,10 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     "lora_alpha": (0.0, "the update counts alpha / rank; 0: 2 x rank"),
     "lora_dropout": (0.0, "on the input of LoRA and of bottlenecks"),
     "lora_targets": ([], "ends of layer names, or all-linear; none: by family"),
-    "train_adapter": (False, "train bottlenecks (Houlsby et al. 2019), freeze the rest"),
+    "train_adapter": (
+        False,
+        "train bottlenecks (Houlsby et al. 2019) instead of LoRA",
+    ),
     "reduction_factor": (128, "hidden size / width of a bottleneck"),
     "adapter_parts": (
         ["mh_adapter", "output_adapter"],
@@ -418,8 +425,6 @@ def check_shared_args(args, positive_flags, problems):
         )
     if not args.model_init_name and not args.model_init_path:
         problems.append("no model: --model_init_name (under models/) or --model_init_path")
-    if args.lora_rank and args.train_adapter:
-        problems.append("--lora_rank and --train_adapter: choose one")
     if args.early_stopping_patience and not args.metric_for_best:
         problems.append("--early_stopping_patience needs --metric_for_best")
     for name, package in (("wandb_project", "wandb"), ("quantize", "bitsandbytes")):

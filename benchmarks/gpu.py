@@ -333,7 +333,7 @@ def out_of_memory():
     words = "--model_init_name t5-3b --data records --train_batch_size 4000 --max_steps 1"
     command = [sys.executable, harness.ROOT / "seq2seq.py", *words.split()]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.returncode != 2 or "out of memory. Halve" not in result.stdout:
+    if result.returncode != 2 or "out of memory: halve" not in result.stdout:
         sys.exit(f"exit code {result.returncode}, expected 2\n{result.stdout}")
     return {"says": result.stdout.splitlines()[-1]}
 

@@ -83,7 +83,6 @@ WORDS = [
     ),
     ("--max_step 8", "did you mean --max_steps"),  # no abbreviations
     ("@presets/flan", "No such file or directory: 'presets/flan'"),
-    ("--lora_rank 4 --train_adapter", "--lora_rank and --train_adapter: choose one"),
 ]
 
 
