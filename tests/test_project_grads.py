@@ -429,7 +429,8 @@ def test_the_first_order_error_is_that_of_a_slow_reference(stores):
     assert errors["distance 3e-05"]["relative_error"] < error / 3
     collect("E16", "models/llama", "eval", "--precision", "bf16")
     assert not run("linerr", "--grads", "E16", "--scale", 0.003)
-    assert json.loads(pathlib.Path("E16/linerr.json").read_text()) == errors
+    of_bf16, of_fp32 = pathlib.Path("E16/linerr.json"), pathlib.Path("E/linerr.json")
+    assert of_bf16.read_text() == of_fp32.read_text()
 
 
 def test_subsets_and_clusters(stores):
