@@ -38,10 +38,7 @@ import common  # first: it prepares the import of DeepSpeed
 
 # isort: split
 import torch
-from transformers import (
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 import decoding
 from common import log
@@ -115,7 +112,6 @@ API_OFF = {  # values with which a name changes nothing
     "repetition_penalty": [1],
     "min_p": [0],
 }
-GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 UNLIMITED = 8192  # tokens that a model without a limit of positions may read
 MAX_READ = 8192  # tokens of prompts that are read in one step, while running replies wait
 MAX_BODY = 2**21  # bytes of a request
@@ -164,6 +160,9 @@ class Prompts(common.Prompts):
             raise ValueError("the last message must be the user's")
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
+        for message in messages:
+            if message["role"] == "assistant":  # may have written special tokens
+                message["content"] = self.special.sub("", message["content"])
         if not self.has_turns:
             if len(messages) > 1:
                 raise ValueError("this model reads one message, without turns")
@@ -275,15 +274,11 @@ class Engine(threading.Thread):
     """Writes all requested replies together. Requests join between two steps, and leave when their
     reply is over."""
 
-    def __init__(self, model, args, prompts, stop_ids):
+    def __init__(self, model, args, prompts):
         super().__init__(daemon=True)
         self.model = model
         self.args = args
         self.prompts = prompts
-        self.tokenizer = prompts.tokenizer
-        self.stop_ids = stop_ids
-        begin_and_pad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
-        self.dropped = begin_and_pad | stop_ids
         self.waiting = queue.SimpleQueue()
         self.reset()
 
@@ -318,9 +313,10 @@ class Engine(threading.Thread):
             if not request.is_over:
                 joining.append(request)
                 n_read += len(request.prompt_ids)
-                if request.temperature > GREEDY:
+                if request.temperature > decoding.GREEDY:
                     generator = torch.Generator(self.model.device)
                     request.generator = generator.manual_seed(request.seed)
+        joining.sort(key=lambda request: -len(request.prompt_ids))
         return joining
 
     def step(self):
@@ -331,8 +327,11 @@ class Engine(threading.Thread):
         logits = []
         if n_running:
             logits.append(self.decoding.step(self.tokens[:, None]))
-        if joining:
-            logits.append(self.decoding.read([request.prompt_ids for request in joining]))
+        waiting = [request.prompt_ids for request in joining]  # the longest first
+        while waiting:
+            n = max(1, MAX_READ // len(waiting[0]))
+            logits.append(self.decoding.read(waiting[:n]))
+            waiting = waiting[n:]
         self.tokens = choose(torch.cat(logits), self.requests)
         for request, token in zip(self.requests, self.tokens.tolist()):
             self.add_token(request, token)
@@ -347,12 +346,11 @@ class Engine(threading.Thread):
         """Append a token to a reply, and pass on the text that is certain by now."""
         request.ids.append(token)
         finish_reason = None
-        if token in self.stop_ids:
+        if token in self.prompts.stop_ids:
             finish_reason = "stop"
         elif len(request.ids) == request.max_new_tokens:
             finish_reason = "length"
-        # all of it, for a character may take several tokens; special tokens may be content
-        text = self.tokenizer.decode([i for i in request.ids if i not in self.dropped])
+        text = self.prompts.decode(request.ids)  # all of it: a character may be several tokens
         for ending in request.stop:
             before, found, _ = text.partition(ending)
             if found:
@@ -366,7 +364,8 @@ class Engine(threading.Thread):
         request.text = text
         if piece or finish_reason:
             request.pieces.put((piece, finish_reason))
-        request.is_over |= finish_reason is not None
+        if finish_reason:
+            request.is_over = True  # which another thread may set too
 
 
 # --------------------------------------------------------------------------------------- terminal
@@ -400,7 +399,7 @@ def talk(engine):
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         import readline  # noqa: F401, lets input() edit lines
-    settings = {**args.settings}
+    settings = args.settings
     messages = []
     while True:
         try:
@@ -419,7 +418,9 @@ def talk(engine):
                 name, _, value = rest.partition(" ")
                 change_setting(settings, name, value)
             elif command.startswith("/"):
-                print("/reset, /system TEXT, /set NAME VALUE, quit; Ctrl-C stops a reply")
+                raise ValueError(
+                    "/reset, /system TEXT, /set NAME VALUE, quit; Ctrl-C stops a reply"
+                )
             elif line:
                 if not prompts.has_turns:
                     messages = []
@@ -434,7 +435,7 @@ def talk(engine):
                 if reply.strip():  # an empty one was not said
                     messages = [*asked, {"role": "assistant", "content": reply}]
         except (ValueError, RuntimeError) as error:
-            print(f"[{error}]")
+            print(f"[{error}]", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -478,11 +479,11 @@ def answer_file(engine, found, file, n_done, command):
     for _, request in rest:
         engine.waiting.put(request)
     for i, (record, request) in enumerate(common.progress(rest, "replies")):
-        texts, finish_reasons = zip(*request.wait())
+        *_, (_, finish_reason) = request.wait()
         row = {
             "row": n_done + i,
-            "replies": ["".join(texts)],
-            "finish_reasons": [finish_reasons[-1]],
+            "replies": [request.text],
+            "finish_reasons": [finish_reason],
             "orig_d": record,
             "command": command,
         }
@@ -561,8 +562,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(status, error_of(message))
         # a connection that closes on unread bytes is reset, and the client would not see why
         self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read1(2**16):
-            pass
+        for _ in range(10_000):  # but not for ever
+            if not self.rfile.read1(2**16):
+                break
 
     def handle(self):
         with contextlib.suppress(OSError):  # the client has left
@@ -622,12 +624,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(415, "expected Content-Type: application/json")
         if "Transfer-Encoding" not in self.headers:
             return self.read_bytes(int(self.headers.get("Content-Length", 0)))
-        body = b""  # in chunks (RFC 9112, section 7.1)
+        body = bytearray()  # in chunks (RFC 9112, section 7.1)
         while True:
             n_bytes = int(self.rfile.readline(100).partition(b";")[0], 16)
             body += self.read_bytes(n_bytes, len(body))
             self.rfile.readline(100)
-            if n_bytes == 0:
+            if not n_bytes:
                 return body
 
     def read_bytes(self, n_bytes, n_before=0):
@@ -636,8 +638,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(n_bytes)
 
     def check_client(self):
-        is_readable = select.select([self.connection], [], [], 0)[0]
-        if is_readable and not self.connection.recv(1, socket.MSG_PEEK):
+        poll = select.poll()  # select.select() knows 1024 files only
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the client has left")
 
     def complete(self):
@@ -660,9 +663,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request.is_over = True  # a client that leaves frees its row
 
     def send_reply(self, request, head):
-        texts, finish_reasons = zip(*request.wait(self.check_client))
-        message = {"role": "assistant", "content": "".join(texts)}
-        choice = {"index": 0, "message": message, "finish_reason": finish_reasons[-1]}
+        *_, (_, finish_reason) = request.wait(self.check_client)
+        message = {"role": "assistant", "content": request.text}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason}
         head.update(object="chat.completion", choices=[choice], usage=request.usage())
         self.send_json(200, head)
 
@@ -696,7 +699,7 @@ def serve(engine, name):
     args = engine.args
     try:
         server = Server((args.host, args.serve), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         common.fail(f"--serve {args.serve}: {error}")
     server.engine = engine
     server.name = name
@@ -725,13 +728,11 @@ def find_model(args, problems):
     if name:
         return str(common.find_input(args, "models", name, [], problems) or "")
     models = common.mount(args) / "models"
-    newest = ""
-    for path in sorted(models.glob(f"*/{common.COMPLETE}"), key=os.path.getmtime):
+    for path in sorted(models.glob(f"*/{common.COMPLETE}"), key=os.path.getmtime, reverse=True):
         if common.read_about(path.parent).get("script") != "clf.py":
-            newest = str(path.parent)
-    if not newest:
-        problems.append(f"no finished run in {models}: --model_path")
-    return newest
+            return str(path.parent)
+    problems.append(f"no finished run in {models}: --model_path")
+    return ""
 
 
 def prepare(args):
@@ -740,6 +741,7 @@ def prepare(args):
     check_args(args, problems)
     # what the trainers' flags say where common.py loads a model
     flags = {name: spec[0] for name, spec in common.SHARED_FLAGS.items()}
+    # serve=0: its -1 would count as a mistake
     flags.update(vars(args), serve=0, no_train=True, precision=args.dtype)
     load_args = argparse.Namespace(**flags)
     load_args.model_init_path = find_model(args, problems)
@@ -770,15 +772,17 @@ def load_engine(args, load_args, config, prompts):
     source = load_args.model_init_path
     auto_class = common.auto_class_of(config)
     ds_config = {"zero_optimization": {"stage": 0}}
-    tokenizer = prompts.tokenizer
-    model = common.load_model(auto_class, source, config, load_args, ds_config, tokenizer)
+    model = common.load_model(auto_class, source, config, load_args, ds_config, prompts.tokenizer)
     model.to(device).eval()
     log(f"{source}: {load_args.precision} on {device.type}, --format {prompts.format}")
     of_model = model.generation_config.eos_token_id
     if not isinstance(of_model, list):
         of_model = [of_model]
-    stop_ids = {*prompts.stop_ids, *of_model} - {None}
-    return Engine(model, args, prompts, stop_ids)
+    prompts.stop_ids = {*prompts.stop_ids, *of_model} - {None}
+    try:
+        return Engine(model, args, prompts)
+    except ValueError as error:
+        common.fail(f"{source}: {error}")
 
 
 def main(args):
@@ -802,7 +806,6 @@ def main(args):
         else:
             talk(engine)
     except KeyboardInterrupt:
-        log("stopped")
         return common.EXIT_SAVED if args.input else 0
     return 0
 

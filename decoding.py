@@ -29,6 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+GREEDY = 0.001  # the highest temperature that means: take the likeliest token
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
 
 def collate(prompts, side, device):
     """input_ids and attention_mask, both (n, longest prompt), of lists of token ids."""
@@ -61,15 +64,17 @@ def stack_caches(old, new, side):
 
 
 class Decoding:
-    """The rows of one model, decoder-only or encoder-decoder. Call it in torch.inference_mode()."""
+    """The rows of one model, decoder-only or encoder-decoder. Call it without gradients."""
 
     def __init__(self, model):
         config = model.config
+        layer_types = getattr(config.get_text_config(decoder=True), "layer_types", None) or []
+        if model._is_stateful or set(layer_types) - ATTENTION:
+            raise ValueError(f"a {config.model_type} keeps more than keys and values")
         parameters = inspect.signature(model.forward).parameters
         self.model = model
         self.is_encoder_decoder = config.is_encoder_decoder
         self.takes_position_ids = "position_ids" in parameters
-        self.takes_logits_to_keep = "logits_to_keep" in parameters
         # T5's kin and ALiBi know only distances between tokens
         is_relative = hasattr(config, "relative_attention_num_buckets")
         is_relative = is_relative or config.model_type in ("bloom", "mpt")
@@ -93,8 +98,6 @@ class Decoding:
                 raise ValueError("this family counts padding: prompts of one length at a time")
             input_ids, new.attention_mask = collate(prompts, "left", self.model.device)
         logits = new.next_logits(input_ids)
-        if new.cache.get_seq_length() == 0:  # Mamba's state is not in it
-            raise ValueError(f"a {self.model.config.model_type} keeps no keys and values")
         self.join(new)
         return logits
 
@@ -159,14 +162,16 @@ class Decoding:
 
     def decoder_only_inputs(self, input_ids):
         """Of model.forward."""
-        inputs = {"input_ids": input_ids, "attention_mask": self.attention_mask}
-        inputs["past_key_values"] = self.cache
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": self.attention_mask,
+            "past_key_values": self.cache,
+            "logits_to_keep": 1,  # those of a whole prompt would be (n, T, V)
+        }
         if self.takes_position_ids:
             position_ids = self.attention_mask.cumsum(dim=1) - 1  # (B, T)
             position_ids = position_ids.clamp(min=0)  # padding has none, but needs a valid one
             inputs["position_ids"] = position_ids[:, -input_ids.shape[1] :]
-        if self.takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1  # those of a whole prompt would be (n, T, V)
         return inputs
 
     def keep(self, rows):

@@ -117,7 +117,7 @@ DEMO_FLAGS = {
     "limit": (16, "subsets to fine-tune on"),
     "out": ("project-grads-demo", "its folder"),
 }
-ALIASES = {  # names of the earlier system
+ALIASES = {  # names of GradEx
     "--model_key": "--model_init_path",
     "--load_model_dir": "--model_init_path",
     "--project_dimension": "--dim",
@@ -126,8 +126,15 @@ ALIASES = {  # names of the earlier system
     "--subset_num": "--limit",
 }
 ALWAYS = ("--project_gradients", "--compute_pretrained_outputs", "--train_lora")  # asked or not
-POSITIVE = ("dim", "batch_size", "max_length", "max_source_length")
-POSITIVE += ("downsample", "subset_size", "top")
+POSITIVE = (
+    "dim",
+    "batch_size",
+    "max_length",
+    "max_source_length",
+    "downsample",
+    "subset_size",
+    "top",
+)
 REQUIRED = ("grads", "target_grads", "subsets", "truth", "out")
 CHUNK = 2**26 if torch.cuda.is_available() else 2**21  # numbers of gradients that exist at once
 IGNORED = -100  # the label of a token that is no target
@@ -250,10 +257,9 @@ def encode(record, prompts, args, is_seq2seq):
         example = encode_raw(record, prompts)
     else:
         example = encode_chat(record, prompts)
-    source_ids, input_ids, is_target = example
     n = args.max_length
-    input_ids = np.array(input_ids[:n])
-    return Example(source_ids, input_ids, is_target[:n])
+    input_ids = np.array(example.input_ids[:n])
+    return Example(example.source_ids, input_ids, example.is_target[:n])
 
 
 def make_batches(examples, batch_size):
@@ -315,8 +321,9 @@ class Opened:
         if problems:
             common.fail(problems)
         ds_config = {"zero_optimization": {"stage": 0}}
-        options = [self.source, config, args, ds_config, self.tokenizer]
-        model = common.load_model(self.auto_class, *options)
+        model = common.load_model(
+            self.auto_class, self.source, config, args, ds_config, self.tokenizer
+        )
         self.model = model.to(device).eval()
 
     def read_examples(self, args, config, problems):
@@ -359,8 +366,7 @@ def row_losses(model, batch):
     target_logits = logits[is_target].float()  # (N, V)
     losses = F.cross_entropy(target_logits, labels[is_target], reduction="none")  # (N,)
     row, _ = is_target.nonzero(as_tuple=True)
-    sums = losses.new_zeros(len(labels))
-    sums = sums.index_add(0, row, losses)
+    sums = losses.new_zeros(len(labels)).index_add(0, row, losses)
     return sums / is_target.sum(1).clamp(min=1)
 
 
@@ -409,8 +415,7 @@ class Sketch:
         if name not in self.tables:
             n = self.tracked[name].numel()
             parts = torch.arange(n, device=self.device).split(2**20)
-            places = [self.places(name, part) for part in parts]
-            self.tables[name] = torch.cat(places)
+            self.tables[name] = torch.cat([self.places(name, part) for part in parts])
         return self.tables[name]
 
     def start(self, n_rows):
@@ -520,8 +525,7 @@ class Gradients:
         width = grad.shape[2]
         columns = torch.arange(width, device=ids.device)
         coordinates = ids[..., None] * width + columns
-        values = grad.flatten(1)
-        self.sketch.add_at(self.sums, own["weight"], coordinates.flatten(1), values)
+        self.sketch.add_at(self.sums, own["weight"], coordinates.flatten(1), grad.flatten(1))
 
     def rows(self, batch):
         """((B,) losses, (B, d) sketched gradients)"""
@@ -578,12 +582,12 @@ def open_stores(args, problems):
     if problems:
         common.fail(problems)
     stores = [Store(path) for path in paths]
-    for i, store in enumerate(stores[1:], start=1):
-        same = "model_sha256" if i == 1 else "data_sha256"
-        other = stores[max(0, i - 2)]  # of an anchor the store of the same data
-        for key in ("format", "dim", "seed", "parameters", same):
-            if store.manifest[key] != other.manifest[key]:
-                problems.append(f"{store.path} and {other.path} have another {key}")
+    for i, store in enumerate(stores):
+        # with the first store of the same model and of the same data, which may be itself
+        for same, other in (("model_sha256", stores[i - i % 2]), ("data_sha256", stores[i % 2])):
+            for key in ("format", "dim", "seed", "parameters", same):
+                if store.manifest[key] != other.manifest[key]:
+                    problems.append(f"{store.path} and {other.path} have another {key}")
     return stores
 
 
@@ -602,11 +606,14 @@ def records_of(store, problems):
 
 def describe(args, opened, gradients):
     """manifest.json: what the rows are, and the flags that open the model and the data again."""
-    weights = {}
-    for name, weight in opened.model.named_parameters():
-        weights[name] = weight.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    weights = {
+        name: weight.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        for name, weight in opened.model.named_parameters()
+    }
     return {
         **vars(args),
+        "local_rank": None,  # this one and the next may differ when a store is continued
+        "out": None,
         "model_init_path": opened.source,
         "format": 2,  # of a store, its hash included
         "is_seq2seq": opened.start_id is not None,
@@ -686,14 +693,10 @@ def collect(args, problems):
 # ----------------------------------------------------------------------------------------- linerr
 
 
+@torch.no_grad()
 def losses_of(opened, batches):
-    """(n,) float64, the losses of the rows of the batches; also backward, unless under no_grad."""
-    losses = []
-    for batch in batches:
-        of_rows = row_losses(opened.model, batch)
-        if of_rows.requires_grad:
-            of_rows.sum().backward()
-        losses.append(of_rows.detach())
+    """(n,) float64, the losses of the rows of the batches."""
+    losses = [row_losses(opened.model, batch) for batch in batches]
     return torch.cat(losses).double().cpu().numpy()
 
 
@@ -704,16 +707,19 @@ def show(title, figures):
 
 def linerr(args, problems):
     """How far the first-order approximation holds: its error against the distance from the weights,
-    along the mean gradient of the examples. relative_error: norm of the errors / norm of the
+    against the mean gradient of the examples. relative_error: norm of the errors / norm of the
     changes of the losses; 1 is as bad as "nothing changes"."""
     (store,) = open_stores(args, problems)
     flags = argparse.Namespace(**store.manifest)
+    flags.precision = "fp32"  # bf16 cannot change a weight by 0.1 %
     opened = Opened(flags, problems)
     batches = [opened.batch(ids) for ids in make_batches(opened.examples, flags.batch_size)]
     before = losses_of(opened, batches)
+    for batch in batches:
+        row_losses(opened.model, batch).sum().backward()
     weights = [weight for weight in opened.model.parameters() if weight.grad is not None]
     starts = [weight.detach().clone() for weight in weights]
-    steps = [weight.grad for weight in weights]
+    steps = [-weight.grad for weight in weights]
     norm = torch.nn.utils.get_total_norm
     scale = norm(starts) / norm(steps)
 
@@ -724,8 +730,7 @@ def linerr(args, problems):
         return losses_of(opened, batches) - before
 
     nearby = 0.001
-    difference = changes_at(nearby) - changes_at(-nearby)
-    slope = difference / (2 * nearby)
+    slope = (changes_at(nearby) - changes_at(-nearby)) / (2 * nearby)
     table = {}
     for distance in args.scale * DISTANCES:
         change = changes_at(distance)
@@ -803,7 +808,7 @@ def read_subsets(args, store, problems):
 
 
 def write_table(path, names, rows):
-    """rows: [(run, subset, (G,) losses)]. Behind the run the columns of the earlier system."""
+    """rows: [(run, subset, (G,) losses)]. Columns: run, numbers of the groups, losses."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "Data indices", *[f"loss_{name}" for name in names]])
@@ -875,9 +880,9 @@ def mean_directions(train, store, subsets):
 def anchored_directions(train, anchor, subsets):
     """(S, d): from the model that is fine-tuned on everything to that of each subset. Gradients
     change on the way, hence the mean of those at both ends."""
-    everything = tuple(range(len(train.names)))
-    at_start = mean_directions(train, train, [*subsets, everything])
-    at_anchor = mean_directions(train, anchor, [*subsets, everything])
+    subsets = [*subsets, tuple(range(len(train.names)))]  # the last: everything
+    at_start = mean_directions(train, train, subsets)
+    at_anchor = mean_directions(train, anchor, subsets)
     directions = (at_start + at_anchor) / 2
     return directions[:-1] - directions[-1]
 
@@ -894,8 +899,7 @@ def fit_logistic(rows, log_odds):
     def objective():
         optimizer.zero_grad()
         margins = log_odds + rows @ w
-        losses = torch.nn.functional.softplus(-margins)
-        value = losses.mean() + penalty * w.square().sum()
+        value = F.softplus(-margins).mean() + penalty * w.square().sum()
         value.backward()
         return value
 
@@ -913,8 +917,7 @@ def logistic_directions(train, subsets):
         chosen = np.isin(train.group, subset) & (train.n_tokens > 0)
         scale = p[chosen] - 1
         rows = train.rows[chosen] / scale[:, None]
-        w = fit_logistic(rows, log_odds[chosen])
-        directions.append(w)
+        directions.append(fit_logistic(rows, log_odds[chosen]))
     return np.array(directions, np.float32)
 
 
@@ -923,14 +926,13 @@ def fit_step(args, subsets, slopes, start):
     the first K true runs on slopes (S, G), all groups together."""
     path, _, k = args.calibrate.rpartition(":")
     runs = true_runs(read_table(path)[1])
-    used = [i for i, subset in enumerate(subsets) if subset in runs]
-    used = used[: int(k)]
+    used = [i for i, subset in enumerate(subsets) if subset in runs][: int(k)]
     if len(used) < int(k):
         common.fail(f"--calibrate: {len(used)} runs in {path} are of --subsets")
     x = slopes[used]
-    y = np.array([runs[subsets[i]][0] for i in used]) - start
-    step_size = (x * y).sum() / np.square(x).sum()
     subsets = [subsets[i] for i in used]
+    y = np.array([runs[subset][0] for subset in subsets]) - start
+    step_size = (x * y).sum() / np.square(x).sum()
     return float(step_size), subsets
 
 
@@ -983,8 +985,11 @@ def trainer_command(args, store):
     flags = {"max_length": length, "n_generate": 0}
     if collected["is_seq2seq"]:
         script = "seq2seq.py"
-        flags = {"max_target_length": length, "max_new_tokens": 1}
-        flags["max_source_length"] = collected["max_source_length"]
+        flags = {
+            "max_target_length": length,
+            "max_new_tokens": 1,
+            "max_source_length": collected["max_source_length"],
+        }
     for name in ("model_init_path", "precision", "quantize", "lora_rank", "lora_alpha"):
         if collected[name]:
             flags[name] = collected[name]
@@ -1040,8 +1045,9 @@ def truth(args, problems):
         rows.append((run, subset, losses))
         write_table(args.out, target.names, rows)
         if run != "all":  # only its figures are needed
-            for path in metrics.parent.glob("**/*.safetensors"):
-                path.unlink()
+            for path in metrics.parent.rglob("*"):
+                if path.suffix in (".safetensors", ".pt"):
+                    path.unlink()
     log(f"the anchor is {work / 'models/all'}")
 
 
@@ -1059,7 +1065,7 @@ def correlation(a, b):
     b = b - b.mean(0)
     norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
     products = (a * b).sum(0)
-    return float(np.mean(products / np.maximum(norms, 1e-9)))
+    return np.mean(products / np.maximum(norms, 1e-9))
 
 
 def agreement(estimates, true, base):
@@ -1070,8 +1076,8 @@ def agreement(estimates, true, base):
     return {
         "pearson": correlation(estimates, true),
         "spearman": correlation(ranks(estimates), ranks(true)),
-        "relative_error": float(np.mean(np.abs(error) / true)),
-        "r2": float(1 - np.square(error).sum() / np.square(change).sum()),
+        "relative_error": np.mean(np.abs(error) / true),
+        "r2": 1 - np.square(error).sum() / np.square(change).sum(),
     }
 
 
@@ -1082,7 +1088,10 @@ def compare(args, problems):
     runs = true_runs(true_rows)
     shared = [subset for subset in runs if ("estimate", subset) in estimates]
     if columns != true_columns or len(shared) < 3:
-        common.fail(f"{len(shared)} subsets are in both tables, with the same groups: expected 3")
+        common.fail(
+            f"columns {columns} and {true_columns}, {len(shared)} subsets in both tables: expected "
+            "the same columns and 3 subsets"
+        )
     base = true_rows["base", ()]
     found = np.array([estimates["estimate", subset] for subset in shared])
     true = np.array([np.mean(runs[subset], axis=0) for subset in shared])
@@ -1120,12 +1129,8 @@ def influence(train, target):
     """(n,) how much a row helps: its cosine with the rows of a target group, mean over these, the
     greatest of the groups (LESS, Xia et al. 2024)."""
     target_rows = unit_rows(target.rows)
-    means = []
-    for g in range(len(target.names)):
-        of_group = target_rows[target.group == g]
-        means.append(of_group.mean(0))
-    means = np.array(means)
-    cosines = unit_rows(train.rows) @ means.T  # (n, G)
+    means = [target_rows[target.group == g].mean(0) for g in range(len(target.names))]
+    cosines = unit_rows(train.rows) @ np.array(means).T  # (n, G)
     return cosines.max(1)
 
 
@@ -1146,7 +1151,10 @@ def ensemble(path, n_groups):
             subsets.append(subset)
             losses.append(estimated.mean())
     member = membership(subsets, n_groups)
-    return -(losses @ member) / np.maximum(member.sum(0), 1e-30)
+    n_subsets = member.sum(0)
+    if not n_subsets.all():
+        common.fail(f"{path}: no subset has group {n_subsets.argmin()}")
+    return -(losses @ member) / n_subsets
 
 
 def select(args, problems):
@@ -1187,7 +1195,7 @@ DEMO_STUDY = """
 collect {data} --model_init_name base --split train --out G
 collect {data} --model_init_name base --split eval --out E
 subsets --grads G --number_of_subsets 200 --out subsets.txt
-truth {stores} --limit {limit} --out truth.csv -- --max_steps 40 --train_batch_size 32
+truth {stores} --limit {limit} --out truth.csv -- --max_steps 40 --train_batch_size 32 \
 --learning_rate 1e-4 --lr_scheduler_type constant
 collect {data} --model_init_path truth.csv.runs/models/all --split train --out GA
 collect {data} --model_init_path truth.csv.runs/models/all --split eval --out EA
@@ -1198,8 +1206,8 @@ compare --estimates anchor.csv --truth truth.csv
 select --grads G --target_grads E --method ensemble --estimates anchor.csv --top 12 --out best.json
 """
 DEMO_READING = """
-The tables compare estimates with real fine-tunes: at the base model, and around the one fine-tuned
-on everything. spearman: are subsets ranked alike? r2: are the sizes right?"""
+The tables compare estimates with real fine-tunes, at the base model and around the anchor, which
+is fine-tuned on everything. spearman: are subsets ranked alike? r2: are the sizes right?"""
 
 
 def demo(args, problems):
@@ -1210,14 +1218,14 @@ def demo(args, problems):
     base = [*DEMO_BASE.split(), "--data_name", f"{data}/skills_base.jsonl"]
     log(f"in {args.out}: python sft_causal.py {shlex.join(base)}")
     run_trainer([sys.executable, common.HERE / "sft_causal.py", *base])
-    study = DEMO_STUDY.replace("\n--", " --").format(
-        data=f"--data {data}/skills.jsonl --groups group --raw_prompt",
+    study = DEMO_STUDY.format(
+        data=f"--data {shlex.quote(str(data))}/skills.jsonl --groups group --raw_prompt",
         stores="--grads G --target_grads E --subsets subsets.txt",
         limit=args.limit,
     )
     for line in study.strip().splitlines():
         log(f"\npython project_grads.py {line}")
-        main(parse_args(line.split()))
+        main(parse_args(shlex.split(line)))
     log(DEMO_READING)
 
 
@@ -1238,11 +1246,12 @@ COMMANDS = {
 def check_args(args, problems):
     """What can be said without a store or a model."""
     for name, value in vars(args).items():
-        if name in REQUIRED and value == "":
+        is_needed = name in REQUIRED or (name == "estimates" and args.command == "compare")
+        if is_needed and value == "":
             problems.append(f"--{name} is missing")
         if name in POSITIVE and value <= 0:
             problems.append(f"--{name} {value}: expected more than 0")
-    if not re.fullmatch(r"(.+:\d+)?", vars(args).get("calibrate", "")):
+    if not re.fullmatch(r"(.+:[1-9]\d*)?", vars(args).get("calibrate", "")):
         problems.append(f"--calibrate {args.calibrate}: expected FILE:3, a table and a number")
     if args.command in ("subsets", "select", "demo") and os.path.exists(args.out):
         problems.append(f"--out {args.out} exists")
@@ -1253,6 +1262,8 @@ def check_args(args, problems):
 def main(args):
     problems = []
     check_args(args, problems)
+    if problems and args.command != "collect":  # which finds more
+        common.fail(problems)
     command, _ = COMMANDS[args.command]
     try:
         command(args, problems)
@@ -1262,8 +1273,8 @@ def main(args):
 
 def parse_args(argv):
     """Without a command the demo. Flags behind -- are the trainer's."""
-    words = [ALIASES.get(word, word) for word in argv if word not in ALWAYS]
-    split = words.index("--") if "--" in words else len(words)
+    split = argv.index("--") if "--" in argv else len(argv)
+    words = [ALIASES.get(word, word) for word in argv[:split] if word not in ALWAYS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1273,10 +1284,10 @@ def parse_args(argv):
         command = commands.add_parser(name, description=function.__doc__, allow_abbrev=False)
         for flag, spec in flags.items():
             common.add_flag(command, flag, *spec)
-    args = parser.parse_args(words[:split] or ["demo"])
+    args = parser.parse_args(words or ["demo"])
     for name, (default, *_) in common.SHARED_FLAGS.items():
         vars(args).setdefault(name, default)
-    args.trainer_flags = words[split + 1 :]
+    args.trainer_flags = argv[split + 1 :]
     args.no_train = True  # of common.open_model: nothing is added to the model
     return args
 

@@ -68,9 +68,9 @@ class Chat:
         rng.shuffle(self.jobs)
         self.n_wanted = sum(n_tokens for _, n_tokens in self.jobs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(harness.ROOT / "models/tiny-llama")
-        prompts = types.SimpleNamespace(tokenizer=tokenizer)
-        engine_args = types.SimpleNamespace(max_batch=args.rows)
-        self.engine = chat.Engine(self.model, engine_args, prompts, set())
+        prompts = common.Prompts(tokenizer, is_raw=True)
+        prompts.stop_ids = []
+        self.engine = chat.Engine(self.model, types.SimpleNamespace(max_batch=args.rows), prompts)
         self.engine.start()
 
     def ours(self):

@@ -1,6 +1,7 @@
 """chat.py: replies against transformers' generate; files, terminal, server and its page."""
 
 import contextlib
+import fcntl
 import gc
 import http.client
 import io
@@ -9,12 +10,15 @@ import os
 import pathlib
 import pty
 import queue
+import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import types
+import unittest.mock
 
 import conftest
 import pytest
@@ -98,7 +102,7 @@ def start_engine(*words):
 
 def test_pieces_are_certain_and_together_the_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(conftest.ROOT / "models/tiny-llama")
-    engine = types.SimpleNamespace(tokenizer=tokenizer, stop_ids={2}, dropped={0, 1, 2})
+    engine = types.SimpleNamespace(prompts=chat.common.Prompts(tokenizer, is_raw=True))
     text = "Well: ends 🐦é and User again. User: no"
     for stop, end in (([], text), (["User:", "nothing"], "Well: ends 🐦é and User again. ")):
         request = chat.Request([], 0, 1, 0, 1000, stop, 0)
@@ -181,7 +185,7 @@ def test_a_family_whose_rows_cannot_join_is_answered_in_turns():
     path = conftest.make_model("bart", init_std=0.5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     engine = start_engine("--model_path", "bart")
-    engine.stop_ids = set()
+    engine.prompts.stop_ids = set()
     requests = []
     for n in (1, 9, 4):
         prompt_ids = tokenizer("so " * n).input_ids
@@ -196,6 +200,21 @@ def test_a_family_whose_rows_cannot_join_is_answered_in_turns():
         n_tokens = request.max_new_tokens
         output = engine.model.generate(ids, max_new_tokens=n_tokens, do_sample=False)
         assert request.ids == output[0, 1:].tolist()
+
+
+def test_a_long_prompt_does_not_pad_short_ones(monkeypatch):
+    make_babbler()
+    monkeypatch.setattr(chat.Engine, "start", lambda _: None)
+    monkeypatch.setattr(chat, "MAX_READ", 250)
+    engine = start_engine("--model_path", "babbler")
+    read = unittest.mock.Mock(side_effect=engine.decoding.read)
+    engine.decoding.read = read
+    for n in (9, 200, 9, 9):
+        engine.waiting.put(chat.Request([5] * n, 0.0, 1.0, 0, 2, [], 0))
+    with torch.inference_mode():
+        engine.step()
+    sizes = [[len(prompt) for prompt in call.args[0]] for call in read.call_args_list]
+    assert sizes == [[200], [9, 9, 9]]
 
 
 def test_a_killed_file_goes_on_and_has_one_writer(capsys):
@@ -239,12 +258,11 @@ def test_a_piped_terminal_remembers_what_was_said(monkeypatch, capsys):
     third = expected_reply(model, tokenizer, asked)
     asked += [{"role": "assistant", "content": third}, {"role": "user", "content": "and"}]
     fourth = expected_reply(model, tokenizer, asked, 3)
-    output = capsys.readouterr().out
-    expected = "".join(f"{reply} [cut]\n" for reply in (first, second, third))
-    assert output.startswith(expected)
-    errors = output[len(expected) :]
+    output, errors = capsys.readouterr()
+    assert output == "".join(f"{reply} [cut]\n" for reply in (first, second, third, fourth))
+    errors = errors[errors.index("[could") :]
     assert errors.startswith("[could not convert string to float: 'warm']\n[expected one")
-    assert f"]\n{fourth} [cut]\n/reset, " in errors
+    assert "]\n[/reset, " in errors
     assert "[the prompt has 3" in errors and "256 positions" in errors and "quit" in errors
 
 
@@ -378,6 +396,10 @@ def test_a_body_is_answered_or_refused_by_name(served):
             assert json.loads(text)["choices"][0]["message"]["content"] == served.reply()
         else:
             assert json.loads(text)["error"]["message"]
+    said = {"role": "assistant", "content": "Yes.<|im_end|>"}  # as a model may write it
+    text = served.ask({"messages": [*HI, said, *HI]})[1]
+    reply = served.reply([*TALK, *HI])
+    assert json.loads(text)["choices"][0]["message"]["content"] == reply
 
 
 def test_http(served):
@@ -427,6 +449,24 @@ def test_a_client_that_leaves_frees_its_row(served, is_stream):
     while not request.is_over:
         time.sleep(0.001)
     assert len(request.ids) < 250
+
+
+def test_a_client_is_watched_behind_a_thousand_files():
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    ours, theirs = socket.socketpair()
+    number = fcntl.fcntl(ours, fcntl.F_DUPFD, 1024)
+    handler = types.SimpleNamespace(connection=socket.socket(fileno=number))
+    chat.Handler.check_client(handler)
+    theirs.close()
+    with pytest.raises(ConnectionError):
+        chat.Handler.check_client(handler)
+
+
+def test_what_is_refused_is_not_read_for_ever():
+    handler = unittest.mock.Mock()
+    handler.rfile.read1.side_effect = [b"x"] * 20_000
+    chat.Handler.refuse(handler, 401, "no")
 
 
 def test_a_failure_ends_its_replies_and_not_the_server(served, monkeypatch):
@@ -536,6 +576,17 @@ def test_mistakes_are_told_before_a_weight_is_loaded(capsys, monkeypatch):
     for words, message in MISTAKES:
         found = fails(capsys, *words.split())
         assert message in found and "Traceback" not in found, (words, found)
+
+
+def test_mistakes_that_only_the_model_or_the_port_tells(capsys):
+    _, tokenizer = make_babbler()
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    config = transformers.Lfm2Config(**small, layer_types=["conv"])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("models/babbler")
+    assert "a lfm2 keeps more than" in fails(capsys, "--model_path", "babbler")
+    args = types.SimpleNamespace(host="127.0.0.1", serve=70000)
+    with pytest.raises(SystemExit):
+        chat.serve(types.SimpleNamespace(args=args), "x")
 
 
 def test_the_newest_run_is_taken_and_a_base_model_gets_turns(monkeypatch, capsys):

@@ -104,10 +104,12 @@ def test_a_decoder_that_counts_padding_says_so():
 
 
 def test_a_state_that_is_no_cache_of_keys_and_values_is_refused():
-    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="a mamba keeps no keys"):
-        Decoding(model).read(PROMPTS[:1])
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    hybrid = transformers.Lfm2Config(**small, layer_types=["full_attention", "conv"])
+    for config in (transformers.MambaConfig(**small), hybrid):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with pytest.raises(ValueError, match=f"a {config.model_type} keeps more than keys"):
+            Decoding(model)
 
 
 def test_prompts_of_unlike_lengths_are_refused_where_padding_counts():

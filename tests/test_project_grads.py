@@ -277,7 +277,7 @@ def test_a_store_that_was_stopped_goes_on_to_the_same_bits(stores, monkeypatch, 
     np.testing.assert_allclose(other_batches.rows, whole.rows, atol=1e-6 * abs(whole.rows).max())
     assert whole.rows.shape == (24, 300) and whole.names == ["a", "b", "c"]
     assert whole.group.tolist() == [0, 1, 2] * 8
-    collect("again", "models/llama")
+    collect("./again", "models/llama")
     assert "again is finished" in capsys.readouterr().out
     assert "again is another store: ['max_length" in refused(
         collect, "again", "models/llama", "train", "--max_length", 9
@@ -302,6 +302,7 @@ def test_stores_that_do_not_belong_together_are_refused(stores, refused):
     pair = ["--grads", "G", "--target_grads"]
     for words, message in [
         ([*pair, "seed"], "another seed"),
+        ([*pair, "E", "--anchor_grads", "G", "tuned"], "another model_sha256"),
         ([*pair, "tied"], "another parameters"),
         ([*pair, "tuned"], "another model_sha256"),
         ([*pair, "E", "--anchor_grads", "longer", "tuned"], "another data_sha256"),
@@ -415,12 +416,16 @@ def test_the_first_order_error_is_that_of_a_slow_reference(stores):
     gradients = torch.stack(gradients)
     direction = gradients.sum(0)
     vector = torch.nn.utils.parameters_to_vector(weights).detach()
-    step = 0.003 * vector.norm() / direction.norm() * direction
+    step = -0.003 * vector.norm() / direction.norm() * direction
     torch.nn.utils.vector_to_parameters(vector + step, weights)
     change = np.array([float(own_loss(opened, i)) for i in range(9)]) - before
     error = np.linalg.norm((gradients @ step).numpy() - change) / np.linalg.norm(change)
     assert errors["distance 0.003"]["relative_error"] == pytest.approx(error, rel=0.1)
     assert errors["distance 3e-05"]["relative_error"] < error / 3
+    collect("E16", "models/llama", "eval", "--precision", "bf16")
+    assert not run("linerr", "--grads", "E16", "--scale", 0.003)
+    of_bf16, of_fp32 = pathlib.Path("E16/linerr.json"), pathlib.Path("E/linerr.json")
+    assert of_bf16.read_text() == of_fp32.read_text()
 
 
 def test_subsets_and_clusters(stores):
@@ -496,6 +501,13 @@ def test_select_keeps_what_helps(stores):
     assert {record["skill"] for record in chosen["train"]} == {"b", "c"}
 
 
+def test_a_group_that_no_subset_has_is_not_the_best(capsys):
+    grads.write_table("e.csv", ["a"], [("estimate", (0, 2), [0.5])])
+    with pytest.raises(SystemExit):
+        grads.ensemble("e.csv", 3)
+    assert "no subset has group 1" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
@@ -517,7 +529,10 @@ MISTAKES = [
     ("estimate --grads G --target_grads E --subsets s --out x", "No such file or directory: 's'"),
     ("estimate --grads G --target_grads E --subsets bad.txt --out x", "expected numbers below 3"),
     ("estimate --grads G --target_grads E --subsets ok.txt --calibrate t --out x", "FILE:3"),
+    ("estimate --grads G --target_grads E --subsets ok.txt --calibrate t:0 --out x", "FILE:3"),
     ("estimate --grads G --target_grads E --subsets ok.txt --anchor_grads G --out x", "two stores"),
+    ("compare", "--estimates is missing"),
+    ("demo --out data", "--out data exists"),
     ("compare --estimates e.csv --truth t.csv", "No such file or directory: 'e.csv'"),
     ("select --grads G --target_grads E --out x --nope", "unrecognized arguments: --nope"),
 ]
@@ -541,6 +556,8 @@ def test_names_of_the_earlier_system():
     assert (args.model_init_path, args.lora_rank, args.dim, args.out) == ("run", 4, 200, "G")
     args = grads.parse_args("estimate --load_sample_task_dir s.txt --subset_num 3".split())
     assert (args.subsets, args.limit) == ("s.txt", 3)
+    words = ["--save_name", "--train_lora"]  # of the trainer
+    assert grads.parse_args(["truth", "--", *words]).trainer_flags == words
     grads.parse_args("subsets --number_of_subsets 7 --subset_size 0.75 --seed 2".split())
     grads.parse_args("linerr --scale 0.02".split())
 
@@ -596,6 +613,7 @@ def test_truth_is_what_the_trainers_find(name, lora, monkeypatch):
     runs = [("0", (0,)), ("0", (1, 2)), ("1", (0,)), ("1", (1, 2))]
     assert list(rows) == [("base", ()), ("all", (0, 1, 2)), *runs]
     assert len({losses[-1] for losses in rows.values()}) == 6
+    assert not list(pathlib.Path("truth.csv.runs/models").glob("subset-*/**/*.pt"))
     anchor = "truth.csv.runs/models/all"
     assert pathlib.Path(anchor, "adapter_model.safetensors").exists() == bool(lora)
     store = collect("EA", anchor, "eval")
