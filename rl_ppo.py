@@ -50,7 +50,7 @@ from transformers import (
 )
 
 from common import log
-from decoding import Decoding, choose
+from decoding import GREEDY, Decoding, choose
 
 FLAGS = {
     "policy": ("", "the model to train: a run, a folder, or a hub id with a slash"),
@@ -124,7 +124,6 @@ SAMPLER_BOUND = {"fp32": 1e-3, "bf16": 0.1, "bf16-mixed": 0.1}
 MAX_LOGITS = 2**27 if torch.cuda.is_available() else 2**26  # of a forward step
 IGNORED = -100  # the label of a token that is no reply
 PLACE = r"\{(\w+)\}"  # in a template
-GREEDY = 0.001  # the highest temperature that means: take the likeliest token
 
 # ------------------------------------------------------------------------------------------- data
 
