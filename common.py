@@ -5,9 +5,11 @@ A step is an optimizer step. Collective: every rank must call it.
 """
 
 import argparse
+import atexit
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import datetime
 import difflib
 import gzip
@@ -134,8 +136,7 @@ def launch(main, args):
                 "out of memory: halve --train_batch_size and double --gradient_accumulation_steps, "
                 "or a higher ZeRO stage"
             )
-    if "wandb" in sys.modules:  # os._exit leaves out what it does at the end
-        sys.modules["wandb"].finish(exit_code=code)
+    atexit._run_exitfuncs()  # wandb's: os._exit leaves them out
     sys.stdout.flush()
     os._exit(code)  # the interpreter's own end may abort in a thread of gloo (pytorch#190489)
 
@@ -158,6 +159,10 @@ def setup_distributed(args):
         device = torch.device("cpu")
         # a build of this op that is killed leaves a lock on which all later runs wait
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # glibc gives freed memory back to the system: page faults would take a third of a step
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     deepspeed.init_distributed(backend, verbose=False, timeout=patience)
     return device
 
@@ -302,12 +307,12 @@ SHARED_FLAGS = {  # name: (default, help, *choices)
     ),
     "quantize": ("", "the frozen base in 4 or 8 bits (package bitsandbytes)", "nf4", "int8"),
     # evaluation and output
-    "eval_steps": (0, "evaluation interval; 0: once per epoch"),
+    "eval_steps": (0, "evaluation interval; 0: every epoch"),
     "eval_batch_size": (32, "rows of one evaluation batch of one process"),
     "metric_for_best": ("", "keep and export the best checkpoint by this metric"),
     "early_stopping_patience": (0, "stop after so many evaluations without a better one"),
     "no_train": (False, "evaluate only"),
-    "save_steps": (-1, "checkpoint interval; -1: once per epoch, 0: only at the end"),
+    "save_steps": (-1, "checkpoint interval; -1: every epoch, 0: at the end"),
     "save_total_limit": (2, "newest checkpoints kept, besides the best"),
     "overwrite": (False, "start anew; the old folder becomes <run>.old-<time>"),
     "logging_steps": (10, "interval of metric rows"),
@@ -1417,7 +1422,7 @@ def complete_checkpoints(run_dir):
 
 def full_state_dict(model):
     """Collective. {name: whole CPU tensor} on rank 0, a tied weight once, of adapters theirs only;
-    {} on the other ranks."""
+    on the other ranks no weights."""
     state = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad or not hasattr(model, "adapter"):
@@ -1426,8 +1431,8 @@ def full_state_dict(model):
                     state[name] = weight.detach().to("cpu", copy=True)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():  # such as the bias of Marian's logits
-        if rank() == 0 and name in saved and not hasattr(model, "adapter"):
-            state[name] = buffer.to("cpu", copy=True)
+        if name in saved and not hasattr(model, "adapter"):
+            state[name] = buffer
     return state
 
 
