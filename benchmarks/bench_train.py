@@ -133,9 +133,9 @@ def run_scoring(args, folder):
     score = clf.score
     speeds = []
 
-    def timed_score(args, engine, rows, device):
+    def timed_score(args, engine, rows):
         start = time.perf_counter()
-        logits = score(args, engine, rows, device)
+        logits = score(args, engine, rows)
         speeds.append(len(logits) / (time.perf_counter() - start))
         return logits
 
