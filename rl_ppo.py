@@ -218,15 +218,15 @@ def pad(rows, fill):
     return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
 
-def collate(texts, ids, start_id, device):
-    """Some of the texts [(prompt, reply)], token ids both, as tensors on the device; start_id: what
+def collate(pairs, ids, start_id, device):
+    """Some of the pairs [(prompt, reply)], token ids both, as tensors on the device; start_id: what
     a decoder begins with, None where there is no encoder.
 
     input_ids (R, S): prompt and reply, or for an encoder the prompt, with its attention_mask and
     decoder_input_ids. labels (N,): the reply tokens; label_index (N,): where in the flattened
     states each is predicted.
     """
-    rows = [texts[i] for i in ids]
+    rows = [pairs[i] for i in ids]
     if not rows:
         rows = [([0], [])]  # a rank without replies computes one padding token along
     columns = collections.defaultdict(list)
@@ -520,11 +520,11 @@ class RewardModel:
     def ask(self, examples, replies):
         """Collective. {number of a reply: score} of this rank's share."""
         # the state before the answer is asked for: any token serves as the answer
-        texts = [(self.read(*pair), [0]) for pair in zip(examples, replies)]
-        lengths = [len(input_ids) for input_ids, _ in texts]
+        pairs = [(self.read(*pair), [0]) for pair in zip(examples, replies)]
+        lengths = [len(input_ids) for input_ids, _ in pairs]
         scores = {}
         for ids in common.my_batches(lengths, self.args.eval_batch_size):
-            batch = collate(texts, ids, self.start_id, self.engine.device)
+            batch = collate(pairs, ids, self.start_id, self.engine.device)
             logits = self.engine(batch)
             scores.update(zip(ids, logits.tolist()))
         return scores
@@ -609,12 +609,12 @@ def sample(args, engine, prompts, examples, key, temperature):
 
 
 @torch.no_grad()
-def score_tokens(engine, reference, texts, is_reply, updates, start_id):
+def score_tokens(engine, reference, pairs, is_reply, updates, start_id):
     """Collective. (3, B, T) fp64: log-probabilities of policy and reference, and values; by the
     forward steps of `updates`, a pass over the rollout."""
     scored = torch.zeros(3, *is_reply.shape, dtype=torch.float64, device=engine.device)
     for ids in [piece for _, pieces in updates for piece in pieces]:
-        batch = collate(texts, ids, start_id, engine.device)
+        batch = collate(pairs, ids, start_id, engine.device)
         log_probs, _, values = engine(batch)
         if reference:
             ref_log_probs, *_ = reference(batch)
@@ -940,14 +940,14 @@ def main(args):
         examples = [data.examples["train"][i] for i in plan.prompts(index)]
         key = ("rollout", index)
         replies, sampled = sample(args, engine, prompts, examples, key, args.temperature)
-        texts = list(zip([example.input_ids for example in examples], replies))
+        pairs = list(zip([example.input_ids for example in examples], replies))
         lengths = np.array([len(reply) for reply in replies])
-        updates = plan.updates(index, lengths + [len(prompt) for prompt, _ in texts])
+        updates = plan.updates(index, lengths + [len(prompt) for prompt, _ in pairs])
         is_reply = np.arange(max(lengths)) < lengths[:, None]  # (B, T)
         is_reply = torch.tensor(is_reply, device=device)
         # by the forward steps of the first pass, so that the first ratio is exactly 1
         first_pass = updates[: len(updates) // args.ppo_epochs]
-        scored = score_tokens(engine, reference, texts, is_reply, first_pass, start_id)
+        scored = score_tokens(engine, reference, pairs, is_reply, first_pass, start_id)
         metrics = reply_metrics(prompts, replies)
         metrics["sampler_gap"] = check_sampler(args, sampled, scored[0, is_reply])
 
@@ -965,7 +965,7 @@ def main(args):
             metric_sums = 0.0  # (METRICS,)
             for i, piece in enumerate(pieces):
                 engine.set_gradient_accumulation_boundary(i == len(pieces) - 1)
-                batch = collate(texts, piece, start_id, device)
+                batch = collate(pairs, piece, start_id, device)
                 log_probs, entropies, values = engine(batch)  # (N,) each
                 columns = table[:, piece][:, is_reply[piece]]  # (5, N)
                 old_log_probs, ref_log_probs, old_values, advantages, returns = columns
