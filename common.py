@@ -396,7 +396,7 @@ class Parser(argparse.ArgumentParser):
         try:
             args, unknown = self.parse_known_args(argv)
         except (ValueError, RecursionError) as error:  # no UTF-8; an open quotation mark; itself
-            self.error(f"a preset cannot be read: {error}")
+            self.error(f"a preset in '{shlex.join(argv)}' cannot be read: {error}")
         if unknown:
             name = unknown[0].lstrip("-").split("=")[0]
             near = difflib.get_close_matches(f"--{name}", self._option_string_actions, 3, 0.0)
