@@ -65,7 +65,7 @@ def train(files, vocab_size, path, problems):
                 input_sentence_size=MOST_SENTENCES,
                 minloglevel=2,
             )
-    except RuntimeError as error:
+    except Exception as error:  # of two kinds
         problems.append(f"--vocab_size {vocab_size}: sentencepiece: {str(error).splitlines()[-1]}")
 
 
