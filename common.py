@@ -88,8 +88,8 @@ def world_size():
 
 def local_world_size():
     """Processes of this run on this machine, as torchrun, deepspeed and srun say it."""
-    words = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()
-    return int(words)
+    env = os.environ
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size())
 
 
 def use_slurm_ranks():

@@ -117,13 +117,15 @@ def write_json(path, value):
 
 
 def write_summary(args, **figures):
-    """What was measured, on what, and how to get it again, to --out."""
+    """What was measured, on what, and how to get it again, to --out. Paths of this machine become
+    relative to the checkout."""
     if not args.out:
         return
+    words = [os.path.relpath(word, ROOT) if os.path.isabs(word) else word for word in sys.argv[1:]]
     packages = ("torch", "transformers", "deepspeed")
     script = pathlib.Path(sys.argv[0]).name
     about = {
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script}", *words]),
         "device": device_name(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},

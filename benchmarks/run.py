@@ -1,5 +1,5 @@
 """All ratios of speed on two CPU cores in one go: benchmarks/results/, and the table of
-docs/benchmarks.md with its picture. Estimated: 30 minutes on a machine that does nothing else.
+docs/benchmarks.md with its picture. 25 minutes on a machine that does nothing else.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/run.py
